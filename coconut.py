@@ -80,6 +80,11 @@ class Coconut(nn.Module):
     def embedding(self) -> nn.Module:
         return self.base_causallm.get_input_embeddings()
 
+    @property
+    def max_positions(self) -> int | None:
+        """Positions that the base model was made for; None where its configuration sets no limit."""
+        return getattr(self.base_causallm.config, "max_position_embeddings", None)
+
     def forward(
         self,
         input_ids: Tensor,
@@ -182,7 +187,9 @@ class Coconut(nn.Module):
         actual = self.project(self.base_causallm.base_model(input_ids=token).last_hidden_state)
         if not torch.allclose(actual.float(), expected.float(), rtol=1e-2, atol=1e-3):
             family = self.base_causallm.config.model_type
-            raise ValueError(f"model family {family!r} changes its logits after the language-model head in a way not known here")
+            raise ValueError(
+                f"model family {family!r} changes its logits after the language-model head in a way not known here"
+            )
 
     @torch.no_grad()
     def generate(
@@ -256,7 +263,7 @@ class Coconut(nn.Module):
             raise ValueError(f"top_p is {top_p}; it must be in (0, 1]")
         if not mask[:, -1].all():
             raise ValueError("prompts must be padded on the left")
-        limit = getattr(self.base_causallm.config, "max_position_embeddings", None)
+        limit = self.max_positions
         needed = int(mask.sum(dim=1).max()) + max_new_tokens
         if limit is not None and needed > limit:
             raise ValueError(f"prompt and new tokens need {needed} positions; the model has {limit}")

@@ -1,0 +1,251 @@
+"""Checkpoints: written whole or not at all, found again, and resumed from exactly.
+
+save_path/name/checkpoint_<epoch>/ holds the base model in Hugging Face form (model.safetensors, config.json, tokenizer),
+coconut.json (what evaluation must know) and training_state.pt (what training must know). checkpoint_<epoch>_step<n> is the
+same in the middle of an epoch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from transformers import PreTrainedTokenizerBase
+
+import distributed
+from distributed import unwrap
+from utils import RunConfig, UserError, get_logger
+
+NAME = re.compile(r"checkpoint_(\d+)(?:_step(\d+))?")
+FACTS, STATE = "coconut.json", "training_state.pt"
+FORMAT = 1
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+class CheckpointError(UserError):
+    """A checkpoint that cannot be written, found or used."""
+
+
+@dataclass
+class Facts:
+    """coconut.json: what a checkpoint knows of itself. epoch counts finished epochs; accuracy is a fraction."""
+
+    method: str
+    stage: int
+    c_thought: int
+    max_latent_stage: int
+    pad_latent_to_max: bool
+    epoch: int
+    accuracy: float | None
+    start_latent_id: int
+    end_latent_id: int
+    latent_token_id: int
+    eos_token_id: int
+    hidden_layer_idx: int = -1
+    format: int = FORMAT
+
+
+@dataclass
+class TrainingState:
+    """Where training is. `best` maps a stage to its best accuracy: early stages still write their reasoning as text."""
+
+    epoch: int = 0  # the epoch in progress, or the next one
+    step_in_epoch: int = 0  # optimizer steps done in it
+    global_step: int = 0
+    examples: int = 0  # training examples seen
+    optimizer_stage: int = 0  # the stage for which the optimizer was made
+    best: dict[str, float] = field(default_factory=dict)
+    best_checkpoint: str | None = None
+    metrics_rows: int = 0  # rows of metrics.jsonl that belong to this state
+    epoch_loss: float = 0.0  # sums over the steps of the epoch in progress
+    epoch_tokens: int = 0
+    epoch_seconds: float = 0.0
+    wandb_id: str | None = None
+
+
+# --- finding ---
+
+
+def complete_checkpoints(save_dir: Path) -> list[Path]:
+    """Whole checkpoints, oldest first. Anything else in the directory is left alone."""
+    if not save_dir.is_dir():
+        return []
+    found = []
+    for path in save_dir.iterdir():
+        if (match := NAME.fullmatch(path.name)) and (path / FACTS).is_file() and (path / STATE).is_file():
+            found.append(((int(match[1]), int(match[2] or 0)), path))
+    return [path for _, path in sorted(found)]
+
+
+def read_facts(directory: Path) -> Facts | None:
+    """coconut.json of a checkpoint directory; None where there is none (a plain Hugging Face model)."""
+    path = directory / FACTS
+    if not path.is_file():
+        return None
+    try:
+        return Facts(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: not a checkpoint description: {error}") from None
+
+
+def newest_for(config: RunConfig) -> Path | None:
+    """The checkpoint from which a rerun of the same command goes on. Raises CheckpointError if it is of another method."""
+    whole = complete_checkpoints(config.save_dir)
+    if not whole or config.debug:
+        return None
+    facts = read_facts(whole[-1])
+    if facts is not None and facts.method != config.method:
+        raise CheckpointError(f"{whole[-1]} was trained with method {facts.method}, not {config.method}: choose another name")
+    return whole[-1]
+
+
+def tokenizer_source(config: RunConfig) -> str:
+    """A checkpoint directory brings its own tokenizer; otherwise it is the model's."""
+    if config.load_model_path is not None and (Path(config.load_model_path) / "tokenizer_config.json").is_file():
+        return config.load_model_path
+    return config.model_id
+
+
+def evaluation_config(config: RunConfig) -> tuple[RunConfig, int, int]:
+    """(configuration, stage, finished epochs) for evaluating `load_model_path`.
+
+    A checkpoint knows its method, stage and number of latents; those of the configuration count only for published
+    single-file checkpoints and plain models, whose stage follows from `resume`. A run's directory means its newest checkpoint.
+    """
+    source = Path(str(config.load_model_path))
+    if whole := complete_checkpoints(source):
+        source = whole[-1]
+        config = config.model_copy(update={"load_model_path": str(source)})
+    facts = read_facts(source)
+    if facts is None:
+        stage = config.scheduled_stage(config.resume)
+        get_logger().info(f"{source} does not say how it was trained: stage {stage} from resume {config.resume}")
+        return config, stage, config.resume
+    known = {key: getattr(facts, key) for key in ("method", "c_thought", "max_latent_stage", "pad_latent_to_max")}
+    if changed := [f"{key} {value}" for key, value in known.items() if getattr(config, key) != value]:
+        get_logger().info(f"{source} was trained with {', '.join(changed)}: evaluated so, whatever the configuration says")
+    return config.model_copy(update=known), facts.stage, facts.epoch
+
+
+# --- saving ---
+
+
+def save(
+    directory: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    tokenizer: PreTrainedTokenizerBase,
+    facts: Facts,
+    state: TrainingState,
+) -> None:
+    """Write one checkpoint; called by all processes, written by rank 0. Raises CheckpointError and keeps what was there."""
+    prefix = "base_causallm."
+    weights = {key.removeprefix(prefix): value for key, value in get_model_state_dict(model, options=_WHOLE).items()}
+    # An optimizer that has not stepped yet has no state; asking for it would make one up by a step with zero gradients.
+    optimizer_state = get_optimizer_state_dict(model, optimizer, options=_WHOLE) if optimizer.state else None
+    rng = distributed.gather_objects(_rng_state())
+    training = {"state": asdict(state), "optimizer": optimizer_state, "rng": rng}
+
+    def fill(partial: Path) -> None:
+        unwrap(model).base_causallm.save_pretrained(partial, state_dict=weights)
+        tokenizer.save_pretrained(partial)
+        torch.save(training, partial / STATE)
+        (partial / FACTS).write_text(json.dumps(asdict(facts), indent=1) + "\n", encoding="utf-8")
+
+    distributed.run_on_main(lambda: _write_whole(directory, fill))
+
+
+def _write_whole(directory: Path, fill: Callable[[Path], None]) -> None:
+    """Fill a directory under another name, make it durable, then give it its name."""
+    partial = directory.with_name(f".{directory.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        fill(partial)
+        for path in partial.iterdir():
+            _fsync(path)
+        _fsync(partial)
+        if directory.exists():
+            shutil.rmtree(directory)
+        partial.rename(directory)
+        _fsync(directory.parent)
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(f"{directory}: the checkpoint could not be written: {error}") from None
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove_old(save_dir: Path, keep_last: int | None, best: str | None) -> None:
+    """Delete all but the newest `keep_last` checkpoints and the best one; None keeps all, but for those inside a finished epoch."""
+    whole = complete_checkpoints(save_dir)
+    for number, path in enumerate(reversed(whole)):
+        in_epoch = "_step" in path.name
+        too_old = keep_last is not None and number >= keep_last
+        if number > 0 and path.name != best and (too_old or in_epoch):
+            shutil.rmtree(path)
+
+
+# --- resuming ---
+
+
+def load_training_state(directory: Path) -> dict[str, Any]:
+    """training_state.pt: {"state", "optimizer", "rng"}. Raises CheckpointError if it cannot be read."""
+    try:
+        return torch.load(directory / STATE, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can raise anything from zipfile, pickle or torch
+        raise CheckpointError(f"{directory / STATE}: damaged: {str(error).splitlines()[0]}") from None
+
+
+def restore(loaded: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Optimizer and random number generators as they were. With another number of processes generators start anew."""
+    if loaded["optimizer"] is not None:
+        set_optimizer_state_dict(model, optimizer, loaded["optimizer"], options=_WHOLE)
+    if len(loaded["rng"]) == distributed.world_size():
+        _set_rng_state(loaded["rng"][distributed.rank()])
+    else:
+        get_logger().info(
+            f"resuming with {distributed.world_size()} processes, saved with {len(loaded['rng'])}: same data order, "
+            "but dropout draws other numbers"
+        )
+
+
+def _rng_state() -> dict[str, Any]:
+    numpy_state = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (numpy_state[0], numpy_state[1].tolist(), *numpy_state[2:]),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def _set_rng_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

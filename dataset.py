@@ -1,0 +1,369 @@
+"""From JSON records to batches: tokenising, the examples of each stage, and the collator (paper, section 3 and figure 2).
+
+A record is {"question": str, "answer": str, "steps": [str, ...]}; further fields are carried along in the column `extra`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from utils import UserError, get_logger, read_text
+
+IGNORE_INDEX = -100
+START_LATENT, END_LATENT, LATENT = "<|start-latent|>", "<|end-latent|>", "<|latent|>"
+RECORDS_PER_WORKER = 20_000  # below this, starting another tokenising process costs more than it saves
+
+
+class Curriculum(Protocol):
+    """What the stage examples need to know of a configuration."""
+
+    method: str | None
+    c_thought: int
+    max_latent_stage: int
+    pad_latent_to_max: bool
+    uniform_prob: float
+    seed: int
+
+
+class DataError(UserError):
+    """A data file that cannot be used; says which file, record, field and why."""
+
+
+# --- records ---
+
+
+def load_records(path: str | Path) -> list[dict[str, Any]]:
+    """The validated records of a JSON file. Raises DataError naming file, index, field and reason."""
+    try:
+        records = json.loads(read_text(Path(path)))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}: not valid JSON: {error}") from None
+    except RecursionError:
+        raise DataError(f"{path}: not valid JSON: nested too deeply") from None
+    if not isinstance(records, list):
+        raise DataError(f"{path}: expected a list of records, found {_type_name(records)}")
+    if not records:
+        raise DataError(f"{path}: the data set is empty; expected at least one record")
+    for index, record in enumerate(records):
+        if problem := record_problem(record):
+            raise DataError(f"{path}: record {index}: {problem}")
+    return records
+
+
+def record_problem(record: object) -> str | None:
+    """Why this is not a record, naming the field; None if it is one."""
+    if not isinstance(record, dict):
+        return f"expected an object with question, answer and steps, found {_type_name(record)}"
+    for field in ("question", "answer"):
+        if field not in record:
+            return f"field '{field}' is missing"
+        if not isinstance(record[field], str):
+            return f"field '{field}': expected a string, found {_type_name(record[field])}"
+        if not record[field].strip():
+            return f"field '{field}' is blank"
+    if "steps" not in record:
+        return "field 'steps' is missing; a question without reasoning has \"steps\": []"
+    steps = record["steps"]
+    if not isinstance(steps, list):
+        return f"field 'steps': expected a list of strings, found {_type_name(steps)}"
+    for number, step in enumerate(steps):
+        if not isinstance(step, str):
+            return f"field 'steps[{number}]': expected a string, found {_type_name(step)}"
+    return None
+
+
+def _type_name(value: object) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
+    return names.get(type(value), "null")
+
+
+def _row(index: int, record: dict[str, Any]) -> dict[str, Any]:
+    extra = {key: value for key, value in record.items() if key not in ("question", "answer", "steps")}
+    return {
+        "idx": index,
+        "question": record["question"],
+        "answer": record["answer"],
+        "steps": [step for step in record["steps"] if step.strip()],  # an empty rationale is no step, not a blank one
+        "extra": json.dumps(extra) if extra else "",
+    }
+
+
+# --- tokens ---
+
+
+def get_dataset(path: str | Path, tokenizer: PreTrainedTokenizerBase, max_size: int | None = None) -> Dataset:
+    """Records of a JSON file, tokenised: the first `max_size`, all if None.
+
+    Columns: idx int, question, answer, extra str, steps [str]; question_tokenized [int] (question and newline, with the
+    tokenizer's special tokens), steps_tokenized [[int]] (each step and newline), answer_tokenized [int] ("### ", answer, EOS).
+    """
+    records = load_records(path)[:max_size]
+    dataset = Dataset.from_list([_row(index, record) for index, record in enumerate(records)])
+    workers = max(1, min(available_cpus(), len(records) // RECORDS_PER_WORKER))
+    dataset = dataset.map(
+        _Tokenize(tokenizer), batched=True, num_proc=workers if workers > 1 else None, desc=f"tokenising {Path(path).name}"
+    )
+    _check_tokens(dataset[0], tokenizer, path)
+    return dataset
+
+
+@dataclass
+class _Tokenize:
+    """Batched map function: text columns to token columns."""
+
+    tokenizer: PreTrainedTokenizerBase
+
+    def __call__(self, rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        steps = [step + "\n" for row in rows["steps"] for step in row]
+        step_ids = iter(self._ids(steps, special=False))
+        return {
+            "question_tokenized": self._ids([question + "\n" for question in rows["question"]], special=True),
+            "steps_tokenized": [[next(step_ids) for _ in row] for row in rows["steps"]],
+            "answer_tokenized": [
+                ids + [self.tokenizer.eos_token_id]
+                for ids in self._ids(["### " + answer for answer in rows["answer"]], special=False)
+            ],
+        }
+
+    def _ids(self, texts: list[str], special: bool) -> list[list[int]]:
+        return self.tokenizer(texts, add_special_tokens=special)["input_ids"] if texts else []
+
+
+def _check_tokens(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
+    """Warn where a tokenizer merges across the joints of question, steps and answer (checked on the first record)."""
+    whole = "\n".join([row["question"], *row["steps"], "### " + row["answer"]])
+    expected = tokenizer(whole, add_special_tokens=True)["input_ids"] + [tokenizer.eos_token_id]
+    parts = row["question_tokenized"] + [token for step in row["steps_tokenized"] for token in step] + row["answer_tokenized"]
+    if parts != expected:
+        at = next((i for i, (a, b) in enumerate(zip(parts, expected, strict=False)) if a != b), min(len(parts), len(expected)))
+        get_logger().warning(
+            f"{path}: this tokenizer joins question, steps and answer differently when they are one text (from token {at}, "
+            f"{tokenizer.decode(parts[max(at - 2, 0) : at + 3])!r}); training and evaluation both use the separate parts"
+        )
+
+
+def available_cpus() -> int:
+    """CPUs that this process may use, shared among the processes that torchrun started on this machine."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+# --- stages ---
+
+
+def stage_shape(curriculum: Curriculum, stage: int, number_of_steps: int) -> tuple[int, int]:
+    """How a question with so many steps looks at a stage: (latent tokens, leading steps removed).
+
+    The one place that decides it, for training and evaluation alike. Past max_latent_stage all steps go.
+    """
+    if curriculum.method == "cot":
+        return 0, 0
+    if curriculum.method == "no_cot":
+        return 0, number_of_steps
+    removed = stage if stage <= curriculum.max_latent_stage else number_of_steps
+    if curriculum.method == "no_thoughts":
+        return 0, removed
+    latents = min(stage, curriculum.max_latent_stage)
+    if not curriculum.pad_latent_to_max:
+        latents = min(latents, number_of_steps)
+    return latents * curriculum.c_thought, removed
+
+
+def uses_markers(method: str | None) -> bool:
+    """Whether the latent tokens stand between `<|start-latent|>` and `<|end-latent|>`; the others have no such tokens."""
+    return method == "coconut"
+
+
+@dataclass
+class _StageExamples:
+    """Lazy transform of the tokenised data set into prompts, or into training sequences with labels."""
+
+    curriculum: Curriculum
+    stage: int
+    start_id: int
+    latent_id: int
+    end_id: int
+    epoch: int = 0
+    with_labels: bool = True
+
+    def __call__(self, rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        columns = ("idx", "question_tokenized", "steps_tokenized", "answer_tokenized")
+        examples = [self._example(*values) for values in zip(*(rows[column] for column in columns), strict=True)]
+        return {key: [example[key] for example in examples] for key in examples[0]}
+
+    def _example(self, idx: int, question: list[int], steps: list[list[int]], answer: list[int]) -> dict[str, Any]:
+        stage = self._sample_stage(idx, len(steps)) if self.with_labels else self.stage
+        latents, removed = stage_shape(self.curriculum, stage, len(steps))
+        thoughts = [self.latent_id] * latents
+        if uses_markers(self.curriculum.method):
+            thoughts = [self.start_id, *thoughts, self.end_id]
+        prompt = question + thoughts
+        target = [token for step in steps[removed:] for token in step] + answer if self.with_labels else []
+        example = {"input_ids": prompt + target, "attention_mask": [1] * (len(prompt) + len(target)), "idx": idx}
+        example["position_ids"] = list(range(len(example["input_ids"])))
+        if self.with_labels:
+            example["labels"] = [IGNORE_INDEX] * len(prompt) + target
+        return example
+
+    def _sample_stage(self, idx: int, number_of_steps: int) -> int:
+        """With `uniform_prob` another stage, drawn from (seed, epoch, idx) alone: the same in any worker or process."""
+        if self.curriculum.uniform_prob == 0:
+            return self.stage
+        generator = np.random.default_rng((self.curriculum.seed, self.epoch, idx))
+        if generator.random() >= self.curriculum.uniform_prob:
+            return self.stage
+        return int(generator.integers(number_of_steps + 1))
+
+
+def get_cot_latent_dataset(
+    scheduled_stage: int,
+    base_dataset: Dataset,
+    configs: Curriculum,
+    start_id: int,
+    latent_id: int,
+    end_id: int,
+    epoch: int = 0,
+) -> Dataset:
+    """Training sequences of a stage, built when they are read: input_ids, labels, attention_mask, position_ids, idx."""
+    return base_dataset.with_transform(_StageExamples(configs, scheduled_stage, start_id, latent_id, end_id, epoch))
+
+
+def get_question_latent_dataset(
+    scheduled_stage: int, base_dataset: Dataset, configs: Curriculum, start_id: int, latent_id: int, end_id: int
+) -> Dataset:
+    """Prompts of a stage (question, markers, latents): input_ids, attention_mask, position_ids, idx."""
+    examples = _StageExamples(configs, scheduled_stage, start_id, latent_id, end_id, with_labels=False)
+    return base_dataset.with_transform(examples)
+
+
+def check_lengths(datasets: Sequence[Dataset], curriculum: Curriculum, max_new_tokens: int, positions: int | None) -> None:
+    """Raise DataError naming the first record that needs more positions than the model has, trained or answered."""
+    if positions is None:
+        return
+    markers = 2 if uses_markers(curriculum.method) else 0
+    for dataset in datasets:
+        columns = (dataset[name] for name in ("question_tokenized", "steps_tokenized", "answer_tokenized"))
+        for index, (question, steps, answer) in enumerate(zip(*columns, strict=True)):
+            latents, _ = stage_shape(curriculum, curriculum.max_latent_stage, len(steps))
+            longest = max(sum(map(len, steps)) + len(answer), max_new_tokens)
+            needed = len(question) + markers + latents + longest
+            if needed > positions:
+                raise DataError(
+                    f"record {index} needs up to {needed} positions (max_new_tokens included); the model has {positions}"
+                )
+
+
+# --- batches ---
+
+
+@dataclass
+class MyCollator:
+    """Examples to one padded batch of tensors (B, T) int64: input_ids, attention_mask, position_ids, labels if given, idx (B,).
+
+    Rows are padded on the left until every row's first latent stands in one column, so that all columns before it are one
+    pass; the rest is padded on the right. With `align_end` all padding is on the left, as generation needs it.
+    Position ids count real tokens and are 0 on padding.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    latent_id: int
+    label_pad_token_id: int = IGNORE_INDEX
+    align_end: bool = False
+
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        left = self._left_padding(examples)
+        width = max(pad + len(example["input_ids"]) for pad, example in zip(left, examples, strict=True))
+        fill = {"input_ids": pad_token_id(self.tokenizer), "attention_mask": 0, "position_ids": 0}
+        if "labels" in examples[0]:
+            fill["labels"] = self.label_pad_token_id
+        batch = {}
+        for key, value in fill.items():
+            padded = np.full((len(examples), width), value, dtype=np.int64)
+            for row, pad, example in zip(padded, left, examples, strict=True):
+                row[pad : pad + len(example[key])] = example[key]
+            batch[key] = torch.from_numpy(padded)
+        batch["idx"] = torch.tensor([example["idx"] for example in examples])
+        return batch
+
+    def _left_padding(self, examples: Sequence[dict[str, Any]]) -> list[int]:
+        if self.align_end:
+            longest = max(len(example["input_ids"]) for example in examples)
+            return [longest - len(example["input_ids"]) for example in examples]
+        has_latent = [self.latent_id in example["input_ids"] for example in examples]
+        first = [ids["input_ids"].index(self.latent_id) if has else None for ids, has in zip(examples, has_latent, strict=True)]
+        column = max((at for at in first if at is not None), default=0)
+        return [0 if at is None else column - at for at in first]
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The padding token; any token will do where the attention mask is 0, so EOS stands in where there is none."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+class MicroBatch(tuple[list[int], bool]):
+    """(indices into the data set, whether it only fills up: a process without a share of the last group repeats a sample)."""
+
+    __slots__ = ()
+
+
+def epoch_groups(
+    size: int, batch_size: int, accumulation: int, rank: int, world_size: int, seed: int, epoch: int
+) -> list[list[MicroBatch]]:
+    """This process's micro-batches of each optimizer step of an epoch.
+
+    The order of samples depends on (seed, epoch) alone, and a step takes the same batch_size * accumulation * world_size
+    samples however they are spread over processes. The last, shorter group is spread evenly.
+    """
+    order = np.random.default_rng((seed, epoch)).permutation(size)
+    per_step = batch_size * accumulation * world_size
+    groups = []
+    for start in range(0, size, per_step):
+        samples = order[start : start + per_step]
+        micro_steps = math.ceil(len(samples) / (batch_size * world_size))
+        shares = np.array_split(samples, micro_steps * world_size)[rank::world_size]
+        groups.append([MicroBatch((share.tolist() or [int(samples[0])], len(share) == 0)) for share in shares])
+    return groups
+
+
+class MicroBatches(torch.utils.data.Dataset):
+    """Map-style data set whose item k is the k-th collated micro-batch; fillers carry no label."""
+
+    def __init__(self, examples: Dataset, micro_batches: Sequence[MicroBatch], collator: MyCollator) -> None:
+        self.examples = examples
+        self.micro_batches = micro_batches
+        self.collator = collator
+
+    def __len__(self) -> int:
+        return len(self.micro_batches)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        indices, filler = self.micro_batches[index]
+        batch = self.collator(self.examples.__getitems__(indices))
+        if filler and "labels" in batch:
+            batch["labels"].fill_(self.collator.label_pad_token_id)
+        return batch
+
+
+def batch_loader(
+    examples: Dataset, micro_batches: Sequence[MicroBatch], collator: MyCollator, num_workers: int | None = None
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Collated micro-batches in order, prepared by `num_workers` processes; None chooses from the machine."""
+    workers = min(4, available_cpus() - 1) if num_workers is None else num_workers
+    loader = torch.utils.data.DataLoader(
+        MicroBatches(examples, micro_batches, collator),
+        batch_size=None,
+        num_workers=min(workers, len(micro_batches)),
+        pin_memory=torch.cuda.is_available(),
+    )
+    return iter(loader)

@@ -1,0 +1,170 @@
+"""Process group, device, DDP and FSDP2 around the model, and the few reductions the training loop needs.
+
+Everything works in a plain `python` process too, where there is no process group and a reduction is the identity.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from coconut import Coconut
+from utils import UserError
+
+ParallelName = Literal["ddp", "fsdp"]
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+@contextlib.contextmanager
+def process_group() -> Iterator[torch.device]:
+    """Join the process group that torchrun describes in the environment, if any; yields this process's device.
+
+    The device index is the local rank: on several nodes the global rank would name GPUs that do not exist.
+    """
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if "WORLD_SIZE" not in os.environ:
+        yield device
+        return
+    dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def all_reduce(values: list[float], device: torch.device) -> list[float]:
+    """Sums over all processes, in float64."""
+    if world_size() == 1:
+        return values
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def max_over_ranks(value: int) -> int:
+    if world_size() == 1:
+        return value
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    largest = torch.tensor(value, device=device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return int(largest)
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """One object per process, in the order of ranks, on every process."""
+    if world_size() == 1:
+        return [value]
+    gathered: list[Any] = [None] * world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def run_on_main(action: Callable[[], Any]) -> Any:
+    """The result of `action`, run by rank 0 alone. Its UserError is raised by every process, so that none waits for it."""
+    outcome: list[Any] = [None]
+    if rank() == 0:
+        try:
+            outcome = [action()]
+        except UserError as error:
+            outcome = [error]
+    if world_size() > 1:
+        dist.broadcast_object_list(outcome)
+    if isinstance(outcome[0], UserError):
+        raise outcome[0]
+    return outcome[0]
+
+
+def wrap(model: Coconut, parallel: ParallelName, bf16: bool | str, device: torch.device, compiled: bool = False) -> nn.Module:
+    """The model ready for training on all processes: DDP, FSDP2, or as it is where there is only one process.
+
+    bf16: True computes in bfloat16 from float32 weights; under FSDP2 that is its own mixed precision, else see `autocast`.
+    compiled: torch.compile on each transformer block, for any number of positions.
+    """
+    model.to(device)
+    if compiled:
+        for block in transformer_blocks(model):
+            block.compile(dynamic=True)
+    if parallel == "fsdp":
+        return shard(model, bf16, device)
+    if world_size() == 1:
+        return model
+    ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def shard(model: Coconut, bf16: bool | str, device: torch.device) -> nn.Module:
+    """FSDP2: each transformer block is a shard group; embeddings, final norm and head belong to the root."""
+    if not dist.is_initialized():
+        raise UserError("parallel: fsdp needs a process group; start with torchrun, or use parallel: ddp")
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+    mesh = init_device_mesh(device.type, (world_size(),))
+    mixed = bf16 is True
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if mixed else MixedPrecisionPolicy()
+    for block in transformer_blocks(model):
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    register_fsdp_forward_method(model, "generate")
+    model.max_over_ranks = max_over_ranks
+    return model
+
+
+def transformer_blocks(model: Coconut) -> list[nn.Module]:
+    """The blocks that transformers itself names as the units of a model that must not be split."""
+    names = set(model.base_causallm._no_split_modules or [])
+    blocks = [module for module in model.base_causallm.modules() if type(module).__name__ in names]
+    if not blocks:
+        family = model.base_causallm.config.model_type
+        raise UserError(f"parallel: fsdp: model family {family!r} does not name its transformer blocks; use parallel: ddp")
+    return blocks
+
+
+def unwrap(model: nn.Module) -> Coconut:
+    """The Coconut inside DDP; FSDP2 and single processes have nothing around it."""
+    return model.module if isinstance(model, DistributedDataParallel) else model  # type: ignore[return-value]
+
+
+def gradient_sync(model: nn.Module, enabled: bool) -> AbstractContextManager[Any]:
+    """Gradients are reduced over processes only on the last micro-batch of an optimizer step."""
+    if isinstance(model, DistributedDataParallel):
+        return contextlib.nullcontext() if enabled else model.no_sync()
+    if hasattr(model, "set_requires_gradient_sync"):
+        model.set_requires_gradient_sync(enabled)
+    return contextlib.nullcontext()
+
+
+def autocast(bf16: bool | str, parallel: ParallelName, device: torch.device) -> AbstractContextManager[Any]:
+    """bfloat16 compute with float32 weights, where FSDP2 does not already see to it."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16 is True and parallel == "ddp")
+
+
+def clip_gradients(model: nn.Module, max_norm: float | None) -> Tensor | None:
+    """Clip the norm of all gradients together; returns the norm before, or None where there is no clipping."""
+    if max_norm is None:
+        return None
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm

@@ -1,0 +1,174 @@
+"""Loss, accuracy and predictions over a data set, spread over all processes; every question counts once."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from scipy.stats import binomtest
+from torch import nn
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+import distributed
+from coconut import Coconut
+from dataset import (
+    IGNORE_INDEX,
+    MicroBatch,
+    MyCollator,
+    batch_loader,
+    get_cot_latent_dataset,
+    get_question_latent_dataset,
+    stage_shape,
+)
+from distributed import unwrap
+from models import LatentIds
+from utils import RunConfig, is_main_process
+
+
+@dataclass
+class Prediction:
+    """One row of predictions_<epoch>.jsonl. output: the generated text. answer: what follows its last "#"."""
+
+    idx: int
+    output: str
+    answer: str
+    gold: str
+    correct: bool
+    cot_match: bool
+    new_tokens: int
+
+
+@dataclass
+class Evaluation:
+    """Accuracy and cot_match are fractions of `questions`; loss is the mean cross entropy per labelled token."""
+
+    loss: float
+    accuracy: float
+    cot_match: float
+    questions: int
+    new_tokens: float
+    predictions: list[Prediction]
+
+    def metrics(self) -> dict[str, Any]:
+        return {key: value for key, value in asdict(self).items() if key != "predictions"}
+
+
+@dataclass
+class Evaluator:
+    """Evaluates one model on one data set at any stage."""
+
+    config: RunConfig
+    dataset: Dataset
+    tokenizer: PreTrainedTokenizerBase
+    ids: LatentIds
+    device: torch.device
+
+    def evaluate(self, model: nn.Module, stage: int) -> Evaluation:
+        """Loss, then greedy answers for all questions, with the model in evaluation mode."""
+        was_training = model.training
+        model.eval()
+        with torch.no_grad(), distributed.autocast(self.config.bf16, self.config.parallel, self.device):
+            loss = self._loss(model, stage)
+            predictions = self._predict(model, stage)
+        model.train(was_training)
+        count = len(predictions)
+        return Evaluation(
+            loss=loss,
+            accuracy=sum(one.correct for one in predictions) / count,
+            cot_match=sum(one.cot_match for one in predictions) / count,
+            questions=count,
+            new_tokens=sum(one.new_tokens for one in predictions) / count,
+            predictions=predictions,
+        )
+
+    def _loss(self, model: nn.Module, stage: int) -> float:
+        curriculum = self.config.model_copy(update={"uniform_prob": 0.0})  # every question at the stage that is evaluated
+        examples = get_cot_latent_dataset(stage, self.dataset, curriculum, self.ids.start, self.ids.latent, self.ids.end)
+        collator = MyCollator(self.tokenizer, self.ids.latent)
+        total, count = 0.0, 0.0
+        for batch, filler in self._batches(examples, collator, "validation loss"):
+            labels = batch["labels"]
+            items = int((labels[:, 1:] != IGNORE_INDEX).sum())
+            batch.pop("idx")
+            loss = unwrap(model)(**batch, labelled_only=True).loss
+            if not filler:
+                total, count = total + float(loss) * items, count + items
+        total, count = distributed.all_reduce([total, count], self.device)
+        return total / count
+
+    def _predict(self, model: nn.Module, stage: int) -> list[Prediction]:
+        prompts = get_question_latent_dataset(stage, self.dataset, self.config, self.ids.start, self.ids.latent, self.ids.end)
+        collator = MyCollator(self.tokenizer, self.ids.latent, align_end=True)
+        predictions = []
+        for batch, filler in self._batches(prompts, collator, "answers"):
+            new = self._generate(unwrap(model), batch)
+            if not filler:
+                predictions += [self._judge(int(idx), row, stage) for idx, row in zip(batch["idx"], new, strict=True)]
+        gathered = [one for part in distributed.gather_objects(predictions) for one in part]
+        return sorted(gathered, key=lambda one: one.idx)
+
+    def _generate(self, model: Coconut, batch: dict[str, torch.Tensor]) -> list[list[int]]:
+        """New tokens of each row, up to and without EOS."""
+        ids = model.generate(
+            batch["input_ids"],
+            batch["attention_mask"],
+            max_new_tokens=self.config.max_new_tokens,
+            synced_gpus=self.config.parallel == "fsdp",
+        )
+        rows = ids[:, batch["input_ids"].shape[1] :].tolist()
+        return [row[: row.index(self.ids.eos)] if self.ids.eos in row else row for row in rows]
+
+    def _judge(self, idx: int, new: list[int], stage: int) -> Prediction:
+        record = self.dataset[idx]
+        output = self.tokenizer.decode(new, skip_special_tokens=True)
+        _, removed = stage_shape(self.config, stage, len(record["steps"]))
+        answer, gold = extract_answer(output), clean_answer(record["answer"])
+        return Prediction(
+            idx=record["idx"],
+            output=output,
+            answer=answer,
+            gold=gold,
+            correct=answer == gold,
+            cot_match=_lines(output.split("#")[0]) == _lines("\n".join(record["steps"][removed:])),
+            new_tokens=len(new),
+        )
+
+    def _batches(self, examples: Dataset, collator: MyCollator, title: str) -> Any:
+        """(batch on the device, whether it repeats another): this process's share, questions of like length together.
+
+        Sharded models take every pass together, so there all processes get equally many batches.
+        """
+        lengths = [len(ids) for ids in self.dataset["question_tokenized"]]
+        order = sorted(range(len(lengths)), key=lambda index: lengths[index])
+        size, world = self.config.batch_size_eval, distributed.world_size()
+        size = min(size, -(-len(order) // world))  # a small set still gives every process its share
+        chunks = [MicroBatch((order[at : at + size], False)) for at in range(0, len(order), size)]
+        mine = chunks[distributed.rank() :: world]
+        if self.config.parallel == "fsdp" and len(mine) < -(-len(chunks) // world):
+            mine.append(MicroBatch((chunks[0][0], True)))
+        loader = batch_loader(examples, mine, collator, self.config.num_workers)
+        bar = tqdm(loader, total=len(mine), desc=title, leave=False, disable=not is_main_process())
+        for batch, (_, filler) in zip(bar, mine, strict=True):
+            yield {key: value.to(self.device) for key, value in batch.items()}, filler
+
+
+def extract_answer(output: str) -> str:
+    """What follows the last "#", without commas and outer blanks; empty where there is no "#"."""
+    return clean_answer(output.rsplit("#", 1)[1]) if "#" in output else ""
+
+
+def clean_answer(text: str) -> str:
+    return text.replace(",", "").strip()
+
+
+def _lines(text: str) -> list[str]:
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def interval(correct: int, total: int) -> tuple[float, float]:
+    """95% Wilson score interval of a fraction (Wilson 1927)."""
+    bounds = binomtest(correct, total).proportion_ci(confidence_level=0.95, method="wilson")
+    return float(bounds.low), float(bounds.high)

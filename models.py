@@ -1,0 +1,202 @@
+"""Base models and tokenizers: from the hub or a local directory, from a state dict, or from random weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from coconut import Coconut
+from dataset import END_LATENT, LATENT, START_LATENT, uses_markers
+from utils import RunConfig, UserError, get_logger
+
+WRAPPER_PREFIXES = ("module.", "_orig_mod.", "base_causallm.")  # DDP, torch.compile, Coconut
+IDENTITY_KEYS = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads")
+
+
+class LatentIds(NamedTuple):
+    """Token ids of the markers and of the end of a sequence."""
+
+    start: int
+    end: int
+    latent: int
+    eos: int
+
+
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a hub id or a local directory. Raises UserError if there is none, or none with an EOS token."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError, TypeError, ... for what it cannot read
+        raise UserError(f"{source}: no tokenizer could be loaded: {_first_line(error)}") from None
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{source}: the tokenizer has no eos_token, which must end every answer")
+    return tokenizer
+
+
+def latent_ids(tokenizer: PreTrainedTokenizerBase, method: str | None) -> LatentIds:
+    """Ids of the markers, added to the tokenizer for the methods that use them.
+
+    The others keep the tokenizer and the model as they are; their ids are the next free ones, which no text contains.
+    """
+    if uses_markers(method):
+        tokenizer.add_tokens([START_LATENT, END_LATENT, LATENT], special_tokens=True)
+        start, end, latent = tokenizer.convert_tokens_to_ids([START_LATENT, END_LATENT, LATENT])
+    else:
+        start, end, latent = range(len(tokenizer), len(tokenizer) + 3)
+    return LatentIds(start, end, latent, tokenizer.eos_token_id)
+
+
+def build_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase, ids: LatentIds) -> Coconut:
+    """The base model that the configuration names, with rows for the markers, inside a Coconut (float32, on the CPU)."""
+    if config.from_scratch:
+        base = _random_model(config.model_id, len(tokenizer))
+    elif config.load_model_path is not None and Path(config.load_model_path).is_file():
+        base = _pretrained(config.model_id)
+        load_state_dict_file(base, Path(config.load_model_path))
+        # The published code sizes the embeddings to the tokenizer once it adds the markers, and only then.
+        base.config.coconut_markers = base.get_input_embeddings().weight.shape[0] == ids.latent + 1
+    elif config.load_model_path is not None:
+        check_same_family(config.model_id, config.load_model_path)
+        base = _pretrained(config.load_model_path)
+    else:
+        base = _pretrained(config.model_id)
+    if uses_markers(config.method):
+        initialise_markers(base, tokenizer, ids)
+    model = Coconut(base, ids.latent, ids.start, ids.end, ids.eos)
+    try:
+        model.verify_projection()
+    except ValueError as error:
+        raise UserError(f"model_id: {config.model_id}: {error}") from None
+    if config.bf16 == "pure":
+        model.to(torch.bfloat16)
+    return model
+
+
+def _config_of(source: str) -> Any:
+    try:
+        return AutoConfig.from_pretrained(source)
+    except Exception as error:  # as in load_tokenizer
+        raise UserError(f"{source}: no model configuration could be loaded: {_first_line(error)}") from None
+
+
+def _random_model(model_id: str, vocabulary: int) -> PreTrainedModel:
+    model_config = _config_of(model_id)
+    model_config.vocab_size = max(model_config.vocab_size, vocabulary)
+    model_config.coconut_markers = True  # random like all other rows
+    get_logger().info(f"random weights from the configuration of {model_id}")
+    return AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
+
+
+def _pretrained(source: str) -> PreTrainedModel:
+    path = Path(source)
+    if (path / "config.json").is_file() and not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
+        raise UserError(f"{source}: a configuration without weights; set from_scratch: True to start from random ones")
+    try:
+        return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    except Exception as error:  # as in load_tokenizer
+        raise UserError(f"{source}: no causal language model could be loaded: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
+def check_same_family(model_id: str, checkpoint: str) -> None:
+    """Raise UserError if a checkpoint directory holds a model of another shape than `model_id`."""
+    expected, found = _config_of(model_id), _config_of(checkpoint)
+    for key in IDENTITY_KEYS:
+        if getattr(expected, key, None) != getattr(found, key, None):
+            raise UserError(
+                f"load_model_path: {checkpoint} is a checkpoint of another model: {key} is {getattr(found, key, None)}, "
+                f"model_id {model_id} has {getattr(expected, key, None)}"
+            )
+
+
+# --- published single-file checkpoints ---
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """A single-file state dict (torch or safetensors) with the prefixes of wrappers removed from its keys."""
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, SafetensorError, _unpickling_error()) as error:
+        raise UserError(f"{path}: not a state dict of tensors: {_first_line(error)}") from None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{path}: not a state dict of tensors: expected a mapping from parameter names to tensors")
+    return {_strip_prefixes(key): value for key, value in state.items()}
+
+
+def _unpickling_error() -> type[Exception]:
+    import pickle
+
+    return pickle.UnpicklingError
+
+
+def _strip_prefixes(key: str) -> str:
+    while prefix := next((prefix for prefix in WRAPPER_PREFIXES if key.startswith(prefix)), None):
+        key = key.removeprefix(prefix)
+    return key
+
+
+def load_state_dict_file(base: PreTrainedModel, path: Path) -> None:
+    """Load a single-file checkpoint, resizing the embeddings to its vocabulary.
+
+    Raises UserError that lists missing, unexpected and wrongly shaped keys. Tied heads and the attention-mask buffers of
+    old GPT-2 checkpoints may be there or not.
+    """
+    state = read_state_dict(path)
+    own = base.state_dict()
+    embedding = next(name for name, value in base.named_parameters() if value is base.get_input_embeddings().weight)
+    if embedding in state and state[embedding].shape[0] != own[embedding].shape[0]:
+        base.resize_token_embeddings(state[embedding].shape[0], mean_resizing=False)
+        own = base.state_dict()
+    optional = set(getattr(base, "_tied_weights_keys", None) or []) if base.config.tie_word_embeddings else set()
+    missing = sorted(own.keys() - state.keys() - optional)
+    unexpected = sorted(key for key in state.keys() - own.keys() if not key.endswith((".attn.bias", ".attn.masked_bias")))
+    shapes = sorted(key for key in own.keys() & state.keys() if own[key].shape != state[key].shape)
+    if missing or unexpected or shapes:
+        raise UserError(
+            f"load_model_path: {path} does not fit the model: missing keys {_listed(missing)}; "
+            f"unexpected keys {_listed(unexpected)}; wrong shapes {_listed(shapes)}"
+        )
+    base.load_state_dict({key: value for key, value in state.items() if key in own}, strict=False)
+    base.tie_weights()
+
+
+def _listed(keys: list[str], most: int = 8) -> str:
+    return f"[{', '.join(keys[:most])}{f', ... {len(keys) - most} more' if len(keys) > most else ''}]"
+
+
+# --- markers ---
+
+
+@torch.no_grad()
+def initialise_markers(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: LatentIds) -> None:
+    """Make room for the markers and start their rows from the embedding of "<<", or from the mean embedding.
+
+    Rows of a checkpoint that already has the markers stay as they are. Embeddings that are padded beyond the tokenizer
+    are never shrunk.
+    """
+    if getattr(base.config, "coconut_markers", False):
+        return
+    rows = base.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    like = tokenizer.encode("<<", add_special_tokens=False)
+    one_token = len(like) == 1 and like[0] != tokenizer.unk_token_id
+    for module in (base.get_input_embeddings(), base.get_output_embeddings()):
+        weight = module.weight
+        known = weight[: min(rows, min(ids[:3]))]
+        weight[list(ids[:3])] = (known[like[0]] if one_token else known.mean(dim=0)).clone()
+    base.config.coconut_markers = True
+    get_logger().info(f"embeddings of the new tokens start from {'the embedding of <<' if one_token else 'the mean embedding'}")

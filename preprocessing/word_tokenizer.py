@@ -1,0 +1,134 @@
+"""A word tokenizer for ProsQA and small model definitions around it, for training from scratch without a download.
+
+`python -m preprocessing.word_tokenizer` writes configs/gpt2_small and configs/llama_small, which
+`AutoConfig.from_pretrained(DIR)` and `AutoTokenizer.from_pretrained(DIR)` load.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from preprocessing.prosqa import CONCEPTS, NAMES, exit_with
+
+UNK, EOS = "<unk>", "<eos>"
+SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # what Metaspace writes for the space before a word
+PUNCTUATION = (".", "?")  # stand right after a word, so without the space
+FIXED_WORDS = ("\n", "###", *"0123456789", "Every", "is", "a", "Is", "or")
+POSITIONS = 1024
+
+COMMON = {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 1, "tie_word_embeddings": True}
+# No dropout: the latent passes of one question would each draw another mask.
+GPT2 = COMMON | {
+    "model_type": "gpt2",
+    "architectures": ["GPT2LMHeadModel"],
+    "n_layer": 4,
+    "n_embd": 128,
+    "n_head": 4,
+    "n_positions": POSITIONS,
+    "attn_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "resid_pdrop": 0.0,
+}
+LLAMA = COMMON | {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "num_hidden_layers": 4,
+    "hidden_size": 128,
+    "intermediate_size": 512,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": POSITIONS,
+    "rope_theta": 10000.0,
+}
+MODELS = {"gpt2_small": GPT2, "llama_small": LLAMA}
+
+
+def build_vocabulary(words: Iterable[str]) -> dict[str, int]:
+    """Token -> id, in a fixed order: <unk>, <eos>, punctuation, fixed words, then `words` as given."""
+    spaced = [SPACE + word for word in dict.fromkeys([*FIXED_WORDS, *words])]
+    return {token: index for index, token in enumerate([UNK, EOS, *PUNCTUATION, *spaced])}
+
+
+def build_word_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
+    """One token per word, the same one wherever the word stands; newline, `###`, `.` and `?` are tokens as well.
+
+    Every line's first word gets the space that the others have, and the decoder takes it away again. So text whose
+    words are separated by one space or newline decodes to itself, and parts that end in a newline can be encoded one
+    by one. No token is added at the start or end; <eos> also pads; unknown words become <unk>.
+    """
+    tokenizer = Tokenizer(models.WordLevel(build_vocabulary(words), unk_token=UNK))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split("\n", "isolated"),
+            pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="always"),
+            pre_tokenizers.Split(Regex("[.?]"), "isolated"),
+        ]
+    )
+    unspace = [
+        decoders.Replace(Regex(" ?\n ?"), "\n"),
+        decoders.Replace(Regex(r"(?<=\|>) "), ""),  # after a marker such as <|end-latent|>
+    ]
+    metaspace = decoders.Metaspace(replacement=SPACE, prepend_scheme="always")
+    tokenizer.decoder = decoders.Sequence([metaspace, decoders.Fuse(), *unspace])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token=UNK,
+        eos_token=EOS,
+        pad_token=EOS,
+        model_max_length=POSITIONS,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def tokenizer_config() -> dict[str, Any]:
+    """Written by hand: the class name that transformers 5 saves is unknown to transformers 4."""
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "unk_token": UNK,
+        "eos_token": EOS,
+        "pad_token": EOS,
+        "model_max_length": POSITIONS,
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
+
+
+def write_text(path: Path, text: str) -> None:
+    """The file appears whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def write_model_directory(directory: Path, model: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> None:
+    """config.json, tokenizer.json and tokenizer_config.json. OSError: they cannot be written."""
+    directory.mkdir(parents=True, exist_ok=True)
+    files = {
+        "config.json": json.dumps(model | {"vocab_size": len(tokenizer)}, indent=2),
+        "tokenizer.json": tokenizer.backend_tokenizer.to_str(pretty=True),
+        "tokenizer_config.json": json.dumps(tokenizer_config(), indent=2),
+    }
+    for name, text in files.items():
+        write_text(directory / name, text + "\n")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="word_tokenizer.py", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("configs"), help="directory (default configs)")
+    out = parser.parse_args(argv).out
+    tokenizer = build_word_tokenizer([*NAMES, *CONCEPTS])
+    try:
+        for name, model in MODELS.items():
+            write_model_directory(out / name, model, tokenizer)
+    except OSError as error:
+        exit_with(f"cannot write to {out}: {error.strerror}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""What a run tells: metrics.jsonl always, wandb if wanted, tables on the terminal of rank 0."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedTokenizerBase
+
+from dataset import stage_shape
+from evaluation import Prediction
+from utils import RunConfig, append_jsonl, get_logger, is_main_process, write_jsonl
+
+METRICS = "metrics.jsonl"
+
+
+class Reporter:
+    """Writes on rank 0 and does nothing on the others. `rows` counts the rows of metrics.jsonl.
+
+    keep_rows: rows that stay of a metrics.jsonl that is there already; None keeps all.
+    """
+
+    def __init__(self, config: RunConfig, keep_rows: int | None, wandb_id: str | None = None) -> None:
+        self.active = is_main_process()
+        self.path = None if config.debug else config.save_dir / METRICS
+        self.rows = 0
+        self.wandb: Any = None
+        if not self.active:
+            return
+        if self.path is not None:
+            self.rows = _truncate(self.path, keep_rows)
+        mode = "disabled" if config.debug else config.wandb
+        if mode != "disabled":
+            self.wandb = _start_wandb(config, mode, wandb_id)
+
+    @property
+    def wandb_id(self) -> str | None:
+        return self.wandb.id if self.wandb is not None else None
+
+    def row(self, kind: str, values: dict[str, Any]) -> None:
+        """One object: a logged step, an epoch, or an evaluation."""
+        if not self.active:
+            return
+        if self.path is not None:
+            append_jsonl(self.path, {"kind": kind, **values})
+            self.rows += 1
+        if self.wandb is not None:
+            numbers = {f"{kind}/{key}": value for key, value in values.items() if isinstance(value, (int, float))}
+            self.wandb.log(numbers, step=values["step"])
+
+    def first_batch(self, batch: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase, epoch: int, step: int) -> None:
+        """The first batch of an epoch to wandb, token by token: what stands in it and which tokens carry loss."""
+        if self.wandb is None:
+            return
+        import wandb
+
+        table = wandb.Table(columns=["row", "token id", "label", "text"])
+        for number, (ids, labels, mask) in enumerate(
+            zip(batch["input_ids"].tolist(), batch["labels"].tolist(), batch["attention_mask"].tolist(), strict=True)
+        ):
+            for token, label, real in zip(ids, labels, mask, strict=True):
+                if real:
+                    table.add_data(number, token, label, tokenizer.decode([token]))
+        self.wandb.log({f"first batch of epoch {epoch}": table}, step=step)
+
+    def finish(self) -> None:
+        if self.wandb is not None:
+            self.wandb.finish(quiet=True)
+
+
+def _truncate(path: Path, keep_rows: int | None) -> int:
+    """Drop the rows that an interrupted run wrote after the checkpoint from which it is resumed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    if keep_rows is None:
+        return len(lines)
+    if len(lines) > keep_rows:
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text("".join(lines[:keep_rows]), encoding="utf-8")
+        partial.replace(path)
+    return min(len(lines), keep_rows)
+
+
+def _start_wandb(config: RunConfig, mode: str, run_id: str | None) -> Any:
+    os.environ.setdefault("WANDB_SILENT", "true")
+    import wandb
+
+    if mode == "online" and not wandb.api.api_key:
+        get_logger().info("wandb: no login found, logging offline (wandb login, or set wandb: offline or disabled)")
+        mode = "offline"
+    return wandb.init(
+        project=config.project,
+        name=config.name,
+        id=run_id,
+        resume="allow",
+        mode=mode,
+        dir=str(config.save_dir),
+        config=config.model_dump(),
+    )
+
+
+# --- tables ---
+
+
+def show(table: Table) -> None:
+    if is_main_process():
+        Console(width=max(100, Console().width), highlight=False).print(table)
+
+
+def schedule_table(config: RunConfig, start_epoch: int, examples: int, steps_per_epoch: int, world_size: int) -> Table:
+    """Which epochs are which stage, how many latents each has, how many optimizer steps."""
+    batch = config.batch_size_training * config.gradient_accumulation_steps * world_size
+    table = Table(
+        title=f"{config.method}: {examples:,} examples, global batch {batch} "
+        f"({world_size} x {config.batch_size_training} x {config.gradient_accumulation_steps} accumulated)",
+        title_justify="left",
+    )
+    for column in ("stage", "epochs", "steps removed", "latent tokens", "optimizer steps"):
+        table.add_column(column, justify="right")
+    for stage, first, last in _stages(config, start_epoch):
+        latents, removed = stage_shape(config, stage, 1000)
+        gone = "all" if removed == 1000 else str(removed)
+        most = "" if config.pad_latent_to_max or not latents else "at most "
+        epochs = f"{first + 1}-{last + 1}" if last > first else str(first + 1)
+        table.add_row(str(stage), epochs, gone, f"{most}{latents}", f"{(last - first + 1) * steps_per_epoch:,}")
+    return table
+
+
+def _stages(config: RunConfig, start_epoch: int) -> list[tuple[int, int, int]]:
+    """(stage, first epoch, last epoch) from 0; stages that look alike, past max_latent_stage, are one row."""
+    rows: list[tuple[int, int, int]] = []
+    for epoch in range(start_epoch, config.num_epochs):
+        stage = config.scheduled_stage(epoch)
+        if rows and rows[-1][0] == stage:
+            rows[-1] = (stage, rows[-1][1], epoch)
+        else:
+            rows.append((stage, epoch, epoch))
+    return rows
+
+
+def epoch_table(rows: list[dict[str, Any]]) -> Table:
+    """The epochs so far of this process, the newest last."""
+    table = Table()
+    for column in ("epoch", "stage", "latents", "train loss", "val loss", "accuracy", "steps right", "seconds", "tokens/s"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(
+            str(row["epoch"]),
+            str(row["stage"]),
+            str(row["latents"]),
+            f"{row['train_loss']:.4f}",
+            f"{row['val_loss']:.4f}",
+            f"{100 * row['accuracy']:.1f}%",
+            f"{100 * row['cot_match']:.1f}%",
+            f"{row['seconds']:.1f}",
+            f"{row['tokens_per_second']:,.0f}",
+        )
+    return table
+
+
+def save_predictions(config: RunConfig, epoch: int, predictions: Sequence[Prediction]) -> None:
+    if is_main_process() and not config.debug:
+        config.save_dir.mkdir(parents=True, exist_ok=True)
+        write_jsonl(config.save_dir / f"predictions_{epoch}.jsonl", [asdict(one) for one in predictions])
+
+
+def print_config(config: RunConfig) -> None:
+    """The resolved configuration, once."""
+    get_logger().info(yaml.safe_dump(config.model_dump(), sort_keys=False).rstrip())

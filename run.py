@@ -1,0 +1,77 @@
+"""Train or evaluate: `python run.py args/X.yaml [key=value ...]`, or the same under torchrun."""
+
+from __future__ import annotations
+
+import torch
+
+import checkpoint
+import distributed
+from dataset import check_lengths, get_dataset
+from evaluation import Evaluator, interval
+from models import build_model, latent_ids, load_tokenizer
+from reporting import Reporter, print_config, save_predictions, schedule_table, show
+from training import Trainer
+from utils import DEBUG_TRAIN, DEBUG_VALID, RunConfig, entry_point, get_logger, load_config, save_config, set_seed
+
+
+def train(config: RunConfig, device: torch.device) -> None:
+    """Staged training with an evaluation after each epoch; goes on where an earlier run of the same command stopped."""
+    resume_from = checkpoint.newest_for(config)
+    if resume_from is not None:
+        config = config.model_copy(update={"load_model_path": str(resume_from), "from_scratch": False})
+    tokenizer = load_tokenizer(checkpoint.tokenizer_source(config))
+    ids = latent_ids(tokenizer, config.method)
+    train_set = get_dataset(str(config.train_path), tokenizer, DEBUG_TRAIN if config.debug else None)
+    valid_set = get_dataset(config.val_path, tokenizer, DEBUG_VALID if config.debug else None)
+    set_seed(config.seed)  # the same random weights on all processes
+    model = build_model(config, tokenizer, ids)
+    check_lengths([train_set, valid_set], config, config.max_new_tokens, model.max_positions)
+    wrapped = distributed.wrap(model, config.parallel, config.bf16, device, config.compile)
+    set_seed(config.seed + distributed.rank())  # other dropout masks on each
+    evaluator = Evaluator(config, valid_set, tokenizer, ids, device)
+    trainer = Trainer(config, wrapped, tokenizer, ids, train_set, evaluator, device, resume_from)
+    steps = len(trainer.groups())
+    show(schedule_table(config, trainer.state.epoch, len(train_set), steps, distributed.world_size()))
+    if trainer.fit():
+        get_logger().info(f"finished: {trainer.state.global_step} steps, checkpoints in {config.save_dir}")
+
+
+def evaluate(config: RunConfig, device: torch.device) -> None:
+    """Loss and accuracy of a checkpoint, at the stage and with the method it was trained with."""
+    config, stage, epoch = checkpoint.evaluation_config(config)
+    tokenizer = load_tokenizer(checkpoint.tokenizer_source(config))
+    ids = latent_ids(tokenizer, config.method)
+    valid_set = get_dataset(config.val_path, tokenizer, DEBUG_VALID if config.debug else None)
+    model = build_model(config, tokenizer, ids)
+    check_lengths([valid_set], config, config.max_new_tokens, model.max_positions)
+    wrapped = distributed.wrap(model, config.parallel, config.bf16, device, config.compile)
+    result = Evaluator(config, valid_set, tokenizer, ids, device).evaluate(wrapped, stage)
+    correct = sum(one.correct for one in result.predictions)
+    low, high = interval(correct, result.questions)
+    reporter = Reporter(config, keep_rows=None)
+    facts = {"step": 0, "epoch": epoch, "stage": stage, "val_path": config.val_path, "model": config.load_model_path}
+    reporter.row("evaluation", {**facts, **result.metrics(), "low": low, "high": high})
+    save_predictions(config, epoch, result.predictions)
+    reporter.finish()
+    get_logger().info(
+        f"{config.val_path}: stage {stage}, accuracy {correct}/{result.questions} = {result.accuracy:.1%} "
+        f"(95% interval {low:.1%} to {high:.1%}), loss {result.loss:.4f}, steps right {result.cot_match:.1%}, "
+        f"{result.new_tokens:.1f} new tokens a question"
+    )
+
+
+@entry_point
+def main(arguments: list[str]) -> None:
+    config = load_config(RunConfig, arguments)
+    with distributed.process_group() as device:
+        print_config(config)
+        if not config.debug:
+            distributed.run_on_main(lambda: save_config(config, config.save_dir / "config.yaml"))
+        if config.only_eval:
+            evaluate(config, device)
+        else:
+            train(config, device)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""The word tokenizer is lossless on ProsQA text, and the model directories load."""
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from preprocessing import prosqa, word_tokenizer
+
+ROOT = Path(__file__).parents[1]
+OFFICIAL = ROOT.parent / "shared" / "data" / "prosqa_official_valid.json"
+MARKERS = ["<|start-latent|>", "<|end-latent|>", "<|latent|>"]
+WORDS = [*prosqa.NAMES, *prosqa.CONCEPTS]
+TOKENIZER = word_tokenizer.build_word_tokenizer(WORDS)
+
+words = st.sampled_from([word for word in word_tokenizer.FIXED_WORDS if word != "\n"] + WORDS)
+sentences = st.builds(lambda ws, end: " ".join(ws) + end, st.lists(words, min_size=1), st.sampled_from(["", ".", "?"]))
+lines = st.lists(sentences, max_size=4).map(" ".join)
+
+
+def parts_of(record: prosqa.Record) -> list[str]:
+    steps = [step + "\n" for step in record["steps"]]
+    return [record["question"] + "\n", *steps, "### " + record["answer"]]
+
+
+@given(st.lists(lines))
+def test_text_survives_and_parts_may_be_encoded_one_by_one(text_lines):
+    parts = [line + "\n" for line in text_lines]
+    text = "".join(parts)
+    ids = TOKENIZER.encode(text)
+    assert TOKENIZER.decode(ids) == text
+    assert list(itertools.chain(*map(TOKENIZER.encode, parts))) == ids
+
+
+@given(st.lists(words, min_size=1), st.lists(st.sampled_from([" ", "\n"]), min_size=1))
+def test_a_word_has_one_id_wherever_it_stands(text_words, gaps):
+    text = "".join(word + gaps[i % len(gaps)] for i, word in enumerate(text_words))
+    newline = TOKENIZER.encode("\n")
+    ids = [token for token in TOKENIZER.encode(text.strip(" ")) if [token] != newline]
+    assert ids == [TOKENIZER.encode(word)[0] for word in text_words]
+
+
+def test_every_word_and_sign_is_one_token():
+    for word in [*WORDS, *word_tokenizer.FIXED_WORDS]:
+        assert len(TOKENIZER.encode(word)) == 1
+    for sign in word_tokenizer.PUNCTUATION:
+        assert TOKENIZER.convert_ids_to_tokens(TOKENIZER.encode(f"Tom{sign}"))[1:] == [sign]
+    assert TOKENIZER.unk_token_id not in TOKENIZER.encode(" ".join(WORDS))
+    assert TOKENIZER.encode("zzz") == [TOKENIZER.unk_token_id]
+
+
+def test_a_step_and_an_answer_alone():
+    text = "Tom is a terpus.\nEvery terpus is a brimpus.\n### Tom is a brimpus."
+    assert TOKENIZER.decode(TOKENIZER.encode(text)) == text
+    assert TOKENIZER.decode(TOKENIZER.encode("### Tom is a brimpus.")) == "### Tom is a brimpus."
+    assert len(TOKENIZER.encode("### Tom is a brimpus.")) == 6
+
+
+@pytest.mark.parametrize("name", word_tokenizer.MODELS)
+def test_markers_stay_whole_beside_the_words(name):
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "configs" / name)
+    first = len(tokenizer)
+    assert tokenizer.add_tokens(MARKERS) == 3
+    question, *steps, answer = parts_of(prosqa.prosqa_records(1, 0, "test")[0])
+    text = question + "<|start-latent|><|latent|><|latent|><|end-latent|>" + "".join(steps[2:]) + answer
+    ids = tokenizer.encode(text)
+    assert [token for token in ids if token >= first] == [first, first + 2, first + 2, first + 1]
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode([*ids, tokenizer.eos_token_id], skip_special_tokens=True) == text
+
+
+@pytest.mark.parametrize("name", word_tokenizer.MODELS)
+def test_the_directories_load_and_fit_together(name):
+    directory = ROOT / "configs" / name
+    config, tokenizer = AutoConfig.from_pretrained(directory), AutoTokenizer.from_pretrained(directory)
+    assert config.vocab_size == len(tokenizer)
+    assert tokenizer.eos_token_id == tokenizer.pad_token_id == config.eos_token_id == config.pad_token_id
+    assert tokenizer.encode("Tom is") == TOKENIZER.encode("Tom is")
+    model = AutoModelForCausalLM.from_config(config)
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    assert model.get_input_embeddings().weight.shape == (len(tokenizer), 128)
+
+
+@pytest.mark.parametrize("name", word_tokenizer.MODELS)
+def test_the_files_in_configs_are_what_the_command_writes(name, tmp_path):
+    word_tokenizer.main(["--out", str(tmp_path)])
+    for made in (tmp_path / name).iterdir():
+        assert json.loads((ROOT / "configs" / name / made.name).read_text()) == json.loads(made.read_text())
+
+
+def test_ids_do_not_move():
+    first = {"<unk>": 0, "<eos>": 1, ".": 2, "?": 3, "\n": 4, "###": 5, "Every": 16, "Alex": 21, "bompus": 38}
+    for word, index in first.items():
+        assert TOKENIZER.get_vocab()[word if index < 4 else word_tokenizer.SPACE + word] == index
+    assert len(TOKENIZER) == 76
+
+
+@pytest.mark.skipif(not OFFICIAL.exists(), reason="the published file is not here")
+def test_the_published_valid_file_has_no_unknown_word():
+    for record in json.loads(OFFICIAL.read_text()):
+        parts = parts_of(record)
+        ids = TOKENIZER.encode("".join(parts))
+        assert TOKENIZER.unk_token_id not in ids
+        assert TOKENIZER.decode(ids) == "".join(parts)
+        assert list(itertools.chain(*map(TOKENIZER.encode, parts))) == ids
+
+
+def test_an_unwritable_directory_ends_with_one_line(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as end:
+        word_tokenizer.main(["--out", str(tmp_path / "file")])
+    assert end.value.code == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1

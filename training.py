@@ -1,0 +1,284 @@
+"""The training loop: epochs of a stage, optimizer steps over micro-batches, evaluation, checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import nn
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+import checkpoint
+import distributed
+from checkpoint import Facts, TrainingState
+from dataset import IGNORE_INDEX, MicroBatch, MyCollator, batch_loader, epoch_groups, get_cot_latent_dataset, stage_shape
+from evaluation import Evaluation, Evaluator
+from models import LatentIds
+from reporting import Reporter, epoch_table, save_predictions, show
+from utils import RunConfig, UserError, get_logger, is_main_process
+
+Batch = dict[str, torch.Tensor]
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class Trainer:
+    """Everything that one run changes: the wrapped model, the optimizer, and the state that a checkpoint saves."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        ids: LatentIds,
+        train_set: Dataset,
+        evaluator: Evaluator,
+        device: torch.device,
+        resume_from: Path | None = None,
+    ) -> None:
+        self.config = config
+        self.model = model
+        self.tokenizer = tokenizer
+        self.ids = ids
+        self.train_set = train_set
+        self.evaluator = evaluator
+        self.device = device
+        self.history: list[dict[str, Any]] = []
+        self.stop_requested = False
+        self.state = TrainingState(epoch=config.resume, optimizer_stage=config.scheduled_stage(config.resume))
+        self.optimizer = self._new_optimizer()
+        if resume_from is not None:
+            self._resume(resume_from)
+        self.reporter = Reporter(config, self.state.metrics_rows, self.state.wandb_id)
+        self.state.wandb_id = self.reporter.wandb_id
+
+    def _resume(self, directory: Path) -> None:
+        loaded = checkpoint.load_training_state(directory)
+        self.state = TrainingState(**loaded["state"])
+        checkpoint.restore(loaded, self.model, self.optimizer)
+        get_logger().info(f"resuming from {directory}: epoch {self.state.epoch + 1}, after step {self.state.global_step}")
+
+    def _new_optimizer(self) -> torch.optim.Optimizer:
+        config = self.config
+        return torch.optim.AdamW(self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+
+    # --- the loop ---
+
+    def fit(self) -> bool:
+        """Train until num_epochs, or until a signal asks to stop. Returns whether training is complete."""
+        with self._stop_on_signals():
+            while self.state.epoch < self.config.num_epochs:
+                stage = self.config.scheduled_stage(self.state.epoch)
+                self._renew_optimizer(stage)
+                if not self._train_epoch(stage):
+                    self._save_inside_epoch(stage)
+                    get_logger().info(
+                        f"stopped by a signal at step {self.state.global_step}; the same command goes on from here"
+                    )
+                    return False
+                evaluation = self.evaluator.evaluate(self.model, stage)
+                self._finish_epoch(stage, evaluation)
+        self.reporter.finish()
+        return True
+
+    def _renew_optimizer(self, stage: int) -> None:
+        """A fresh optimizer where reset_optimizer asks for it: on a new stage, or on every epoch."""
+        at_start = self.state.step_in_epoch == 0 and self.state.global_step > 0
+        new_stage = stage != self.state.optimizer_stage
+        self.state.optimizer_stage = stage
+        if at_start and (self.config.reset_optimizer == "epoch" or (self.config.reset_optimizer is True and new_stage)):
+            self.optimizer = self._new_optimizer()
+
+    def _train_epoch(self, stage: int) -> bool:
+        """The rest of the epoch in progress; False if a signal cut it short."""
+        self.model.train()
+        groups = self.groups()[self.state.step_in_epoch :]
+        loader = self._loader(stage, groups)
+        title = f"epoch {self.state.epoch + 1}/{self.config.num_epochs} stage {stage}"
+        bar = tqdm(groups, desc=title, leave=False, disable=not is_main_process(), mininterval=1)
+        for group in bar:
+            began = time.perf_counter()
+            batches = [next(loader) for _ in group]
+            if self.state.step_in_epoch == 0:
+                self.reporter.first_batch(batches[0], self.tokenizer, self.state.epoch + 1, self.state.global_step)
+            loss, stop = self._optimizer_step(batches)
+            self.state.epoch_seconds += time.perf_counter() - began
+            self._log_step(loss, stage, bar)
+            if stop:
+                return False
+            every = self.config.save_every_steps
+            if every and self.state.global_step % every == 0 and group is not groups[-1]:
+                self._save_inside_epoch(stage)
+        return True
+
+    def groups(self) -> list[list[MicroBatch]]:
+        """This process's micro-batches of each optimizer step of the epoch in progress."""
+        config = self.config
+        return epoch_groups(
+            len(self.train_set),
+            config.batch_size_training,
+            config.gradient_accumulation_steps,
+            distributed.rank(),
+            distributed.world_size(),
+            config.seed,
+            self.state.epoch,
+        )
+
+    def _loader(self, stage: int, groups: list[list[MicroBatch]]) -> Iterator[Batch]:
+        ids = self.ids
+        examples = get_cot_latent_dataset(stage, self.train_set, self.config, ids.start, ids.latent, ids.end, self.state.epoch)
+        micro_batches = [micro_batch for group in groups for micro_batch in group]
+        return batch_loader(examples, micro_batches, MyCollator(self.tokenizer, ids.latent), self.config.num_workers)
+
+    def _optimizer_step(self, batches: list[Batch]) -> tuple[float, bool]:
+        """One update from all micro-batches of all processes, as if they were one batch.
+
+        Returns the mean loss per labelled token, and whether some process was asked to stop.
+        """
+        counts = [float((batch["labels"][:, 1:] != IGNORE_INDEX).sum()) for batch in batches]
+        tokens = float(sum(int(batch["attention_mask"].sum()) for batch in batches))
+        examples = float(sum(len(batch["idx"]) for batch, count in zip(batches, counts, strict=True) if count))
+        labelled, tokens, examples, stop = distributed.all_reduce(
+            [sum(counts), tokens, examples, float(self.stop_requested)], self.device
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.lr * min(1.0, (self.state.global_step + 1) / max(1, self.config.warmup_steps))
+        loss = self._accumulate_gradients(batches, labelled / distributed.world_size())
+        loss = distributed.all_reduce([loss], self.device)[0] / distributed.world_size()
+        if not math.isfinite(loss):  # before the step, so that the weights stay as they were
+            raise UserError(f"step {self.state.global_step + 1}: the loss is {loss}; lower lr or set grad_clip: 1.0")
+        distributed.clip_gradients(self.model, self.config.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        state = self.state
+        state.global_step += 1
+        state.step_in_epoch += 1
+        state.examples += int(examples)
+        state.epoch_tokens += int(tokens)
+        state.epoch_loss += loss
+        return loss, stop > 0
+
+    def _accumulate_gradients(self, batches: list[Batch], items: float) -> float:
+        """Gradients of the cross entropy summed over the micro-batches and divided by `items`; returns that loss.
+
+        DDP and FSDP2 average over processes, so `items` is the labelled tokens of all processes divided by their number.
+        """
+        total = torch.zeros((), device=self.device)
+        for number, batch in enumerate(batches):
+            inputs = {key: value.to(self.device, non_blocking=True) for key, value in batch.items() if key != "idx"}
+            with distributed.gradient_sync(self.model, enabled=number + 1 == len(batches)):
+                with distributed.autocast(self.config.bf16, self.config.parallel, self.device):
+                    loss = self.model(**inputs, labelled_only=True, num_items_in_batch=items).loss
+                loss.backward()
+            total += loss.detach()
+        return float(total)
+
+    def _log_step(self, loss: float, stage: int, bar: tqdm) -> None:
+        if self.state.global_step % self.config.log_every:
+            return
+        bar.set_postfix(loss=f"{loss:.4f}")
+        self.reporter.row(
+            "step",
+            {
+                "step": self.state.global_step,
+                "epoch": self.state.epoch + 1,
+                "stage": stage,
+                "loss": loss,
+                "lr": self.optimizer.param_groups[0]["lr"],
+                "examples": self.state.examples,
+            },
+        )
+
+    # --- the end of an epoch ---
+
+    def _finish_epoch(self, stage: int, evaluation: Evaluation) -> None:
+        """Report, then move on to the next epoch and save where it is wanted."""
+        state = self.state
+        done = state.epoch + 1
+        row = self._epoch_row(stage, evaluation)
+        self.reporter.row("epoch", row)
+        save_predictions(self.config, done, evaluation.predictions)
+        self.history.append(row)
+        show(epoch_table(self.history))
+        name = f"checkpoint_{done}"
+        improved = evaluation.accuracy > state.best.get(str(stage), -1.0)
+        if improved:
+            state.best[str(stage)] = evaluation.accuracy
+            state.best_checkpoint = name
+        state.epoch = self._next_epoch(stage, evaluation)
+        state.step_in_epoch, state.epoch_loss, state.epoch_tokens, state.epoch_seconds = 0, 0.0, 0, 0.0
+        if improved or not self.config.save_only_improve:
+            self._save(name, stage, done, evaluation.accuracy)
+
+    def _epoch_row(self, stage: int, evaluation: Evaluation) -> dict[str, Any]:
+        state = self.state
+        return {
+            "step": state.global_step,
+            "epoch": state.epoch + 1,
+            "stage": stage,
+            "latents": stage_shape(self.config, stage, 1000)[0],
+            "train_loss": state.epoch_loss / state.step_in_epoch,
+            **{f"val_{key}" if key == "loss" else key: value for key, value in evaluation.metrics().items()},
+            "examples": state.examples,
+            "seconds": state.epoch_seconds,
+            "tokens_per_second": state.epoch_tokens / max(state.epoch_seconds, 1e-9),
+        }
+
+    def _next_epoch(self, stage: int, evaluation: Evaluation) -> int:
+        """The next epoch; with advance_accuracy, the next stage's first one as soon as this stage is learned."""
+        epoch, config = self.state.epoch + 1, self.config
+        threshold = config.advance_accuracy
+        if threshold is None or evaluation.accuracy < threshold or evaluation.cot_match < threshold:
+            return epoch
+        first = (stage + 1) * config.epochs_per_stage
+        if first > epoch:
+            get_logger().info(f"stage {stage} passed {threshold:.1%} in epoch {epoch}: going on with epoch {first + 1}")
+        return max(first, epoch)
+
+    def _save_inside_epoch(self, stage: int) -> None:
+        self._save(f"checkpoint_{self.state.epoch}_step{self.state.global_step}", stage, self.state.epoch, None)
+
+    def _save(self, name: str, stage: int, epoch: int, accuracy: float | None) -> None:
+        if self.config.debug:
+            return
+        config, ids, state = self.config, self.ids, self.state
+        state.metrics_rows = self.reporter.rows
+        facts = Facts(
+            method=str(config.method),
+            stage=stage,
+            c_thought=config.c_thought,
+            max_latent_stage=config.max_latent_stage,
+            pad_latent_to_max=config.pad_latent_to_max,
+            epoch=epoch,
+            accuracy=accuracy,
+            start_latent_id=ids.start,
+            end_latent_id=ids.end,
+            latent_token_id=ids.latent,
+            eos_token_id=ids.eos,
+        )
+        checkpoint.save(config.save_dir / name, self.model, self.optimizer, self.tokenizer, facts, state)
+        distributed.run_on_main(lambda: checkpoint.remove_old(config.save_dir, config.keep_last, state.best_checkpoint))
+
+    # --- signals ---
+
+    @contextlib.contextmanager
+    def _stop_on_signals(self) -> Iterator[None]:
+        """SIGTERM, SIGUSR1 (SLURM preemption) and Ctrl-C finish the step in progress; a second one ends at once."""
+        before = {number: signal.signal(number, self._request_stop) for number in STOP_SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _request_stop(self, number: int, frame: Any) -> None:
+        if self.stop_requested:
+            raise KeyboardInterrupt
+        self.stop_requested = True

@@ -1,0 +1,274 @@
+"""Configuration (defaults < YAML file < key=value on the command line), errors for users, seeding, logging on one rank."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import json
+import logging
+import os
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path, PurePath
+from typing import Annotated, Any, Literal, TypeVar
+
+import numpy as np
+import torch
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+METHODS = ("coconut", "cot", "no_thoughts", "no_cot")
+Method = Literal["coconut", "cot", "no_thoughts", "no_cot"]
+DEBUG_TRAIN, DEBUG_VALID = 5000, 32  # records that `debug: True` keeps, as in the published code
+
+
+class UserError(ValueError):
+    """Something the user can put right. Entry points print it as one line and exit with code 2."""
+
+
+def _null(value: Any) -> Any:
+    return None if value == "None" else value  # the published YAML files write None, which YAML reads as a string
+
+
+OptionalText = Annotated[str | None, BeforeValidator(_null)]
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+
+
+class Config(BaseModel):
+    """Base of every entry point's configuration: unknown keys are errors, values are converted to the declared types."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
+
+
+class RunConfig(Config):
+    """Keys of run.py. The published YAML files load unchanged; after loading, `method` alone says what is trained."""
+
+    # general
+    project: str = "coconut"
+    save_path: str = "checkpoints"
+    name: str
+    only_eval: bool = False
+    debug: bool = False
+    seed: NonNegative = 0
+    # method: one name, or exactly one of the four booleans of the published files
+    method: Method | None = None
+    coconut: bool = False
+    cot: bool = False
+    no_thoughts: bool = False
+    no_cot: bool = False
+    # training
+    c_thought: NonNegative = 1
+    epochs_per_stage: Positive = 1
+    max_latent_stage: NonNegative = 0
+    pad_latent_to_max: bool = True
+    uniform_prob: Annotated[float, Field(ge=0, le=1)] = 0.0
+    num_epochs: Positive = 1
+    lr: Annotated[float, Field(gt=0)] = 1e-4
+    warmup_steps: NonNegative = 0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    batch_size_training: Positive = 32
+    gradient_accumulation_steps: Positive = 1
+    bf16: bool | Literal["pure"] = False
+    reset_optimizer: bool | Literal["epoch"] = False
+    grad_clip: Annotated[float | None, Field(gt=0), BeforeValidator(_null)] = None
+    advance_accuracy: Annotated[float | None, Field(gt=0, le=1), BeforeValidator(_null)] = None
+    # model
+    model_id: str
+    load_model_path: OptionalText = None
+    resume: NonNegative = 0
+    from_scratch: bool = False
+    # data
+    train_path: OptionalText = None
+    val_path: str
+    # checkpoints
+    save_only_improve: bool = False
+    save_every_steps: Annotated[int | None, Field(ge=1), BeforeValidator(_null)] = None
+    keep_last: Annotated[int | None, Field(ge=1), BeforeValidator(_null)] = None
+    # evaluation
+    batch_size_eval: Positive = 16
+    max_new_tokens: Positive = 64
+    # systems
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    compile: bool = False
+    num_workers: Annotated[int | None, Field(ge=0), BeforeValidator(_null)] = None
+    wandb: Literal["online", "offline", "disabled"] = "online"
+    log_every: Positive = 10
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        self._choose_method()
+        if self.only_eval and self.load_model_path is None:
+            raise ValueError("only_eval needs load_model_path: a checkpoint directory, a hub id or a state-dict file")
+        if not self.only_eval:
+            self._check_training()
+        if not self.name or PurePath(self.name).is_absolute() or ".." in PurePath(self.name).parts:
+            raise ValueError(f"name: {self.name!r} must be a folder below save_path")
+        return self
+
+    def _choose_method(self) -> None:
+        chosen = [name for name in METHODS if getattr(self, name)]
+        if self.method is not None and self.method not in chosen:
+            chosen.append(self.method)
+        if len(chosen) != 1:
+            found = " and ".join(chosen) if chosen else "none"
+            raise ValueError(f"method: exactly one of {', '.join(METHODS)} must be chosen, found {found}")
+        self.method = chosen[0]  # type: ignore[assignment]
+        for name in METHODS:
+            setattr(self, name, name == self.method)
+
+    def _check_training(self) -> None:
+        if self.train_path is None:
+            raise ValueError("train_path is missing: a JSON file of records, or set only_eval: True")
+        if self.resume and self.load_model_path is None:
+            raise ValueError(
+                f"resume: {self.resume} needs load_model_path, the model that was trained for {self.resume} epochs"
+            )
+        if self.resume >= self.num_epochs:
+            raise ValueError(f"resume: {self.resume} leaves nothing to train: num_epochs is {self.num_epochs}")
+        if self.from_scratch and self.load_model_path is not None:
+            raise ValueError("from_scratch and load_model_path contradict each other: set one of them")
+        if self.method == "coconut" and self.c_thought == 0:
+            raise ValueError("c_thought: 0 leaves coconut without thoughts: set at least 1, or method: no_thoughts")
+
+    @property
+    def save_dir(self) -> Path:
+        return Path(self.save_path) / self.name
+
+    def scheduled_stage(self, epoch: int) -> int:
+        """The stage of an epoch (paper, section 3); methods without a curriculum stay at 0.
+
+        Past max_latent_stage all steps are gone and later stages would look alike, so they are one stage.
+        """
+        if self.method in ("cot", "no_cot"):
+            return 0
+        return min(epoch // self.epochs_per_stage, self.max_latent_stage + 1)
+
+
+AnyConfig = TypeVar("AnyConfig", bound=Config)
+
+
+def load_config(kind: type[AnyConfig], arguments: list[str]) -> AnyConfig:
+    """`[FILE.yaml] [key=value ...]` to a configuration. Raises UserError with one line on anything that does not fit."""
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    for argument in arguments:
+        found, source = _parse_argument(argument)
+        for key in found:
+            if key not in kind.model_fields:
+                raise UserError(f"{source}: unknown key {key!r}{_nearest(key, kind)}")
+        values.update(found)
+        sources.update(dict.fromkeys(found, source))
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise UserError(_one_line(error, sources)) from None
+
+
+def _parse_argument(argument: str) -> tuple[dict[str, Any], str]:
+    if "=" in argument and not Path(argument).is_file():
+        key, text = argument.split("=", 1)
+        return {key: _parse_yaml(text, f"command line: {argument}")}, "command line"
+    if not argument.endswith((".yaml", ".yml")):
+        raise UserError(f"command line: {argument!r} is neither a YAML file nor key=value")
+    values = _parse_yaml(read_text(Path(argument)), argument)
+    if not isinstance(values, dict):
+        raise UserError(f"{argument}: expected `key: value` lines, found {type(values).__name__}")
+    return {str(key): value for key, value in values.items()}, argument
+
+
+def _parse_yaml(text: str, source: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: `!!float "x"`
+        raise UserError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def read_text(path: Path) -> str:
+    """The text of a file. Raises UserError naming it if it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+
+
+def _nearest(key: str, kind: type[Config]) -> str:
+    nearest = difflib.get_close_matches(key, kind.model_fields, n=1, cutoff=0.5)
+    return f"; did you mean {nearest[0]!r}?" if nearest else f"; valid keys: {', '.join(sorted(kind.model_fields))}"
+
+
+def _one_line(error: ValidationError, sources: dict[str, str]) -> str:
+    first = error.errors(include_url=False)[0]
+    if not first["loc"]:
+        return first["msg"].removeprefix("Value error, ")
+    key = str(first["loc"][0])
+    if first["type"] == "missing":
+        return f"{key}: missing; it must be set in the YAML file or as {key}=VALUE"
+    return f"{sources.get(key, 'default')}: {key}: {first['msg'].lower()}, got {first['input']!r}"
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write the resolved configuration as YAML."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(config.model_dump(), sort_keys=False), encoding="utf-8")
+
+
+def set_seed(seed: int) -> None:
+    """Seed python, numpy and torch on every device."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def is_main_process() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+class _RankFilter(logging.Filter):
+    """Rank 0 logs everything; the others warnings and errors only."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return is_main_process() or record.levelno >= logging.WARNING
+
+
+@functools.cache
+def get_logger() -> logging.Logger:
+    logger = logging.getLogger("coconut")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.addFilter(_RankFilter())
+    logger.addHandler(handler)
+    return logger
+
+
+def append_jsonl(path: Path, row: dict[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write all rows, or nothing: another name first, then renamed."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    partial.replace(path)
+
+
+def entry_point(main: Callable[[list[str]], None]) -> Callable[[], None]:
+    """Run `main` on the command line's arguments; a UserError becomes one line on rank 0 and exit code 2."""
+
+    @functools.wraps(main)
+    def run() -> None:
+        try:
+            main(sys.argv[1:])
+        except UserError as error:
+            if is_main_process():
+                print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+            sys.exit(2)
+
+    return run
