@@ -165,10 +165,18 @@ def save(
     def fill(partial: Path) -> None:
         unwrap(model).base_causallm.save_pretrained(partial, state_dict=weights)
         tokenizer.save_pretrained(partial)
+        _portable_tokenizer(partial / "tokenizer_config.json")
         torch.save(training, partial / STATE)
         (partial / FACTS).write_text(json.dumps(asdict(facts), indent=1) + "\n", encoding="utf-8")
 
     distributed.run_on_main(lambda: _write_whole(directory, fill))
+
+
+def _portable_tokenizer(path: Path) -> None:
+    """transformers 5 names its fast tokenizer by a class that transformers 4 does not have; both know the older name."""
+    values = json.loads(path.read_text(encoding="utf-8"))
+    if values.get("tokenizer_class") == "TokenizersBackend":
+        path.write_text(json.dumps({**values, "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2), encoding="utf-8")
 
 
 def _write_whole(directory: Path, fill: Callable[[Path], None]) -> None:
@@ -199,7 +207,7 @@ def _fsync(path: Path) -> None:
 
 
 def remove_old(save_dir: Path, keep_last: int | None, best: str | None) -> None:
-    """Delete all but the newest `keep_last` checkpoints and the best one; None keeps all, but for those inside a finished epoch."""
+    """Delete checkpoints inside finished epochs, and all but the newest `keep_last` and the best one (None keeps them)."""
     whole = complete_checkpoints(save_dir)
     for number, path in enumerate(reversed(whole)):
         in_epoch = "_step" in path.name

@@ -285,7 +285,7 @@ def pass_bounds(latent: Tensor, attention_mask: Tensor) -> list[tuple[int, int]]
     if any(has_orphan):
         raise ValueError(f"the latent in column {has_orphan.index(True)} has no token before it to think from")
     starts = [0] + [column for column, found in enumerate(has_latent) if found]
-    return list(zip(starts, starts[1:] + [latent.shape[1]], strict=True))
+    return list(zip(starts, [*starts[1:], latent.shape[1]], strict=True))
 
 
 def sample(

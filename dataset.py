@@ -15,10 +15,10 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
 from transformers import PreTrainedTokenizerBase
 
-from utils import UserError, get_logger, read_text
+from utils import UserError, get_logger, is_main_process, read_text
 
 IGNORE_INDEX = -100
 START_LATENT, END_LATENT, LATENT = "<|start-latent|>", "<|end-latent|>", "<|latent|>"
@@ -109,6 +109,8 @@ def get_dataset(path: str | Path, tokenizer: PreTrainedTokenizerBase, max_size: 
     tokenizer's special tokens), steps_tokenized [[int]] (each step and newline), answer_tokenized [int] ("### ", answer, EOS).
     """
     records = load_records(path)[:max_size]
+    if not is_main_process():
+        disable_progress_bars()
     dataset = Dataset.from_list([_row(index, record) for index, record in enumerate(records)])
     workers = max(1, min(available_cpus(), len(records) // RECORDS_PER_WORKER))
     dataset = dataset.map(
@@ -131,7 +133,7 @@ class _Tokenize:
             "question_tokenized": self._ids([question + "\n" for question in rows["question"]], special=True),
             "steps_tokenized": [[next(step_ids) for _ in row] for row in rows["steps"]],
             "answer_tokenized": [
-                ids + [self.tokenizer.eos_token_id]
+                [*ids, self.tokenizer.eos_token_id]
                 for ids in self._ids(["### " + answer for answer in rows["answer"]], special=False)
             ],
         }

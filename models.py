@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -13,6 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from coconut import Coconut
 from dataset import END_LATENT, LATENT, START_LATENT, uses_markers
 from utils import RunConfig, UserError, get_logger
+
+transformers.utils.logging.disable_progress_bar()  # one bar per loaded or saved shard says nothing
 
 WRAPPER_PREFIXES = ("module.", "_orig_mod.", "base_causallm.")  # DDP, torch.compile, Coconut
 IDENTITY_KEYS = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads")
