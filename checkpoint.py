@@ -115,6 +115,27 @@ def newest_for(config: RunConfig) -> Path | None:
     return whole[-1]
 
 
+def resolve_paths(config: RunConfig) -> RunConfig:
+    """Replace a run's directory in `load_model_path` by its newest checkpoint. Raises CheckpointError if there is nothing.
+
+    A name that can only be local is not looked up on the hub.
+    """
+    for key in ("model_id", "load_model_path"):
+        value = getattr(config, key)
+        if value is None or Path(value).is_file() or (Path(value) / "config.json").is_file():
+            continue
+        path = Path(value)
+        if whole := complete_checkpoints(path):
+            get_logger().info(f"{key}: {whole[-1]} is the newest checkpoint in {path}")
+            config = config.model_copy(update={key: str(whole[-1])})
+        elif path.is_dir():
+            raise CheckpointError(f"{key}: {path} holds neither a model (config.json) nor a whole checkpoint_<epoch>")
+        elif value.startswith((".", "/")) or value.count("/") != 1 or path.parent.is_dir():
+            if "/" in value:
+                raise CheckpointError(f"{key}: {path}: no such file or directory")
+    return config
+
+
 def tokenizer_source(config: RunConfig) -> str:
     """A checkpoint directory brings its own tokenizer; otherwise it is the model's."""
     if config.load_model_path is not None and (Path(config.load_model_path) / "tokenizer_config.json").is_file():
@@ -126,12 +147,10 @@ def evaluation_config(config: RunConfig) -> tuple[RunConfig, int, int]:
     """(configuration, stage, finished epochs) for evaluating `load_model_path`.
 
     A checkpoint knows its method, stage and number of latents; those of the configuration count only for published
-    single-file checkpoints and plain models, whose stage follows from `resume`. A run's directory means its newest checkpoint.
+    single-file checkpoints and plain models, whose stage follows from `resume`.
     """
+    config = config.model_copy(update={"from_scratch": False})
     source = Path(str(config.load_model_path))
-    if whole := complete_checkpoints(source):
-        source = whole[-1]
-        config = config.model_copy(update={"load_model_path": str(source)})
     facts = read_facts(source)
     if facts is None:
         stage = config.scheduled_stage(config.resume)

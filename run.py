@@ -17,7 +17,9 @@ from utils import DEBUG_TRAIN, DEBUG_VALID, RunConfig, entry_point, get_logger, 
 def train(config: RunConfig, device: torch.device) -> None:
     """Staged training with an evaluation after each epoch; goes on where an earlier run of the same command stopped."""
     resume_from = checkpoint.newest_for(config)
-    if resume_from is not None:
+    if resume_from is None:
+        config = checkpoint.resolve_paths(config)
+    else:
         config = config.model_copy(update={"load_model_path": str(resume_from), "from_scratch": False})
     tokenizer = load_tokenizer(checkpoint.tokenizer_source(config))
     ids = latent_ids(tokenizer, config.method)
@@ -26,24 +28,26 @@ def train(config: RunConfig, device: torch.device) -> None:
     set_seed(config.seed)  # the same random weights on all processes
     model = build_model(config, tokenizer, ids)
     check_lengths([train_set, valid_set], config, config.max_new_tokens, model.max_positions)
+    keep_config(config)
     wrapped = distributed.wrap(model, config.parallel, config.bf16, device, config.compile)
     set_seed(config.seed + distributed.rank())  # other dropout masks on each
     evaluator = Evaluator(config, valid_set, tokenizer, ids, device)
     trainer = Trainer(config, wrapped, tokenizer, ids, train_set, evaluator, device, resume_from)
-    steps = len(trainer.groups())
-    show(schedule_table(config, trainer.state.epoch, len(train_set), steps, distributed.world_size()))
+    show(schedule_table(config, trainer.state.epoch, len(train_set), len(trainer.groups()), distributed.world_size()))
     if trainer.fit():
-        get_logger().info(f"finished: {trainer.state.global_step} steps, checkpoints in {config.save_dir}")
+        place = "nothing saved (debug)" if config.debug else f"checkpoints in {config.save_dir}"
+        get_logger().info(f"finished: {trainer.state.global_step} steps, {place}")
 
 
 def evaluate(config: RunConfig, device: torch.device) -> None:
     """Loss and accuracy of a checkpoint, at the stage and with the method it was trained with."""
-    config, stage, epoch = checkpoint.evaluation_config(config)
+    config, stage, epoch = checkpoint.evaluation_config(checkpoint.resolve_paths(config))
     tokenizer = load_tokenizer(checkpoint.tokenizer_source(config))
     ids = latent_ids(tokenizer, config.method)
     valid_set = get_dataset(config.val_path, tokenizer, DEBUG_VALID if config.debug else None)
     model = build_model(config, tokenizer, ids)
     check_lengths([valid_set], config, config.max_new_tokens, model.max_positions)
+    keep_config(config)
     wrapped = distributed.wrap(model, config.parallel, config.bf16, device, config.compile)
     result = Evaluator(config, valid_set, tokenizer, ids, device).evaluate(wrapped, stage)
     correct = sum(one.correct for one in result.predictions)
@@ -60,13 +64,17 @@ def evaluate(config: RunConfig, device: torch.device) -> None:
     )
 
 
+def keep_config(config: RunConfig) -> None:
+    """The resolved configuration beside the results, once nothing is left that could be wrong with it."""
+    if not config.debug:
+        distributed.run_on_main(lambda: save_config(config, config.save_dir / "config.yaml"))
+
+
 @entry_point
 def main(arguments: list[str]) -> None:
     config = load_config(RunConfig, arguments)
     with distributed.process_group() as device:
         print_config(config)
-        if not config.debug:
-            distributed.run_on_main(lambda: save_config(config, config.save_dir / "config.yaml"))
         if config.only_eval:
             evaluate(config, device)
         else:

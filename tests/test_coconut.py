@@ -6,7 +6,7 @@ Batches are drawn as text, one row a string: q question, s and e markers, L late
 from __future__ import annotations
 
 import json
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import pytest
@@ -252,8 +252,9 @@ def test_count_positions():
     assert torch.equal(count_positions(batch["attention_mask"])[real], batch["position_ids"][real])
 
 
-@pytest.mark.parametrize("layout", ["ragged", "scattered", "no latents"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "layout"), [*product(FAMILIES, ["ragged"]), *product(["gpt2"], sorted(LAYOUTS.keys() - {"ragged"}))]
+)
 def test_labelled_only(family, layout):
     """The same loss and gradients, and logits of exactly the positions that predict a label, row by row."""
     model, batch = build(family), draw(LAYOUTS[layout])
@@ -381,7 +382,7 @@ def test_generate_matches_naive(family):
     """Batched and cached gives, token for token, what one prompt at a time without a cache gives."""
     base = tiny_model(family, tie_word_embeddings=False)[0]  # tied, random models repeat one token
     batch = draw(PROMPTS)
-    width, limit = len(PROMPTS[0]), 10
+    width, limit = len(PROMPTS[0]), 8
     endless = naive_generate(base, IDS._replace(eos=-1), alone(batch, 0), limit)[0]
     ids = IDS._replace(eos=int(endless[-limit + 4]))  # so that a row ends early
     model = wrap(base, ids)
@@ -419,7 +420,7 @@ def test_generate_projects_only_sampled_positions():
     assert sum(counter.lengths) == len(PROMPTS[0]) + 5
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_oss", "gemma2"])
 def test_output_embedding(family, monkeypatch):
     """Fed to the base model in one pass, the returned embeddings give the logits every new token was taken from."""
     model, batch = build(family, tie_word_embeddings=False), draw(PROMPTS)
@@ -506,7 +507,7 @@ def seeded(*seeds: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "mistral"])
+@pytest.mark.parametrize("family", ["gpt2", "mistral"])
 def test_sample_does_not_depend_on_the_batch(family):
     base = tiny_model(family, tie_word_embeddings=False)[0]
     model, batch = wrap(base, IDS._replace(eos=-1)), draw(PROMPTS)
@@ -530,9 +531,8 @@ def test_sample_repeats_with_its_generator():
 
 
 @pytest.mark.parametrize("how", [{"temperature": 1e-4}, {"temperature": 1.0, "top_p": 1e-6}], ids=str)
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_sharp_sampling_is_greedy(family, how):
-    model, batch = build(family, tie_word_embeddings=False), draw(PROMPTS)
+def test_sharp_sampling_is_greedy(how):
+    model, batch = build("llama", tie_word_embeddings=False), draw(PROMPTS)
     arguments = batch["input_ids"], batch["attention_mask"], 10
     assert torch.equal(model.generate(*arguments, **how), model.generate(*arguments))
 

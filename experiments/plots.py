@@ -1,0 +1,66 @@
+"""Figures of a run, read from its metrics.jsonl."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+STAGE_COLOURS = ("#e8eef7", "#cddcee", "#b2cae6", "#97b8dd", "#7ca6d4")
+
+
+def epoch_curves(runs: dict[str, list[dict[str, Any]]], path: Path, title: str) -> None:
+    """Loss (above) and answer accuracy (below) by epoch; the stages of the first run are shaded.
+
+    runs: name -> rows of kind "epoch" of metrics.jsonl. The last stage's accuracy is the one that needs no written steps.
+    """
+    figure, (above, below) = plt.subplots(2, 1, figsize=(8, 6.5), sharex=True, layout="constrained")
+    for axes in (above, below):
+        _shade_stages(axes, next(iter(runs.values())))
+        axes.grid(alpha=0.3)
+    for number, (name, rows) in enumerate(runs.items()):
+        epochs = [row["epoch"] for row in rows]
+        colour = f"C{number}"
+        above.plot(epochs, [row["train_loss"] for row in rows], colour, label=f"{name}, training")
+        above.plot(epochs, [row["val_loss"] for row in rows], colour, linestyle="--", label=f"{name}, validation")
+        below.plot(epochs, [100 * row["accuracy"] for row in rows], colour, marker=".", label=name)
+    below.axhline(50, color="grey", linestyle=":", label="chance")
+    above.set(ylabel="cross entropy per labelled token", title=title)
+    below.set(ylabel="validation accuracy in %", xlabel="epoch", ylim=(0, 103))
+    above.legend(fontsize=8)
+    below.legend(fontsize=8, loc="lower left")
+    _save(figure, path)
+
+
+def _shade_stages(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    for stage in sorted({row["stage"] for row in rows}):
+        epochs = [row["epoch"] for row in rows if row["stage"] == stage]
+        axes.axvspan(epochs[0] - 0.5, epochs[-1] + 0.5, color=STAGE_COLOURS[stage % len(STAGE_COLOURS)], zorder=0, linewidth=0)
+        middle = (epochs[0] + epochs[-1]) / 2
+        axes.text(middle, 0.985, f"stage {stage}", transform=axes.get_xaxis_transform(), ha="center", va="top", fontsize=8)
+
+
+def accuracy_bars(bars: dict[str, tuple[float, float, float]], chance: float, path: Path, title: str) -> None:
+    """Accuracies as fractions with their 95% intervals: name -> (accuracy, low, high)."""
+    figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
+    values = [100 * value for value, _, _ in bars.values()]
+    errors = [
+        [100 * (value - low) for value, low, _ in bars.values()],
+        [100 * (high - value) for value, _, high in bars.values()],
+    ]
+    axes.bar(list(bars), values, yerr=errors, capsize=4, color=[f"C{number}" for number in range(len(bars))])
+    axes.axhline(100 * chance, color="grey", linestyle=":", label="chance")
+    axes.set(ylabel="test accuracy in %", ylim=(0, 103), title=title)
+    axes.legend(fontsize=8)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

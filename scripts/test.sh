@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# All checks: lint, types, all tests, and the model tests again with the oldest supported transformers.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/environment.sh
+export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false WANDB_MODE=disabled HF_HUB_OFFLINE=1
+
+make_environment .venv requirements-dev.txt
+echo "== ruff and mypy"
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+.venv/bin/mypy
+
+make_environment .venv-oldest requirements-oldest.txt
+echo "== model tests with the oldest supported transformers ($(.venv-oldest/bin/python -c 'import transformers; print(transformers.__version__)'))"
+.venv-oldest/bin/python -m pytest -q tests/test_coconut.py tests/test_models.py tests/test_dataset.py tests/test_word_tokenizer.py
+
+echo "== all tests ($(.venv/bin/python -c 'import transformers; print("transformers", transformers.__version__)'))"
+.venv/bin/python -m pytest -q "$@"

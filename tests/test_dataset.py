@@ -1,0 +1,267 @@
+"""Records, tokens, stages and batches; the published code's recorded sequences and training losses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, SHARED_DATA, chain_records, write_json
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from coconut import Coconut
+from dataset import (
+    DataError,
+    MicroBatches,
+    MyCollator,
+    check_lengths,
+    epoch_groups,
+    get_cot_latent_dataset,
+    get_dataset,
+    get_question_latent_dataset,
+    load_records,
+    stage_shape,
+)
+
+GOLDEN = ROOT / "tests" / "golden"
+STAGES = json.loads((GOLDEN / "stages.json").read_text())
+MODELS = json.loads((GOLDEN / "models.json").read_text())
+IDS = STAGES["token_ids"]
+MARKERS = (IDS["start_latent"], IDS["latent"], IDS["end_latent"])
+RECORD = {"question": "Is Tom a lempus?", "steps": ["Tom is a lempus."], "answer": "Tom is a lempus."}
+
+
+def curriculum(**values: Any) -> SimpleNamespace:
+    defaults = {"method": "coconut", "c_thought": 1, "max_latent_stage": 3, "pad_latent_to_max": True}
+    return SimpleNamespace(**{**defaults, "uniform_prob": 0.0, "seed": 0, **values})
+
+
+def fake_tokenizer() -> SimpleNamespace:
+    return SimpleNamespace(pad_token_id=IDS["eos"], eos_token_id=IDS["eos"])
+
+
+# --- golden ---
+
+
+def case_name(case: dict[str, Any]) -> str:
+    return "-".join(str(case[key]) for key in ("method", "c_thought", "max_latent_stage", "pad_latent_to_max", "scheduled_stage"))
+
+
+@pytest.mark.parametrize("case", STAGES["cases"], ids=case_name)
+def test_stage_examples_match_the_published_ones(case: dict[str, Any]) -> None:
+    base = Dataset.from_list(STAGES["samples"])
+    configuration = curriculum(**{key: case[key] for key in ("method", "c_thought", "max_latent_stage", "pad_latent_to_max")})
+    stage = case["scheduled_stage"]
+    training = get_cot_latent_dataset(stage, base, configuration, *MARKERS)
+    prompts = get_question_latent_dataset(stage, base, configuration, *MARKERS)
+    for index, sample in enumerate(STAGES["samples"]):
+        for key, value in case["generate"][index].items():
+            assert prompts[index][key] == value
+        # Without padding the published code trains a question of few steps with more latents than it evaluates it with.
+        if case["pad_latent_to_max"] or len(sample["steps_tokenized"]) >= min(stage, case["max_latent_stage"]):
+            for key, value in case["train"][index].items():
+                assert training[index][key] == value
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_training_losses_match_the_published_ones(family: str) -> None:
+    golden = MODELS[family]
+    plan = golden["training"]
+    config = {key: value for key, value in golden["config"].items() if not key.startswith(("_attn", "transformers"))}
+    base = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    tensors = load_file(GOLDEN / f"{family}.safetensors")
+    base.load_state_dict({key[7:]: value for key, value in tensors.items() if key.startswith("weight.")}, strict=False)
+    base.tie_weights()
+    model = Coconut(base, IDS["latent"], IDS["start_latent"], IDS["end_latent"], IDS["eos"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
+    # The recorded run began with the gradients of the batch "ragged" still in place (found by trial: without them the
+    # second loss already differs by 0.02, with them all 24 agree to 1e-6), so this one does too.
+    for name, parameter in base.named_parameters():
+        parameter.grad = tensors[f"ragged.grad.{name}"].clone()
+    collator = MyCollator(fake_tokenizer(), IDS["latent"])
+    configuration = curriculum(c_thought=plan["c_thought"], max_latent_stage=plan["max_latent_stage"])
+    samples = Dataset.from_list(plan["samples"])
+    losses = []
+    for stage in plan["stages"]:
+        examples = get_cot_latent_dataset(stage, samples, configuration, *MARKERS)
+        for _ in range(plan["epochs_per_stage"]):
+            for start in range(0, len(samples), plan["batch_size"]):
+                batch = collator(examples.__getitems__(list(range(start, start + plan["batch_size"]))))
+                batch.pop("idx")
+                loss = model(**batch, labelled_only=True).loss
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                losses.append(loss.item())
+    assert losses == pytest.approx(plan["losses"], abs=1e-3)
+
+
+# --- records ---
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"question": "q"}', "expected a list of records, found an object"),
+        ("[]", "the data set is empty"),
+        ("[1]", "record 0: expected an object with question, answer and steps, found a number"),
+        (json.dumps([RECORD, {**RECORD, "steps": "a b"}]), "record 1: field 'steps': expected a list of strings, found a string"),
+        (json.dumps([{"question": "q", "answer": "a"}]), "record 0: field 'steps' is missing"),
+        (json.dumps([{**RECORD, "steps": ["a", 3]}]), "field 'steps[1]': expected a string, found a number"),
+        (json.dumps([{**RECORD, "answer": 72}]), "field 'answer': expected a string, found a number"),
+        (json.dumps([{**RECORD, "question": None}]), "field 'question': expected a string, found null"),
+        (json.dumps([{**RECORD, "question": " "}]), "field 'question' is blank"),
+    ],
+)
+def test_malformed_data_is_one_line_with_file_index_field_and_reason(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "data.json"
+    path.write_text(text)
+    with pytest.raises(DataError) as caught:
+        load_records(path)
+    assert message in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_missing_or_unreadable_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nothing.json: no such file"):
+        load_records(tmp_path / "nothing.json")
+    (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"binary.json: cannot be read"):
+        load_records(tmp_path / "binary.json")
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_records(tmp_path)
+
+
+def test_blank_steps_are_no_steps_and_further_fields_are_kept(tokenizer: Any, tmp_path: Path) -> None:
+    record = {**RECORD, "steps": ["", "Tom is a lempus.", "  "], "edges": [[0, 1]], "root": 3}
+    row = get_dataset(write_json(tmp_path / "data.json", [record]), tokenizer)[0]
+    assert row["steps"] == ["Tom is a lempus."]
+    assert len(row["steps_tokenized"]) == 1
+    assert json.loads(row["extra"]) == {"edges": [[0, 1]], "root": 3}
+
+
+def test_tokens_are_question_steps_and_answer_with_eos(tokenizer: Any, tmp_path: Path) -> None:
+    row = get_dataset(write_json(tmp_path / "data.json", [RECORD]), tokenizer)[0]
+    text = "Is Tom a lempus?\nTom is a lempus.\n### Tom is a lempus."
+    parts = row["question_tokenized"] + row["steps_tokenized"][0] + row["answer_tokenized"]
+    assert parts == [*tokenizer.encode(text), tokenizer.eos_token_id]
+
+
+def test_max_size_keeps_the_first_records(tokenizer: Any, tmp_path: Path) -> None:
+    dataset = get_dataset(write_json(tmp_path / "data.json", chain_records(9)), tokenizer, 4)
+    assert dataset["idx"] == [0, 1, 2, 3]
+
+
+def test_a_tokenizer_that_merges_across_joints_is_reported(tokenizer: Any, tmp_path: Path, capsys: Any) -> None:
+    def merging(texts: Any, add_special_tokens: bool) -> dict[str, Any]:
+        return {"input_ids": [7] if isinstance(texts, str) else [[7] for _ in texts]}
+
+    methods = {"__call__": staticmethod(merging), "decode": staticmethod(lambda ids: ""), "eos_token_id": 1}
+    stub = type("Tokenizer", (), methods)()
+    get_dataset(write_json(tmp_path / "data.json", [RECORD]), stub)
+    assert "joins question, steps and answer differently" in capsys.readouterr().out
+
+
+def test_a_record_longer_than_the_model_is_named(tokenizer: Any, tmp_path: Path) -> None:
+    dataset = get_dataset(write_json(tmp_path / "data.json", chain_records(3)), tokenizer)
+    check_lengths([dataset], curriculum(), 8, 200)
+    with pytest.raises(DataError, match=r"record 2 needs up to \d+ positions .*; the model has 45"):
+        check_lengths([dataset], curriculum(), 8, 45)
+
+
+# --- stages ---
+
+
+@given(
+    stage=st.integers(0, 9), steps=st.integers(0, 9), most=st.integers(0, 6), thought=st.integers(1, 3), pad=st.booleans()
+)
+def test_latents_never_exceed_what_the_stage_or_the_question_allows(
+    stage: int, steps: int, most: int, thought: int, pad: bool
+) -> None:
+    latents, removed = stage_shape(
+        curriculum(c_thought=thought, max_latent_stage=most, pad_latent_to_max=pad), stage, steps
+    )
+    assert latents == thought * (min(stage, most) if pad else min(stage, most, steps))
+    assert removed == (stage if stage <= most else steps)
+
+
+def test_uniform_prob_repeats_and_depends_on_seed_and_epoch(tokenizer: Any, tmp_path: Path) -> None:
+    base = get_dataset(write_json(tmp_path / "data.json", chain_records(60)), tokenizer)
+
+    def latents(seed: int, epoch: int, order: range) -> list[int]:
+        configuration = curriculum(uniform_prob=0.5, seed=seed)
+        examples = get_cot_latent_dataset(3, base, configuration, 500, 501, 502, epoch)
+        return [examples[index]["input_ids"].count(501) for index in order]
+
+    first = latents(0, 0, range(60))
+    assert first == latents(0, 0, range(60))
+    assert first == latents(0, 0, range(59, -1, -1))[::-1]
+    assert first != latents(0, 1, range(60))
+    assert first != latents(1, 0, range(60))
+    assert 10 < sum(count != 3 for count in first) < 45  # about half of them, less the draws of 3 itself
+    prompts = get_question_latent_dataset(3, base, curriculum(uniform_prob=1.0), 500, 501, 502)
+    assert {prompts[index]["input_ids"].count(501) for index in range(60)} == {3}  # evaluation is never mixed
+
+
+# --- batches ---
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 4), st.integers(0, 6)), min_size=1, max_size=6))
+def test_collator_aligns_the_first_latents(shapes: list[tuple[int, int, int]]) -> None:
+    latent, pad = 99, 0
+    examples = []
+    for row, (before, latents, after) in enumerate(shapes):
+        ids = [1] * before + [latent] * latents + [2] * after
+        positions = list(range(len(ids)))
+        examples.append({"input_ids": ids, "attention_mask": [1] * len(ids), "position_ids": positions, "labels": ids, "idx": row})
+    batch = MyCollator(SimpleNamespace(pad_token_id=pad, eos_token_id=5), latent)(examples)
+    first = {(row == latent).nonzero()[0].item() for row in batch["input_ids"] if (row == latent).any()}
+    assert len(first) <= 1
+    for row, example in enumerate(examples):
+        real = batch["attention_mask"][row].bool()
+        for key in ("input_ids", "position_ids", "labels"):
+            assert batch[key][row][real].tolist() == example[key]
+        assert (batch["labels"][row][~real] == -100).all()
+        assert (batch["position_ids"][row][~real] == 0).all()
+    ends = MyCollator(SimpleNamespace(pad_token_id=None, eos_token_id=5), latent, align_end=True)(examples)
+    assert ends["attention_mask"][:, -1].all()
+
+
+@given(
+    size=st.integers(1, 70), batch=st.integers(1, 5), accumulation=st.integers(1, 3), world=st.integers(1, 4), epoch=st.integers(0, 3)
+)
+def test_every_sample_is_taken_once_whatever_the_processes(size: int, batch: int, accumulation: int, world: int, epoch: int) -> None:
+    ranks = [epoch_groups(size, batch, accumulation, rank, world, 7, epoch) for rank in range(world)]
+    seen = [index for groups in ranks for group in groups for indices, filler in group if not filler for index in indices]
+    assert sorted(seen) == list(range(size))
+    assert len({tuple(len(group) for group in groups) for groups in ranks}) == 1  # all processes take the same passes
+    alone = epoch_groups(size, batch * world, accumulation, 0, 1, 7, epoch)
+    assert len(alone) == len(ranks[0])
+    for step, group in enumerate(alone):
+        together = {i for groups in ranks for indices, filler in groups[step] if not filler for i in indices}
+        assert together == {index for indices, _ in group for index in indices}
+
+
+def test_a_filler_carries_no_label(tokenizer: Any, tmp_path: Path) -> None:
+    base = get_dataset(write_json(tmp_path / "data.json", chain_records(3)), tokenizer)
+    examples = get_cot_latent_dataset(1, base, curriculum(), 500, 501, 502)
+    batches = MicroBatches(examples, [([0, 1], False), ([2], True)], MyCollator(tokenizer, 501))
+    assert (batches[0]["labels"] != -100).any()
+    assert (batches[1]["labels"] == -100).all()
+
+
+@pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="the public data sets are not here")
+def test_the_published_validation_set_loads(tokenizer: Any) -> None:
+    dataset = get_dataset(SHARED_DATA / "prosqa_official_valid.json", tokenizer)
+    assert len(dataset) == 300
+    assert not any(tokenizer.unk_token_id in ids for ids in dataset["question_tokenized"])
