@@ -183,8 +183,11 @@ class Coconut(nn.Module):
     def verify_projection(self) -> None:
         """Raise ValueError if `project` is not what the base model computes after its decoder."""
         token = torch.tensor([[self.eos_token_id]], device=self.embedding.weight.device)
+        was_training = self.training
+        self.eval()  # without dropout
         expected = self.base_causallm(input_ids=token).logits
         actual = self.project(self.base_causallm.base_model(input_ids=token).last_hidden_state)
+        self.train(was_training)
         if not torch.allclose(actual.float(), expected.float(), rtol=1e-2, atol=1e-3):
             family = self.base_causallm.config.model_type
             raise ValueError(

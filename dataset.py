@@ -367,5 +367,6 @@ def batch_loader(
         batch_size=None,
         num_workers=min(workers, len(micro_batches)),
         pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # else each new loader draws from the generator of dropout, and resuming is not exact
     )
     return iter(loader)

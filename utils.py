@@ -234,12 +234,19 @@ class _RankFilter(logging.Filter):
         return is_main_process() or record.levelno >= logging.WARNING
 
 
+class _ToStdout(logging.Handler):
+    """Looks standard output up each time: it may have been redirected since the logger was made."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), flush=True)
+
+
 @functools.cache
 def get_logger() -> logging.Logger:
     logger = logging.getLogger("coconut")
     logger.setLevel(logging.INFO)
     logger.propagate = False
-    handler = logging.StreamHandler(sys.stdout)
+    handler = _ToStdout()
     handler.setFormatter(logging.Formatter("%(message)s"))
     handler.addFilter(_RankFilter())
     logger.addHandler(handler)

@@ -308,13 +308,14 @@ def test_embeddings_are_not_written_in_place():
     model, batch = build("llama"), draw(LAYOUTS["scattered"])
     looked_up = []
     model.embedding.register_forward_hook(lambda _module, _args, output: looked_up.append(output))
-    version = model.embedding.weight._version
+    version, weight = model.embedding.weight._version, model.embedding.weight.detach().clone()
     outputs = model(**batch)
     before = [embeds.detach().clone() for embeds in looked_up]
     outputs.loss.backward()
     assert looked_up
     assert all(embeds._version == 0 for embeds in looked_up)
     assert model.embedding.weight._version == version
+    assert torch.equal(model.embedding.weight, weight)
     latent = batch["input_ids"] == IDS.latent
     assert torch.equal(outputs.inputs_embeds[~latent], torch.cat(before, dim=1)[~latent])
     assert not torch.allclose(outputs.inputs_embeds[latent], torch.cat(before, dim=1)[latent])
@@ -566,6 +567,14 @@ def test_nucleus_frequencies(top_p):
     expected = probabilities[nucleus] / probabilities[nucleus].sum() * DRAWS
     if len(nucleus) > 1:
         assert chisquare(counts[nucleus], expected).pvalue > 0.01
+
+
+def test_nucleus_holds_at_the_upper_end(monkeypatch):
+    """A draw that rounds up to the whole mass still gives the last token of the nucleus."""
+    monkeypatch.setattr("coconut.uniform", lambda rows, _generator, _device: torch.ones(rows))
+    logits = torch.tensor([[0.1, 0.4, 0.2, 0.3]]).log()
+    assert sample(logits, 1.0, 0.6, None).tolist() == [3]
+    assert sample(logits, 1.0, 1.0, None).tolist() == [0]
 
 
 def test_impossible_tokens_are_never_sampled():

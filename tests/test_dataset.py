@@ -51,7 +51,9 @@ def fake_tokenizer() -> SimpleNamespace:
 
 
 def case_name(case: dict[str, Any]) -> str:
-    return "-".join(str(case[key]) for key in ("method", "c_thought", "max_latent_stage", "pad_latent_to_max", "scheduled_stage"))
+    return "-".join(
+        str(case[key]) for key in ("method", "c_thought", "max_latent_stage", "pad_latent_to_max", "scheduled_stage")
+    )
 
 
 @pytest.mark.parametrize("case", STAGES["cases"], ids=case_name)
@@ -114,7 +116,10 @@ def test_training_losses_match_the_published_ones(family: str) -> None:
         ('{"question": "q"}', "expected a list of records, found an object"),
         ("[]", "the data set is empty"),
         ("[1]", "record 0: expected an object with question, answer and steps, found a number"),
-        (json.dumps([RECORD, {**RECORD, "steps": "a b"}]), "record 1: field 'steps': expected a list of strings, found a string"),
+        (
+            json.dumps([RECORD, {**RECORD, "steps": "a b"}]),
+            "record 1: field 'steps': expected a list of strings, found a string",
+        ),
         (json.dumps([{"question": "q", "answer": "a"}]), "record 0: field 'steps' is missing"),
         (json.dumps([{**RECORD, "steps": ["a", 3]}]), "field 'steps[1]': expected a string, found a number"),
         (json.dumps([{**RECORD, "answer": 72}]), "field 'answer': expected a string, found a number"),
@@ -181,15 +186,11 @@ def test_a_record_longer_than_the_model_is_named(tokenizer: Any, tmp_path: Path)
 # --- stages ---
 
 
-@given(
-    stage=st.integers(0, 9), steps=st.integers(0, 9), most=st.integers(0, 6), thought=st.integers(1, 3), pad=st.booleans()
-)
+@given(stage=st.integers(0, 9), steps=st.integers(0, 9), most=st.integers(0, 6), thought=st.integers(1, 3), pad=st.booleans())
 def test_latents_never_exceed_what_the_stage_or_the_question_allows(
     stage: int, steps: int, most: int, thought: int, pad: bool
 ) -> None:
-    latents, removed = stage_shape(
-        curriculum(c_thought=thought, max_latent_stage=most, pad_latent_to_max=pad), stage, steps
-    )
+    latents, removed = stage_shape(curriculum(c_thought=thought, max_latent_stage=most, pad_latent_to_max=pad), stage, steps)
     assert latents == thought * (min(stage, most) if pad else min(stage, most, steps))
     assert removed == (stage if stage <= most else steps)
 
@@ -223,7 +224,9 @@ def test_collator_aligns_the_first_latents(shapes: list[tuple[int, int, int]]) -
     for row, (before, latents, after) in enumerate(shapes):
         ids = [1] * before + [latent] * latents + [2] * after
         positions = list(range(len(ids)))
-        examples.append({"input_ids": ids, "attention_mask": [1] * len(ids), "position_ids": positions, "labels": ids, "idx": row})
+        examples.append(
+            {"input_ids": ids, "attention_mask": [1] * len(ids), "position_ids": positions, "labels": ids, "idx": row}
+        )
     batch = MyCollator(SimpleNamespace(pad_token_id=pad, eos_token_id=5), latent)(examples)
     first = {(row == latent).nonzero()[0].item() for row in batch["input_ids"] if (row == latent).any()}
     assert len(first) <= 1
@@ -238,9 +241,15 @@ def test_collator_aligns_the_first_latents(shapes: list[tuple[int, int, int]]) -
 
 
 @given(
-    size=st.integers(1, 70), batch=st.integers(1, 5), accumulation=st.integers(1, 3), world=st.integers(1, 4), epoch=st.integers(0, 3)
+    size=st.integers(1, 70),
+    batch=st.integers(1, 5),
+    accumulation=st.integers(1, 3),
+    world=st.integers(1, 4),
+    epoch=st.integers(0, 3),
 )
-def test_every_sample_is_taken_once_whatever_the_processes(size: int, batch: int, accumulation: int, world: int, epoch: int) -> None:
+def test_every_sample_is_taken_once_whatever_the_processes(
+    size: int, batch: int, accumulation: int, world: int, epoch: int
+) -> None:
     ranks = [epoch_groups(size, batch, accumulation, rank, world, 7, epoch) for rank in range(world)]
     seen = [index for groups in ranks for group in groups for indices, filler in group if not filler for index in indices]
     assert sorted(seen) == list(range(size))

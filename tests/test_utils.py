@@ -52,7 +52,10 @@ def test_published_spellings_load() -> None:
         (["method=cot", "lr=.nan"], "lr: input should be a finite number"),
         (["method=cot", "uniform_prob=1.5"], "uniform_prob: input should be less than or equal to 1"),
         (["method=cott"], "method: input should be"),
-        (["coconut=true", "cot=true"], "exactly one of coconut, cot, no_thoughts, no_cot must be chosen, found coconut and cot"),
+        (
+            ["coconut=true", "cot=true"],
+            "exactly one of coconut, cot, no_thoughts, no_cot must be chosen, found coconut and cot",
+        ),
         (["method=coconut", "cot=true"], "found cot and coconut"),
         ([], "must be chosen, found none"),
         (["method=cot", "only_eval=true"], "only_eval needs load_model_path"),

@@ -1,0 +1,69 @@
+"""The layers of the code: a module imports only what stands before it in this list (docs/DESIGN in the README)."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+ORDER = (
+    "utils",
+    "coconut",
+    "dataset",
+    "models",
+    "distributed",
+    "checkpoint",
+    "evaluation",
+    "reporting",
+    "training",
+    "preprocessing",
+    "experiments",
+    "run",
+)
+PURE = {
+    "coconut": ("torch.distributed", "wandb", "argparse", "sys"),
+    "dataset": ("torch.distributed", "wandb", "argparse", "sys"),
+}
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def modules() -> list[Path]:
+    return [*ROOT.glob("*.py"), *(ROOT / "preprocessing").glob("*.py"), *(ROOT / "experiments").glob("*.py")]
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: path.stem)
+def test_imports_go_upward_only(path: Path) -> None:
+    own = path.parent.name if path.parent != ROOT else path.stem
+    assert own in ORDER, f"{own}: give the new module its place in ORDER"
+    for name in {found.split(".")[0] for found in imports(path)} & set(ORDER):
+        assert name == own or ORDER.index(name) < ORDER.index(own), f"{path.name} imports {name}"
+
+
+@pytest.mark.parametrize("module", sorted(PURE))
+def test_the_model_and_the_data_know_nothing_of_processes_or_the_command_line(module: str) -> None:
+    assert not imports(ROOT / f"{module}.py") & set(PURE[module])
+
+
+def test_no_prints_in_the_model_or_the_data() -> None:
+    for module in PURE:
+        tree = ast.parse((ROOT / f"{module}.py").read_text(encoding="utf-8"))
+        calls = [node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+        assert "print" not in calls
+
+
+def test_entry_points_stay_short() -> None:
+    for path in ROOT.glob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef) and node.name == "main":
+                assert node.end_lineno - node.lineno < 80
