@@ -130,9 +130,8 @@ def resolve_paths(config: RunConfig) -> RunConfig:
             config = config.model_copy(update={key: str(whole[-1])})
         elif path.is_dir():
             raise CheckpointError(f"{key}: {path} holds neither a model (config.json) nor a whole checkpoint_<epoch>")
-        elif value.startswith((".", "/")) or value.count("/") != 1 or path.parent.is_dir():
-            if "/" in value:
-                raise CheckpointError(f"{key}: {path}: no such file or directory")
+        elif "/" in value and (value.startswith((".", "/")) or value.count("/") > 1 or path.parent.is_dir()):
+            raise CheckpointError(f"{key}: {path}: no such file or directory")
     return config
 
 

@@ -54,8 +54,8 @@ class Coconut(nn.Module):
         hidden_layer_idx: the layer whose hidden state becomes the thought; -1 is the last one, after the final norm.
 
     Attributes:
-        max_over_ranks: maximum of an int over all processes, needed by `generate(synced_gpus=True)`. Whoever shards the
-            model sets it; this module knows nothing of process groups.
+        max_over_ranks: maximum of an int over all processes. Whoever shards the model sets it, so that all processes take
+            equally many passes; by itself this module knows nothing of process groups.
     """
 
     def __init__(
@@ -147,6 +147,8 @@ class Coconut(nn.Module):
             thought = layer[:, -1:]  # (B, 1, D)
             hidden.append(states)
             filled.append(segment)
+        idle = self.max_over_ranks(len(bounds)) - len(bounds)
+        hidden[-1] = hidden[-1] + self._idle_passes(idle) if idle else hidden[-1]
         return Thinking(torch.cat(hidden, dim=1), torch.cat(filled, dim=1), cache, len(bounds))
 
     def _base_pass(
@@ -212,7 +214,7 @@ class Coconut(nn.Module):
             input_ids: (B, T) int64, padded on the left. attention_mask: (B, T), 0 on padding; all ones if None.
             max_new_tokens: at most this many tokens are added; a row ends at `eos_token_id`, also when it comes first.
             output_embedding: also return the input embeddings, (B, T + new, D).
-            synced_gpus: take as many passes as the slowest process does (needed when parameters are sharded).
+            synced_gpus: decode as long as the slowest process does (needed when parameters are sharded).
             temperature: 0 is greedy. top_p: smallest set of tokens with this probability mass (arXiv 1904.09751).
             generator: for sampling; one per row makes a row's sample independent of the rest of the batch.
 
@@ -225,8 +227,6 @@ class Coconut(nn.Module):
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         self._check_generate(mask, max_new_tokens, temperature, top_p)
         thinking = self.think(input_ids, mask, keep_cache=True)
-        if synced_gpus:
-            self._idle_passes(self.max_over_ranks(thinking.passes) - thinking.passes)
         hidden = thinking.hidden[:, -1]  # (B, D)
         tokens, embeds = [input_ids], [thinking.inputs_embeds]
         position = count_positions(mask)[:, -1:]  # (B, 1)
@@ -250,12 +250,15 @@ class Coconut(nn.Module):
         unfinished = int(not finished.all())
         return bool(self.max_over_ranks(unfinished) if synced_gpus else unfinished)
 
-    def _idle_passes(self, count: int) -> None:
-        """Passes whose result is not used, so that sharded parameters are gathered as often as on the busiest process."""
-        device = self.embedding.weight.device
-        token = torch.full((1, 1), self.eos_token_id, device=device)
-        for _ in range(count):
-            self._base_pass(self.embedding(token), torch.ones_like(token), torch.zeros_like(token), None)
+    def _idle_passes(self, count: int) -> Tensor:
+        """Zero, by way of `count` passes over one token.
+
+        Sharded parameters are gathered for each pass, forward and backward, by all processes together: one with fewer
+        latents than the others must still take part.
+        """
+        token = torch.full((1, 1), self.eos_token_id, device=self.embedding.weight.device)
+        mask, position = torch.ones_like(token), torch.zeros_like(token)
+        return 0 * sum(self._base_pass(self.embedding(token), mask, position, None)[0].sum() for _ in range(count))
 
     def _check_generate(self, mask: Tensor, max_new_tokens: int, temperature: float, top_p: float) -> None:
         if max_new_tokens < 1:

@@ -33,6 +33,7 @@ class Curriculum(Protocol):
     max_latent_stage: int
     pad_latent_to_max: bool
     uniform_prob: float
+    earlier_stage_prob: float
     seed: int
 
 
@@ -219,13 +220,19 @@ class _StageExamples:
         return example
 
     def _sample_stage(self, idx: int, number_of_steps: int) -> int:
-        """With `uniform_prob` another stage, drawn from (seed, epoch, idx) alone: the same in any worker or process."""
-        if self.curriculum.uniform_prob == 0:
+        """Sometimes another stage, drawn from (seed, epoch, idx) alone: the same in any worker or process.
+
+        `uniform_prob` draws from all stages that the question's steps allow, `earlier_stage_prob` only from those up to
+        the current one, which keeps what was learned without training on what comes later.
+        """
+        probability = self.curriculum.uniform_prob or self.curriculum.earlier_stage_prob
+        if probability == 0:
             return self.stage
         generator = np.random.default_rng((self.curriculum.seed, self.epoch, idx))
-        if generator.random() >= self.curriculum.uniform_prob:
+        if generator.random() >= probability:
             return self.stage
-        return int(generator.integers(number_of_steps + 1))
+        last = number_of_steps if self.curriculum.uniform_prob else min(self.stage, number_of_steps)
+        return int(generator.integers(last + 1))
 
 
 def get_cot_latent_dataset(
@@ -319,18 +326,28 @@ class MicroBatch(tuple[list[int], bool]):
     __slots__ = ()
 
 
-def epoch_groups(
-    size: int, batch_size: int, accumulation: int, rank: int, world_size: int, seed: int, epoch: int
-) -> list[list[MicroBatch]]:
-    """This process's micro-batches of each optimizer step of an epoch.
+def epoch_order(size: int, seed: int, epoch: int, examples: int | None = None) -> np.ndarray:
+    """Indices of an epoch's samples, from (seed, epoch) alone: all in random order.
 
-    The order of samples depends on (seed, epoch) alone, and a step takes the same batch_size * accumulation * world_size
-    samples however they are spread over processes. The last, shorter group is spread evenly.
+    With `examples`, so many instead: the epochs then take turns through one random order after another of the whole set.
     """
-    order = np.random.default_rng((seed, epoch)).permutation(size)
+    if examples is None:
+        return np.random.default_rng((seed, epoch)).permutation(size)
+    first, last = epoch * examples, (epoch + 1) * examples
+    passes = range(first // size, (last - 1) // size + 1)
+    orders = np.concatenate([np.random.default_rng((seed, number)).permutation(size) for number in passes])
+    return orders[first - passes.start * size :][:examples]
+
+
+def epoch_groups(order: np.ndarray, batch_size: int, accumulation: int, rank: int, world_size: int) -> list[list[MicroBatch]]:
+    """This process's micro-batches of each optimizer step, through the indices in `order`.
+
+    A step takes the same batch_size * accumulation * world_size samples however they are spread over processes. The last,
+    shorter group is spread evenly.
+    """
     per_step = batch_size * accumulation * world_size
     groups = []
-    for start in range(0, size, per_step):
+    for start in range(0, len(order), per_step):
         samples = order[start : start + per_step]
         micro_steps = math.ceil(len(samples) / (batch_size * world_size))
         shares = np.array_split(samples, micro_steps * world_size)[rank::world_size]

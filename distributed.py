@@ -127,7 +127,8 @@ def shard(model: Coconut, bf16: bool | str, device: torch.device) -> nn.Module:
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if mixed else MixedPrecisionPolicy()
     for block in transformer_blocks(model):
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+    # The root too: parameters left gathered after an evaluation are other tensors than those an optimizer must hold.
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     register_fsdp_forward_method(model, "generate")
     model.max_over_ranks = max_over_ranks
     return model

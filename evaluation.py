@@ -85,7 +85,8 @@ class Evaluator:
         )
 
     def _loss(self, model: nn.Module, stage: int) -> float:
-        curriculum = self.config.model_copy(update={"uniform_prob": 0.0})  # every question at the stage that is evaluated
+        # Every question at the stage that is evaluated.
+        curriculum = self.config.model_copy(update={"uniform_prob": 0.0, "earlier_stage_prob": 0.0})
         examples = get_cot_latent_dataset(stage, self.dataset, curriculum, self.ids.start, self.ids.latent, self.ids.end)
         collator = MyCollator(self.tokenizer, self.ids.latent)
         total, count = 0.0, 0.0

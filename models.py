@@ -57,17 +57,17 @@ def latent_ids(tokenizer: PreTrainedTokenizerBase, method: str | None) -> Latent
 def build_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase, ids: LatentIds) -> Coconut:
     """The base model that the configuration names, with rows for the markers, inside a Coconut (float32, on the CPU)."""
     if config.from_scratch:
-        base = _random_model(config.model_id, len(tokenizer))
+        base = _random_model(config.model_id, len(tokenizer), config.attn_implementation)
     elif config.load_model_path is not None and Path(config.load_model_path).is_file():
-        base = _pretrained(config.model_id)
+        base = _pretrained(config.model_id, config.attn_implementation)
         load_state_dict_file(base, Path(config.load_model_path))
         # The published code sizes the embeddings to the tokenizer once it adds the markers, and only then.
         base.config.coconut_markers = base.get_input_embeddings().weight.shape[0] == ids.latent + 1
     elif config.load_model_path is not None:
         check_same_family(config.model_id, config.load_model_path)
-        base = _pretrained(config.load_model_path)
+        base = _pretrained(config.load_model_path, config.attn_implementation)
     else:
-        base = _pretrained(config.model_id)
+        base = _pretrained(config.model_id, config.attn_implementation)
     if uses_markers(config.method):
         initialise_markers(base, tokenizer, ids)
     model = Coconut(base, ids.latent, ids.start, ids.end, ids.eos)
@@ -87,20 +87,20 @@ def _config_of(source: str) -> Any:
         raise UserError(f"{source}: no model configuration could be loaded: {_first_line(error)}") from None
 
 
-def _random_model(model_id: str, vocabulary: int) -> PreTrainedModel:
+def _random_model(model_id: str, vocabulary: int, attention: str | None) -> PreTrainedModel:
     model_config = _config_of(model_id)
     model_config.vocab_size = max(model_config.vocab_size, vocabulary)
     model_config.coconut_markers = True  # random like all other rows
     get_logger().info(f"random weights from the configuration of {model_id}")
-    return AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
+    return AutoModelForCausalLM.from_config(model_config, dtype=torch.float32, attn_implementation=attention)
 
 
-def _pretrained(source: str) -> PreTrainedModel:
+def _pretrained(source: str, attention: str | None) -> PreTrainedModel:
     path = Path(source)
     if (path / "config.json").is_file() and not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
         raise UserError(f"{source}: a configuration without weights; set from_scratch: True to start from random ones")
     try:
-        return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation=attention)
     except Exception as error:  # as in load_tokenizer
         raise UserError(f"{source}: no causal language model could be loaded: {_first_line(error)}") from None
 

@@ -72,7 +72,7 @@ class Reporter:
 
     def finish(self) -> None:
         if self.wandb is not None:
-            self.wandb.finish(quiet=True)
+            self.wandb.finish()
 
 
 def _truncate(path: Path, keep_rows: int | None) -> int:

@@ -73,6 +73,7 @@ def keep_config(config: RunConfig) -> None:
 @entry_point
 def main(arguments: list[str]) -> None:
     config = load_config(RunConfig, arguments)
+    torch.set_float32_matmul_precision(config.matmul_precision)
     with distributed.process_group() as device:
         print_config(config)
         if config.only_eval:

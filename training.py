@@ -19,7 +19,16 @@ from transformers import PreTrainedTokenizerBase
 import checkpoint
 import distributed
 from checkpoint import Facts, TrainingState
-from dataset import IGNORE_INDEX, MicroBatch, MyCollator, batch_loader, epoch_groups, get_cot_latent_dataset, stage_shape
+from dataset import (
+    IGNORE_INDEX,
+    MicroBatch,
+    MyCollator,
+    batch_loader,
+    epoch_groups,
+    epoch_order,
+    get_cot_latent_dataset,
+    stage_shape,
+)
 from evaluation import Evaluation, Evaluator
 from models import LatentIds
 from reporting import Reporter, epoch_table, save_predictions, show
@@ -67,7 +76,13 @@ class Trainer:
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
         config = self.config
-        return torch.optim.AdamW(self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+        return torch.optim.AdamW(
+            self.model.parameters(),
+            lr=config.lr,
+            betas=(0.9, config.adam_beta2),
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
 
     # --- the loop ---
 
@@ -121,15 +136,9 @@ class Trainer:
     def groups(self) -> list[list[MicroBatch]]:
         """This process's micro-batches of each optimizer step of the epoch in progress."""
         config = self.config
-        return epoch_groups(
-            len(self.train_set),
-            config.batch_size_training,
-            config.gradient_accumulation_steps,
-            distributed.rank(),
-            distributed.world_size(),
-            config.seed,
-            self.state.epoch,
-        )
+        order = epoch_order(len(self.train_set), config.seed, self.state.epoch, config.examples_per_epoch)
+        size, accumulation = config.batch_size_training, config.gradient_accumulation_steps
+        return epoch_groups(order, size, accumulation, distributed.rank(), distributed.world_size())
 
     def _loader(self, stage: int, groups: list[list[MicroBatch]]) -> Iterator[Batch]:
         ids = self.ids
@@ -234,12 +243,13 @@ class Trainer:
     def _next_epoch(self, stage: int, evaluation: Evaluation) -> int:
         """The next epoch; with advance_accuracy, the next stage's first one as soon as this stage is learned."""
         epoch, config = self.state.epoch + 1, self.config
-        threshold = config.advance_accuracy
-        if threshold is None or evaluation.accuracy < threshold or evaluation.cot_match < threshold:
+        if config.advance_accuracy is None or evaluation.accuracy < config.advance_accuracy:
+            return epoch
+        if evaluation.cot_match < (config.advance_cot_match or 0):
             return epoch
         first = (stage + 1) * config.epochs_per_stage
         if first > epoch:
-            get_logger().info(f"stage {stage} passed {threshold:.1%} in epoch {epoch}: going on with epoch {first + 1}")
+            get_logger().info(f"stage {stage} learned in epoch {epoch} (advance_accuracy): going on with epoch {first + 1}")
         return max(first, epoch)
 
     def _save_inside_epoch(self, stage: int) -> None:

@@ -39,7 +39,7 @@ NonNegative = Annotated[int, Field(ge=0)]
 class Config(BaseModel):
     """Base of every entry point's configuration: unknown keys are errors, values are converted to the declared types."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False, coerce_numbers_to_str=True)
 
 
 class RunConfig(Config):
@@ -64,9 +64,12 @@ class RunConfig(Config):
     max_latent_stage: NonNegative = 0
     pad_latent_to_max: bool = True
     uniform_prob: Annotated[float, Field(ge=0, le=1)] = 0.0
+    earlier_stage_prob: Annotated[float, Field(ge=0, le=1)] = 0.0
+    examples_per_epoch: Annotated[int | None, Field(ge=1), BeforeValidator(_null)] = None
     num_epochs: Positive = 1
     lr: Annotated[float, Field(gt=0)] = 1e-4
     warmup_steps: NonNegative = 0
+    adam_beta2: Annotated[float, Field(gt=0, lt=1)] = 0.999
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     batch_size_training: Positive = 32
     gradient_accumulation_steps: Positive = 1
@@ -74,11 +77,13 @@ class RunConfig(Config):
     reset_optimizer: bool | Literal["epoch"] = False
     grad_clip: Annotated[float | None, Field(gt=0), BeforeValidator(_null)] = None
     advance_accuracy: Annotated[float | None, Field(gt=0, le=1), BeforeValidator(_null)] = None
+    advance_cot_match: Annotated[float | None, Field(gt=0, le=1), BeforeValidator(_null)] = None
     # model
     model_id: str
     load_model_path: OptionalText = None
     resume: NonNegative = 0
     from_scratch: bool = False
+    attn_implementation: OptionalText = None
     # data
     train_path: OptionalText = None
     val_path: str
@@ -92,6 +97,7 @@ class RunConfig(Config):
     # systems
     parallel: Literal["ddp", "fsdp"] = "ddp"
     compile: bool = False
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"
     num_workers: Annotated[int | None, Field(ge=0), BeforeValidator(_null)] = None
     wandb: Literal["online", "offline", "disabled"] = "online"
     log_every: Positive = 10
@@ -129,6 +135,10 @@ class RunConfig(Config):
             raise ValueError(f"resume: {self.resume} leaves nothing to train: num_epochs is {self.num_epochs}")
         if self.from_scratch and self.load_model_path is not None:
             raise ValueError("from_scratch and load_model_path contradict each other: set one of them")
+        if self.uniform_prob and self.earlier_stage_prob:
+            raise ValueError("uniform_prob and earlier_stage_prob contradict each other: set one of them")
+        if self.advance_cot_match is not None and self.advance_accuracy is None:
+            raise ValueError("advance_cot_match needs advance_accuracy, which turns leaving a stage early on")
         if self.method == "coconut" and self.c_thought == 0:
             raise ValueError("c_thought: 0 leaves coconut without thoughts: set at least 1, or method: no_thoughts")
 

@@ -85,9 +85,7 @@ def main() -> None:
     parser.add_argument("save_path", type=Path)
     parser.add_argument("test_file", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument(
-        "--seconds", type=float, required=True, help="seconds since the quick start began, without installation"
-    )
+    parser.add_argument("--seconds", type=float, required=True, help="duration of the quick start without installation")
     arguments = parser.parse_args()
     try:
         summary = summarise(arguments.save_path, arguments.test_file, arguments.seconds)

@@ -1,7 +1,8 @@
 """A word tokenizer for ProsQA and small model definitions around it, for training from scratch without a download.
 
-`python -m preprocessing.word_tokenizer` writes configs/gpt2_small and configs/llama_small, which
-`AutoConfig.from_pretrained(DIR)` and `AutoTokenizer.from_pretrained(DIR)` load.
+`python -m preprocessing.word_tokenizer` writes configs/gpt2_small and configs/llama_small, one token per word, and
+configs/llama_quick, one token per phrase, which `AutoConfig.from_pretrained(DIR)` and
+`AutoTokenizer.from_pretrained(DIR)` load.
 """
 
 import argparse
@@ -46,7 +47,13 @@ LLAMA = COMMON | {
     "max_position_embeddings": POSITIONS,
     "rope_theta": 10000.0,
 }
-MODELS = {"gpt2_small": GPT2, "llama_small": LLAMA}
+QUICK = LLAMA | {"intermediate_size": 256, "initializer_range": 0.08, "tie_word_embeddings": False}
+WORD_MODELS = {"gpt2_small": GPT2, "llama_small": LLAMA}
+PHRASE_MODELS = {"llama_quick": QUICK}
+
+# The phrases of ProsQA text, each with the concept in it; what is left are single words.
+PHRASES = ("Every {}", "is a {}.", "a {}", "or {}?")
+PHRASE_PATTERN = r"Every \w+|is a \w+\.|a \w+|or \w+\?|\n|[^\s]+"
 
 
 def build_vocabulary(words: Iterable[str]) -> dict[str, int]:
@@ -62,20 +69,25 @@ def build_word_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
     words are separated by one space or newline decodes to itself, and parts that end in a newline can be encoded one
     by one. No token is added at the start or end; <eos> also pads; unknown words become <unk>.
     """
-    tokenizer = Tokenizer(models.WordLevel(build_vocabulary(words), unk_token=UNK))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split("\n", "isolated"),
-            pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="always"),
-            pre_tokenizers.Split(Regex("[.?]"), "isolated"),
-        ]
-    )
+    pieces = [
+        pre_tokenizers.Split("\n", "isolated"),
+        pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="always"),
+        pre_tokenizers.Split(Regex("[.?]"), "isolated"),
+    ]
+    return wrap_tokenizer(build_vocabulary(words), pieces)
+
+
+def wrap_tokenizer(vocabulary: dict[str, int], pieces: list[Any]) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer over the pieces that the pre-tokenizers make, in Hugging Face form."""
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNK))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(pieces)
     unspace = [
         decoders.Replace(Regex(" ?\n ?"), "\n"),
         decoders.Replace(Regex(r"(?<=\|>) "), ""),  # after a marker such as <|end-latent|>
     ]
-    metaspace = decoders.Metaspace(replacement=SPACE, prepend_scheme="always")
-    tokenizer.decoder = decoders.Sequence([metaspace, decoders.Fuse(), *unspace])
+    # Not decoders.Metaspace: it drops every space of the first token, those inside a phrase too.
+    spaces = [decoders.Replace(SPACE, " "), decoders.Fuse(), decoders.Replace(Regex("^ "), "")]
+    tokenizer.decoder = decoders.Sequence([*spaces, *unspace])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         unk_token=UNK,
@@ -84,6 +96,23 @@ def build_word_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
         model_max_length=POSITIONS,
         clean_up_tokenization_spaces=False,
     )
+
+
+def build_phrase_tokenizer(names: Iterable[str], concepts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """One token per phrase of a ProsQA text: "Every lempus", "is a lempus.", "a lempus", "or lempus?"; names alone.
+
+    Sequences are less than half as long as with words, and to look an edge up is to find the token that followed the same
+    token before, which small models learn soon. Text decodes to itself as with `build_word_tokenizer`.
+    """
+    words = ["\n", "###", "Is", *names, *(phrase.format(concept) for phrase in PHRASES for concept in concepts)]
+    spaced = [SPACE + word.replace(" ", SPACE) for word in words]
+    vocabulary = {token: index for index, token in enumerate([UNK, EOS, *spaced])}
+    pieces = [
+        pre_tokenizers.Split(Regex(PHRASE_PATTERN), "isolated"),
+        pre_tokenizers.Split(Regex("^ +$"), "removed"),
+        pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="always", split=False),
+    ]
+    return wrap_tokenizer(vocabulary, pieces)
 
 
 def tokenizer_config() -> dict[str, Any]:
@@ -122,10 +151,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="word_tokenizer.py", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("configs"), help="directory (default configs)")
     out = parser.parse_args(argv).out
-    tokenizer = build_word_tokenizer([*NAMES, *CONCEPTS])
+    words, phrases = build_word_tokenizer([*NAMES, *CONCEPTS]), build_phrase_tokenizer(NAMES, CONCEPTS)
     try:
-        for name, model in MODELS.items():
-            write_model_directory(out / name, model, tokenizer)
+        for name, model in WORD_MODELS.items():
+            write_model_directory(out / name, model, words)
+        for name, model in PHRASE_MODELS.items():
+            write_model_directory(out / name, model, phrases)
     except OSError as error:
         exit_with(f"cannot write to {out}: {error.strerror}")
 

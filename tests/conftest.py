@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ def chain_records(count: int) -> list[dict[str, Any]]:
     for number in range(count):
         name = names[number % 7]
         path = [concepts[(number + 3 * step) % 8] for step in range(1 + number % 3)]
-        steps = [f"{name} is a {path[0]}."] + [f"Every {a} is a {b}." for a, b in zip(path, path[1:], strict=False)]
+        steps = [f"{name} is a {path[0]}."] + [f"Every {a} is a {b}." for a, b in itertools.pairwise(path)]
         other = concepts[(number + 1) % 8]
         question = " ".join([*steps, f"Is {name} a {path[-1]} or {other}?"])
         records.append({"question": question, "answer": f"{name} is a {path[-1]}.", "steps": steps, "number": number})

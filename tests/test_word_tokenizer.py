@@ -53,6 +53,20 @@ def test_every_word_and_sign_is_one_token():
     assert TOKENIZER.encode("zzz") == [TOKENIZER.unk_token_id]
 
 
+def test_phrases_are_one_token_each_and_lossless():
+    tokenizer = word_tokenizer.build_phrase_tokenizer(prosqa.NAMES, prosqa.CONCEPTS)
+    records = [*prosqa.prosqa_records(5, 0, "test"), *prosqa.chain_records(20, 0, "test")]
+    for record in records:
+        parts = parts_of(record)
+        ids = tokenizer.encode("".join(parts))
+        assert tokenizer.unk_token_id not in ids
+        assert list(itertools.chain(*map(tokenizer.encode, parts))) == ids
+        assert tokenizer.decode(ids) == "".join(parts)
+        assert len(tokenizer.encode(parts[1])) == 3  # who, what, newline
+    assert tokenizer.convert_ids_to_tokens(tokenizer.encode("Is Tom a lempus or yumpus?"))[2:] == ["▁a▁lempus", "▁or▁yumpus?"]
+    assert json.loads((ROOT / "configs" / "llama_quick" / "tokenizer.json").read_text())["model"]["vocab"] == tokenizer.get_vocab()
+
+
 def test_a_step_and_an_answer_alone():
     text = "Tom is a terpus.\nEvery terpus is a brimpus.\n### Tom is a brimpus."
     assert TOKENIZER.decode(TOKENIZER.encode(text)) == text

@@ -1,0 +1,107 @@
+"""Time and memory of answering questions: Coconut in batches with a cache, and one by one without.
+
+    python benchmarks/generate.py [--out results/benchmarks/generate.json]
+
+- coconut: all questions in one batch, cached.
+- coconut_single: one question at a time, cached.
+- naive: one question at a time, every thought and every token recomputes the whole sequence (`tests/naive.py`).
+
+No answer ends early, so all have the same number of tokens; the tokens of the variants are compared.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+
+import common  # first: it makes the repository importable
+import torch
+from naive import naive_generate
+from torch import Tensor
+
+from coconut import Coconut
+
+VARIANTS = ("coconut", "coconut_single", "naive")
+
+
+def answers(
+    model: Coconut, setting: common.Setting, questions: Sequence[Tensor], new: int, device: torch.device
+) -> dict[str, Callable[[int], Tensor]]:
+    """How each variant answers: all questions, or the i-th -> its new tokens (questions answered, new)."""
+    ids = common.pad_left(questions, 0).to(device)
+    mask = common.pad_left([torch.ones_like(question) for question in questions], 0).to(device)
+    single = [question[None].to(device) for question in questions]
+    return {
+        "coconut": lambda _: model.generate(ids, mask, max_new_tokens=new)[:, -new:],
+        "coconut_single": lambda i: model.generate(single[i], max_new_tokens=new)[:, -new:],
+        "naive": lambda i: naive_generate(model.base_causallm, setting, single[i], new)[:, -new:],
+    }
+
+
+def timed(answer: Callable[[int], Tensor], question: int, device: torch.device) -> tuple[float, Tensor]:
+    """Seconds per question, and the new tokens."""
+    start = common.clock(device)
+    tokens = answer(question)
+    return (common.clock(device) - start) / len(tokens), tokens.cpu()
+
+
+def count_differences(measured: dict[str, list[tuple[float, Tensor]]]) -> int:
+    """Questions to which two variants gave different tokens."""
+    batch = measured["coconut"][0][1]
+    different = {
+        question
+        for name in ("coconut_single", "naive")
+        for question, (_, tokens) in enumerate(measured[name])
+        if not torch.equal(tokens[0], batch[question])
+    }
+    return len(different)
+
+
+def report(result: dict) -> str:
+    seconds, memory = result["seconds_per_answer"], result["peak_memory_mib"]
+    rows = [[name, f"{seconds[name]:.3f}", memory.get(name, "-")] for name in VARIANTS]
+    lines = [f"{name}: {value:.2f}" for name, value in result["ratios"].items()]
+    lines.append(f"answers compared: {result['answers_compared']}, different: {result['answers_different']}")
+    return "\n".join([common.table(["variant", "s per answer", "peak MiB"], rows), *lines])
+
+
+def main(argv: Sequence[str]) -> None:
+    options = common.parser("Time and memory of answering questions.", batch_size=16, repeats=4)
+    options.add_argument("--new-tokens", type=int, default=24)
+    arguments = options.parse_args(argv)
+    if arguments.repeats > arguments.batch_size:
+        options.error("--repeats: each repeat answers another question of the batch, so at most --batch-size")
+    memory = {} if arguments.memory_of else common.peak_memories(__file__, argv, VARIANTS)
+    setting, device = common.prepare(arguments)
+    model = common.random_model(setting, device).eval()
+    questions = common.random_questions(setting, arguments.batch_size)
+    of = answers(model, setting, questions, arguments.new_tokens, device)
+    if arguments.memory_of:
+        of[arguments.memory_of](max(range(len(questions)), key=lambda i: len(questions[i])))
+        print(json.dumps({"peak_memory_mib": common.peak_memory(device)}))
+        return
+    runs = {name: lambda i, name=name: timed(of[name], i, device) for name in VARIANTS}
+    measured = common.measure(runs, arguments.warmup, arguments.repeats)
+    seconds = {name: statistics.median(time for time, _ in results) for name, results in measured.items()}
+    result = {
+        **common.describe(setting, arguments, device),
+        "seconds_per_answer": seconds,
+        "ratios": {
+            "naive / coconut": seconds["naive"] / seconds["coconut"],
+            "naive / coconut_single": seconds["naive"] / seconds["coconut_single"],
+        },
+        "peak_memory_mib": memory,
+        "answers_compared": arguments.repeats,
+        "answers_different": count_differences(measured),
+        "all_seconds": {name: [time for time, _ in results] for name, results in measured.items()},
+    }
+    common.write(result, arguments.out)
+    print(report(result))
+    if result["answers_different"]:
+        raise SystemExit("the variants do not give the same tokens")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,82 @@
+"""The benchmarks run, on a tiny model; the numbers themselves mean nothing here."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """Imports a benchmark; its peak memory is measured, in another process, for one variant only, to save time."""
+    monkeypatch.setattr(sys, "path", [str(FOLDER), *sys.path])
+    common = importlib.import_module("common")
+    peak_memories = common.peak_memories
+    monkeypatch.setattr(common, "peak_memories", lambda script, argv, variants: peak_memories(script, argv, variants[:1]))
+    threads = torch.get_num_threads()
+    yield importlib.import_module
+    torch.set_num_threads(threads)
+
+
+def run(benchmark, out: Path, *options: str) -> dict:
+    benchmark.main(["--tiny", "--threads", "1", "--repeats", "1", "--warmup", "0", "--out", str(out), *options])
+    return json.loads(out.read_text())
+
+
+def test_train_step(load, tmp_path, capsys):
+    train_step = load("train_step")
+    result = run(train_step, tmp_path / "new" / "train.json")
+    assert set(result["milliseconds"]) == set(train_step.VARIANTS)
+    for times in result["milliseconds"].values():
+        assert 0 < times["forward_backward"] < times["step"]
+    expected = result["milliseconds"]["naive"]["step"] / result["milliseconds"]["coconut"]["step"]
+    assert result["ratios"]["naive / coconut"]["step"] == pytest.approx(expected)
+    assert result["peak_memory_mib"]["coconut"] > 50
+    assert result["loss_difference"] < 1e-5
+    assert result["tokens_per_row"] == 24 + 8 + 10
+    assert "peak MiB" in capsys.readouterr().out
+
+
+def test_generate(load, tmp_path, capsys):
+    generate = load("generate")
+    result = run(generate, tmp_path / "generate.json", "--batch-size", "3", "--repeats", "3", "--new-tokens", "5")
+    assert set(result["seconds_per_answer"]) == set(generate.VARIANTS)
+    assert result["answers_compared"] == 3
+    assert result["answers_different"] == 0
+    assert result["peak_memory_mib"]["coconut"] > 50
+    assert "answers compared: 3, different: 0" in capsys.readouterr().out
+
+
+def test_generate_reports_different_tokens(load, tmp_path, monkeypatch):
+    generate = load("generate")
+    monkeypatch.setattr(generate, "naive_generate", lambda _base, _ids, prompt, new: torch.full((1, prompt.shape[1] + new), 7))
+    with pytest.raises(SystemExit, match="do not give the same tokens"):
+        run(generate, tmp_path / "generate.json", "--batch-size", "2")
+
+
+def test_train_step_refuses_another_loss(load, tmp_path, monkeypatch):
+    train_step = load("train_step")
+    naive = train_step.naive_forward
+    monkeypatch.setattr(train_step, "naive_forward", lambda *args, **kwargs: (naive(*args, **kwargs)[0] + 1,))
+    with pytest.raises(RuntimeError, match="differs from that of the naive forward"):
+        run(train_step, tmp_path / "train.json")
+
+
+def test_rows_have_the_shape_they_say(load):
+    common, train_step = load("common"), load("train_step")
+    setting = common.Setting()
+    batch = train_step.training_batch(setting, 4, torch.device("cpu"))
+    assert batch["input_ids"].shape == (4, 342)
+    assert ((batch["input_ids"] == setting.latent).sum(dim=1) == 6).all()
+    assert ((batch["labels"] != -100).sum(dim=1) == 10).all()
+    first = (batch["input_ids"] == setting.latent).int().argmax(dim=1)
+    assert (first == first[0]).all()
+    assert not (train_step.without_thoughts(batch, setting.latent)["input_ids"] == setting.latent).any()
+    assert batch["attention_mask"].sum(dim=1).float().mean() == 300 + 8 + 10

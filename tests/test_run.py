@@ -1,0 +1,231 @@
+"""run.py as users start it: in one process and in several, and what it says to bad input."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, SHARED_DATA, chain_records, read_rows, write_json
+from safetensors.torch import load_file
+
+import run
+from utils import UserError
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+
+
+def start(arguments: list[str], *more: str) -> None:
+    run.main.__wrapped__([*arguments, *more])
+
+
+def launch(processes: int, arguments: list[str], *more: str) -> subprocess.CompletedProcess[str]:
+    """run.py in a process of its own, or under torchrun."""
+    starter = [sys.executable]
+    if processes > 0:
+        starter += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [*starter, str(ROOT / "run.py"), *arguments, *more]
+    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=280, check=False)
+
+
+def losses(directory: Path) -> list[float]:
+    return [row["loss"] for row in read_rows(directory / "metrics.jsonl", "step")]
+
+
+# --- one process ---
+
+
+@pytest.mark.parametrize("method", ["coconut", "cot", "no_thoughts", "no_cot"])
+def test_every_method_trains_evaluates_and_is_evaluated_again(
+    run_arguments: list[str], tmp_path: Path, method: str, capsys: Any
+) -> None:
+    start(run_arguments, f"method={method}", "epochs_per_stage=1", "num_epochs=2")
+    directory = tmp_path / "checkpoints" / "run"
+    epochs = read_rows(directory / "metrics.jsonl", "epoch")
+    assert [row["stage"] for row in epochs] == ([0, 1] if method in ("coconut", "no_thoughts") else [0, 0])
+    assert epochs[1]["latents"] == (1 if method == "coconut" else 0)
+    assert epochs[1]["train_loss"] < epochs[0]["train_loss"]
+    assert (directory / "config.yaml").is_file()
+    # A wrong method, stage and number of latents in the configuration do not change what a checkpoint is evaluated as.
+    wrong = ["method=no_cot" if method != "no_cot" else "method=cot", "c_thought=2", "resume=40", "name=again"]
+    start(run_arguments, *wrong, "only_eval=true", f"load_model_path={directory}")
+    row = read_rows(tmp_path / "checkpoints" / "again" / "metrics.jsonl", "evaluation")[0]
+    assert row["loss"] == pytest.approx(epochs[1]["val_loss"], abs=1e-6)
+    assert (row["accuracy"], row["stage"]) == (epochs[1]["accuracy"], epochs[1]["stage"])
+    assert row["low"] <= row["accuracy"] <= row["high"]
+    assert "latent tokens" in capsys.readouterr().out  # the schedule
+
+
+def test_predictions_say_what_was_answered(run_arguments: list[str], tmp_path: Path) -> None:
+    start(run_arguments, "num_epochs=1", "method=no_cot", "batch_size_eval=3")
+    rows = read_rows(tmp_path / "checkpoints" / "run" / "predictions_1.jsonl")
+    assert [row["idx"] for row in rows] == list(range(7))
+    for row, record in zip(rows, chain_records(7), strict=True):
+        assert row["gold"] == record["answer"]
+        assert row["correct"] == (row["answer"] == row["gold"])
+
+
+def test_answers_can_be_learned(run_arguments: list[str], tmp_path: Path) -> None:
+    """Seven questions, all of them seen in training: accuracy must reach 100%, or judging the answers is broken."""
+    start(run_arguments, "num_epochs=24", "epochs_per_stage=12", "max_latent_stage=1", "max_new_tokens=30", "lr=3e-3")
+    epochs = read_rows(tmp_path / "checkpoints" / "run" / "metrics.jsonl", "epoch")
+    assert max(row["accuracy"] for row in epochs if row["stage"] == 1) == 1.0
+    assert max(row["cot_match"] for row in epochs) == 1.0
+
+
+def test_gradient_accumulation_equals_the_large_batch(run_arguments: list[str], tmp_path: Path) -> None:
+    """22 samples in steps of 8: the last group is shorter, and its micro-batches have other numbers of labels."""
+    start(run_arguments, "name=whole", "batch_size_training=8", "lr=1e-4", "num_epochs=2")
+    start(run_arguments, "name=parts", "batch_size_training=2", "gradient_accumulation_steps=4", "lr=1e-4", "num_epochs=2")
+    directory = tmp_path / "checkpoints"
+    assert losses(directory / "whole") == pytest.approx(losses(directory / "parts"), abs=1e-5)
+    assert len(losses(directory / "whole")) == 6
+
+
+def test_reset_optimizer_follows_the_stage(run_arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    import training
+
+    made = []
+    original = training.Trainer._new_optimizer
+    monkeypatch.setattr(training.Trainer, "_new_optimizer", lambda self: made.append(self.state.epoch) or original(self))
+    for setting, expected in (("true", [0, 2, 4]), ("epoch", [0, 1, 2, 3, 4, 5]), ("false", [0])):
+        made.clear()
+        start(run_arguments, f"name=reset-{setting}", f"reset_optimizer={setting}", "epochs_per_stage=2", "num_epochs=6")
+        assert made == expected, setting
+
+
+def test_a_learned_stage_is_left_early_when_asked(run_arguments: list[str], tmp_path: Path, monkeypatch: Any) -> None:
+    import training
+
+    original = training.Evaluator.evaluate
+
+    def evaluate(self: Any, model: Any, stage: int) -> Any:
+        result = original(self, model, stage)
+        result.accuracy = result.cot_match = 0.99 if stage == 1 else 0.5
+        return result
+
+    monkeypatch.setattr(training.Evaluator, "evaluate", evaluate)
+    start(run_arguments, "epochs_per_stage=3", "num_epochs=9", "advance_accuracy=0.98")
+    epochs = read_rows(tmp_path / "checkpoints" / "run" / "metrics.jsonl", "epoch")
+    assert [(row["epoch"], row["stage"]) for row in epochs] == [(1, 0), (2, 0), (3, 0), (4, 1), (7, 2), (8, 2), (9, 2)]
+
+
+def test_debug_takes_few_records_and_saves_nothing(run_arguments: list[str], tmp_path: Path) -> None:
+    start(run_arguments, "debug=true", f"val_path={write_json(tmp_path / 'many.json', chain_records(40))}")
+    assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("bf16", ["true", "pure"])
+def test_bfloat16_trains(run_arguments: list[str], tmp_path: Path, bf16: str) -> None:
+    start(run_arguments, f"bf16={bf16}")
+    directory = tmp_path / "checkpoints" / "run"
+    epochs = read_rows(directory / "metrics.jsonl", "epoch")
+    assert epochs[-1]["train_loss"] < epochs[0]["train_loss"]
+    saved = load_file(directory / "checkpoint_3" / "model.safetensors")["model.norm.weight"]
+    assert saved.dtype == (torch.bfloat16 if bf16 == "pure" else torch.float32)
+
+
+def test_wandb_offline_keeps_the_run_and_falls_back_without_login(
+    run_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))  # no netrc
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    start(run_arguments, "wandb=online", "num_epochs=1")
+    assert "wandb: no login found, logging offline" in capsys.readouterr().out
+    assert list((tmp_path / "checkpoints" / "run").glob("wandb/offline-run-*"))
+
+
+# --- bad input ---
+
+
+def test_bad_input_is_one_line_and_exit_code_2(run_arguments: list[str], tmp_path: Path) -> None:
+    result = launch(0, run_arguments, "val_path=nowhere.json")
+    assert result.returncode == 2
+    assert result.stderr.strip().splitlines()[-1] == "error: nowhere.json: no such file"
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data": {}}, "expected a list of records"),
+        ({"data": []}, "the data set is empty"),
+        ({"data": [{"question": "q", "answer": "a"}]}, "record 0: field 'steps' is missing"),
+        ({"data": [{"question": "q", "answer": "a", "steps": "s"}]}, "field 'steps': expected a list of strings"),
+        ({"arguments": ["unknown=1"]}, "unknown key 'unknown'"),
+        ({"arguments": ["cot=true"]}, "found cot and coconut"),
+        ({"arguments": ["only_eval=true"]}, "only_eval needs load_model_path"),
+        ({"arguments": ["resume=3", "load_model_path=x", "from_scratch=false"]}, "leaves nothing to train"),
+        ({"arguments": ["max_new_tokens=100"]}, "positions"),
+    ],
+)
+def test_bad_input_leaves_nothing_behind(
+    run_arguments: list[str], tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    more = list(change.get("arguments", []))
+    if "data" in change:
+        more.append(f"train_path={write_json(tmp_path / 'bad.json', change['data'])}")
+    with pytest.raises(UserError, match=message):
+        start(run_arguments, *more)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step(run_arguments: list[str]) -> None:
+    with pytest.raises(UserError, match=r"step \d+: the loss is (nan|inf)"):
+        start(run_arguments, "lr=1e30", "num_epochs=3")
+
+
+# --- several processes ---
+
+
+@pytest.mark.parametrize(("processes", "parallel"), [(2, "ddp"), (2, "fsdp"), (3, "ddp")])
+def test_processes_share_the_work_of_one(run_arguments: list[str], tmp_path: Path, processes: int, parallel: str) -> None:
+    """Losses of the first 20 steps within 1e-5 of one process with the same global batch, every question counted once."""
+    common = ["lr=1e-4", "num_epochs=6", "epochs_per_stage=2", "save_only_improve=true", "batch_size_eval=2"]
+    start(run_arguments, "name=one", "batch_size_training=6", *common)
+    more = [f"batch_size_training={6 // processes}", f"parallel={parallel}", "name=several", *common]
+    result = launch(processes, run_arguments, *more)
+    assert result.returncode == 0, result.stderr
+    one, several = (tmp_path / "checkpoints" / name for name in ("one", "several"))
+    assert len(losses(one)) == 24
+    assert losses(several)[:20] == pytest.approx(losses(one)[:20], abs=1e-5)
+    for first, second in zip(
+        read_rows(one / "metrics.jsonl", "epoch"), read_rows(several / "metrics.jsonl", "epoch"), strict=True
+    ):
+        assert second["questions"] == first["questions"] == 7
+        assert second["val_loss"] == pytest.approx(first["val_loss"], abs=1e-5)
+        assert second["accuracy"] == first["accuracy"]
+    assert [row["idx"] for row in read_rows(several / "predictions_6.jsonl")] == list(range(7))
+
+
+def test_sharded_generation_with_different_latents_does_not_hang(run_arguments: list[str], tmp_path: Path) -> None:
+    """Questions with 1 to 3 steps get as many latents (up to 24), and the processes have different numbers of batches."""
+    more = ["pad_latent_to_max=false", "c_thought=8", "max_latent_stage=3", "batch_size_eval=1", "num_epochs=4"]
+    result = launch(2, run_arguments, *more, "parallel=fsdp", "save_only_improve=true", "max_new_tokens=12")
+    assert result.returncode == 0, result.stderr
+    assert [row["idx"] for row in read_rows(tmp_path / "checkpoints" / "run" / "predictions_4.jsonl")] == list(range(7))
+    start(
+        run_arguments, *more, "name=one", "only_eval=true", f"load_model_path={tmp_path}/checkpoints/run", "max_new_tokens=12"
+    )
+    again = read_rows(tmp_path / "checkpoints" / "one" / "metrics.jsonl", "evaluation")[0]
+    assert again["stage"] >= 0
+
+
+@pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="the public data sets are not here")
+def test_the_published_validation_set_trains_the_small_gpt2(run_arguments: list[str]) -> None:
+    path = SHARED_DATA / "prosqa_official_valid.json"
+    start(
+        run_arguments,
+        "debug=true",
+        f"train_path={path}",
+        f"val_path={path}",
+        f"model_id={ROOT / 'configs' / 'gpt2_small'}",
+        "num_epochs=1",
+        "batch_size_training=50",
+    )
