@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 OFFICIAL = ROOT.parent / "shared" / "data" / "prosqa_official_valid.json"
 MARKERS = ["<|start-latent|>", "<|end-latent|>", "<|latent|>"]
 WORDS = [*prosqa.NAMES, *prosqa.CONCEPTS]
+ALL_MODELS = [*word_tokenizer.WORD_MODELS, *word_tokenizer.PHRASE_MODELS]
 TOKENIZER = word_tokenizer.build_word_tokenizer(WORDS)
 
 words = st.sampled_from([word for word in word_tokenizer.FIXED_WORDS if word != "\n"] + WORDS)
@@ -74,7 +75,7 @@ def test_a_step_and_an_answer_alone():
     assert len(TOKENIZER.encode("### Tom is a brimpus.")) == 6
 
 
-@pytest.mark.parametrize("name", word_tokenizer.MODELS)
+@pytest.mark.parametrize("name", ALL_MODELS)
 def test_markers_stay_whole_beside_the_words(name):
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "configs" / name)
     first = len(tokenizer)
@@ -87,19 +88,20 @@ def test_markers_stay_whole_beside_the_words(name):
     assert tokenizer.decode([*ids, tokenizer.eos_token_id], skip_special_tokens=True) == text
 
 
-@pytest.mark.parametrize("name", word_tokenizer.MODELS)
+@pytest.mark.parametrize("name", ALL_MODELS)
 def test_the_directories_load_and_fit_together(name):
     directory = ROOT / "configs" / name
     config, tokenizer = AutoConfig.from_pretrained(directory), AutoTokenizer.from_pretrained(directory)
     assert config.vocab_size == len(tokenizer)
     assert tokenizer.eos_token_id == tokenizer.pad_token_id == config.eos_token_id == config.pad_token_id
-    assert tokenizer.encode("Tom is") == TOKENIZER.encode("Tom is")
+    assert (tokenizer.encode("Tom is") == TOKENIZER.encode("Tom is")) == (name in word_tokenizer.WORD_MODELS)
     model = AutoModelForCausalLM.from_config(config)
-    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    assert tied == config.tie_word_embeddings
     assert model.get_input_embeddings().weight.shape == (len(tokenizer), 128)
 
 
-@pytest.mark.parametrize("name", word_tokenizer.MODELS)
+@pytest.mark.parametrize("name", ALL_MODELS)
 def test_the_files_in_configs_are_what_the_command_writes(name, tmp_path):
     word_tokenizer.main(["--out", str(tmp_path)])
     for made in (tmp_path / name).iterdir():
