@@ -135,6 +135,7 @@ class Coconut(nn.Module):
         positions = count_positions(mask) if position_ids is None else position_ids
         latent = input_ids == self.latent_token_id  # (B, T)
         bounds = pass_bounds(latent, mask)
+        idle = self.max_over_ranks(len(bounds)) - len(bounds)  # agreed on before the first pass gathers anything
         embeds = self.embedding(input_ids).split([end - start for start, end in bounds], dim=1)
         cache = DynamicCache() if keep_cache or len(bounds) > 1 else None
         hidden, filled, thought = [], [], None
@@ -147,7 +148,6 @@ class Coconut(nn.Module):
             thought = layer[:, -1:]  # (B, 1, D)
             hidden.append(states)
             filled.append(segment)
-        idle = self.max_over_ranks(len(bounds)) - len(bounds)
         hidden[-1] = hidden[-1] + self._idle_passes(idle) if idle else hidden[-1]
         return Thinking(torch.cat(hidden, dim=1), torch.cat(filled, dim=1), cache, len(bounds))
 
