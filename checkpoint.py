@@ -259,10 +259,10 @@ def restore(loaded: dict[str, Any], model: nn.Module, optimizer: torch.optim.Opt
 
 
 def _rng_state() -> dict[str, Any]:
-    numpy_state = np.random.get_state()
+    name, keys, *rest = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),
-        "numpy": (numpy_state[0], numpy_state[1].tolist(), *numpy_state[2:]),
+        "numpy": (name, np.asarray(keys).tolist(), *rest),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }

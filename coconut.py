@@ -11,7 +11,7 @@ column that holds a latent in some row begins the next pass, and keys and values
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -77,8 +77,8 @@ class Coconut(nn.Module):
         self.max_over_ranks: Callable[[int], int] = lambda value: value
 
     @property
-    def embedding(self) -> nn.Module:
-        return self.base_causallm.get_input_embeddings()
+    def embedding(self) -> nn.Embedding:
+        return cast("nn.Embedding", self.base_causallm.get_input_embeddings())
 
     @property
     def max_positions(self) -> int | None:
@@ -258,7 +258,10 @@ class Coconut(nn.Module):
         """
         token = torch.full((1, 1), self.eos_token_id, device=self.embedding.weight.device)
         mask, position = torch.ones_like(token), torch.zeros_like(token)
-        return 0 * sum(self._base_pass(self.embedding(token), mask, position, None)[0].sum() for _ in range(count))
+        zero = torch.zeros((), device=token.device)
+        return 0 * sum(
+            (self._base_pass(self.embedding(token), mask, position, None)[0].sum() for _ in range(count)), start=zero
+        )
 
     def _check_generate(self, mask: Tensor, max_new_tokens: int, temperature: float, top_p: float) -> None:
         if max_new_tokens < 1:

@@ -28,13 +28,20 @@ RECORDS_PER_WORKER = 20_000  # below this, starting another tokenising process c
 class Curriculum(Protocol):
     """What the stage examples need to know of a configuration."""
 
-    method: str | None
-    c_thought: int
-    max_latent_stage: int
-    pad_latent_to_max: bool
-    uniform_prob: float
-    earlier_stage_prob: float
-    seed: int
+    @property
+    def method(self) -> str | None: ...
+    @property
+    def c_thought(self) -> int: ...
+    @property
+    def max_latent_stage(self) -> int: ...
+    @property
+    def pad_latent_to_max(self) -> bool: ...
+    @property
+    def uniform_prob(self) -> float: ...
+    @property
+    def earlier_stage_prob(self) -> float: ...
+    @property
+    def seed(self) -> int: ...
 
 
 class DataError(UserError):
@@ -213,7 +220,11 @@ class _StageExamples:
             thoughts = [self.start_id, *thoughts, self.end_id]
         prompt = question + thoughts
         target = [token for step in steps[removed:] for token in step] + answer if self.with_labels else []
-        example = {"input_ids": prompt + target, "attention_mask": [1] * (len(prompt) + len(target)), "idx": idx}
+        example: dict[str, Any] = {
+            "input_ids": prompt + target,
+            "attention_mask": [1] * (len(prompt) + len(target)),
+            "idx": idx,
+        }
         example["position_ids"] = list(range(len(example["input_ids"])))
         if self.with_labels:
             example["labels"] = [IGNORE_INDEX] * len(prompt) + target

@@ -154,7 +154,7 @@ def gradient_sync(model: nn.Module, enabled: bool) -> AbstractContextManager[Any
     if isinstance(model, DistributedDataParallel):
         return contextlib.nullcontext() if enabled else model.no_sync()
     if hasattr(model, "set_requires_gradient_sync"):
-        model.set_requires_gradient_sync(enabled)
+        model.set_requires_gradient_sync(enabled)  # type: ignore[operator]
     return contextlib.nullcontext()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
@@ -119,12 +119,12 @@ class Evaluator:
             max_new_tokens=self.config.max_new_tokens,
             synced_gpus=self.config.parallel == "fsdp",
         )
-        rows = ids[:, batch["input_ids"].shape[1] :].tolist()
+        rows = cast("torch.Tensor", ids)[:, batch["input_ids"].shape[1] :].tolist()
         return [row[: row.index(self.ids.eos)] if self.ids.eos in row else row for row in rows]
 
     def _judge(self, idx: int, new: list[int], stage: int) -> Prediction:
         record = self.dataset[idx]
-        output = self.tokenizer.decode(new, skip_special_tokens=True)
+        output = str(self.tokenizer.decode(new, skip_special_tokens=True))
         _, removed = stage_shape(self.config, stage, len(record["steps"]))
         answer, gold = extract_answer(output), clean_answer(record["answer"])
         return Prediction(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import transformers
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from coconut import Coconut
@@ -48,10 +48,15 @@ def latent_ids(tokenizer: PreTrainedTokenizerBase, method: str | None) -> Latent
     """
     if uses_markers(method):
         tokenizer.add_tokens([START_LATENT, END_LATENT, LATENT], special_tokens=True)
-        start, end, latent = tokenizer.convert_tokens_to_ids([START_LATENT, END_LATENT, LATENT])
+        start, end, latent = (cast("int", tokenizer.convert_tokens_to_ids(one)) for one in (START_LATENT, END_LATENT, LATENT))
     else:
         start, end, latent = range(len(tokenizer), len(tokenizer) + 3)
     return LatentIds(start, end, latent, tokenizer.eos_token_id)
+
+
+def embedding_weight(base: PreTrainedModel) -> Tensor:
+    """The input embeddings, (rows of the vocabulary, width)."""
+    return cast("nn.Embedding", base.get_input_embeddings()).weight
 
 
 def build_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase, ids: LatentIds) -> Coconut:
@@ -62,7 +67,7 @@ def build_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase, ids: Late
         base = _pretrained(config.model_id, config.attn_implementation)
         load_state_dict_file(base, Path(config.load_model_path))
         # The published code sizes the embeddings to the tokenizer once it adds the markers, and only then.
-        base.config.coconut_markers = base.get_input_embeddings().weight.shape[0] == ids.latent + 1
+        base.config.coconut_markers = embedding_weight(base).shape[0] == ids.latent + 1
     elif config.load_model_path is not None:
         check_same_family(config.model_id, config.load_model_path)
         base = _pretrained(config.load_model_path, config.attn_implementation)
@@ -159,7 +164,7 @@ def load_state_dict_file(base: PreTrainedModel, path: Path) -> None:
     """
     state = read_state_dict(path)
     own = base.state_dict()
-    embedding = next(name for name, value in base.named_parameters() if value is base.get_input_embeddings().weight)
+    embedding = next(name for name, value in base.named_parameters() if value is embedding_weight(base))
     if embedding in state and state[embedding].shape[0] != own[embedding].shape[0]:
         base.resize_token_embeddings(state[embedding].shape[0], mean_resizing=False)
         own = base.state_dict()
@@ -192,13 +197,12 @@ def initialise_markers(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     """
     if getattr(base.config, "coconut_markers", False):
         return
-    rows = base.get_input_embeddings().weight.shape[0]
+    rows = embedding_weight(base).shape[0]
     if len(tokenizer) > rows:
         base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     like = tokenizer.encode("<<", add_special_tokens=False)
     one_token = len(like) == 1 and like[0] != tokenizer.unk_token_id
-    for module in (base.get_input_embeddings(), base.get_output_embeddings()):
-        weight = module.weight
+    for weight in (embedding_weight(base), cast("nn.Linear", base.get_output_embeddings()).weight):
         known = weight[: min(rows, min(ids[:3]))]
         weight[list(ids[:3])] = (known[like[0]] if one_token else known.mean(dim=0)).clone()
     base.config.coconut_markers = True

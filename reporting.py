@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 import yaml
@@ -100,7 +100,7 @@ def _start_wandb(config: RunConfig, mode: str, run_id: str | None) -> Any:
         name=config.name,
         id=run_id,
         resume="allow",
-        mode=mode,
+        mode=cast("Literal['online', 'offline']", mode),
         dir=str(config.save_dir),
         config=config.model_dump(),
     )

@@ -47,7 +47,7 @@ LLAMA = COMMON | {
     "max_position_embeddings": POSITIONS,
     "rope_theta": 10000.0,
 }
-QUICK = LLAMA | {"intermediate_size": 256, "initializer_range": 0.08, "tie_word_embeddings": False}
+QUICK = LLAMA | {"intermediate_size": 256, "initializer_range": 0.08}
 WORD_MODELS = {"gpt2_small": GPT2, "llama_small": LLAMA}
 PHRASE_MODELS = {"llama_quick": QUICK}
 

@@ -15,7 +15,8 @@ run() { .venv/bin/torchrun --standalone --nproc_per_node "$processes" run.py "$@
 
 echo "== 1/5 data: questions over two chains, made from a seed"
 if [ ! -e "${data}_test.json" ]; then
-    .venv/bin/python preprocessing/prosqa.py --shape chains --out-prefix "$data" # QUICK DATA OPTIONS
+    .venv/bin/python preprocessing/prosqa.py --shape chains --out-prefix "$data" --train 40000 --valid 300 --test 1000 \
+        --hops 2 3 --train-hops 1 2 2 3 3 3 --concepts 12 --names 8
 fi
 
 echo "== 2/5 Coconut: all stages, from scratch, $processes processes"

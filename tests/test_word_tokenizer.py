@@ -65,7 +65,9 @@ def test_phrases_are_one_token_each_and_lossless():
         assert tokenizer.decode(ids) == "".join(parts)
         assert len(tokenizer.encode(parts[1])) == 3  # who, what, newline
     assert tokenizer.convert_ids_to_tokens(tokenizer.encode("Is Tom a lempus or yumpus?"))[2:] == ["▁a▁lempus", "▁or▁yumpus?"]
-    assert json.loads((ROOT / "configs" / "llama_quick" / "tokenizer.json").read_text())["model"]["vocab"] == tokenizer.get_vocab()
+    assert (
+        json.loads((ROOT / "configs" / "llama_quick" / "tokenizer.json").read_text())["model"]["vocab"] == tokenizer.get_vocab()
+    )
 
 
 def test_a_step_and_an_answer_alone():
