@@ -32,7 +32,7 @@ def run(benchmark, out: Path, *options: str) -> dict:
 
 def test_train_step(load, tmp_path, capsys):
     train_step = load("train_step")
-    result = run(train_step, tmp_path / "new" / "train.json")
+    result = run(train_step, tmp_path / "new" / "train.json", "--naive-rows", "3")
     assert set(result["milliseconds"]) == set(train_step.VARIANTS)
     for times in result["milliseconds"].values():
         assert 0 < times["forward_backward"] < times["step"]
