@@ -18,15 +18,15 @@ def train(config: RunConfig, device: torch.device) -> None:
     """Staged training with an evaluation after each epoch; goes on where an earlier run of the same command stopped."""
     resume_from = checkpoint.newest_for(config)
     if resume_from is None:
-        config = checkpoint.resolve_paths(config)
+        source = config = checkpoint.resolve_paths(config)
     else:
-        config = config.model_copy(update={"load_model_path": str(resume_from), "from_scratch": False})
-    tokenizer = load_tokenizer(checkpoint.tokenizer_source(config))
+        source = config.model_copy(update={"load_model_path": str(resume_from), "from_scratch": False})
+    tokenizer = load_tokenizer(checkpoint.tokenizer_source(source))
     ids = latent_ids(tokenizer, config.method)
     train_set = get_dataset(str(config.train_path), tokenizer, DEBUG_TRAIN if config.debug else None)
     valid_set = get_dataset(config.val_path, tokenizer, DEBUG_VALID if config.debug else None)
     set_seed(config.seed)  # the same random weights on all processes
-    model = build_model(config, tokenizer, ids)
+    model = build_model(source, tokenizer, ids)
     check_lengths([train_set, valid_set], config, config.max_new_tokens, model.max_positions)
     keep_config(config)
     wrapped = distributed.wrap(model, config.parallel, config.bf16, device, config.compile)

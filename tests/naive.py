@@ -14,8 +14,11 @@ from transformers import PreTrainedModel
 
 
 class HasTokenIds(Protocol):
-    eos: int
-    latent: int
+    @property
+    def eos(self) -> int: ...
+
+    @property
+    def latent(self) -> int: ...
 
 
 def naive_forward(

@@ -56,6 +56,7 @@ def test_generate(load, tmp_path, capsys):
 
 def test_generate_reports_different_tokens(load, tmp_path, monkeypatch):
     generate = load("generate")
+    monkeypatch.setattr(generate.common, "peak_memories", lambda *_: {})
     monkeypatch.setattr(generate, "naive_generate", lambda _base, _ids, prompt, new: torch.full((1, prompt.shape[1] + new), 7))
     with pytest.raises(SystemExit, match="do not give the same tokens"):
         run(generate, tmp_path / "generate.json", "--batch-size", "2")
@@ -63,6 +64,7 @@ def test_generate_reports_different_tokens(load, tmp_path, monkeypatch):
 
 def test_train_step_refuses_another_loss(load, tmp_path, monkeypatch):
     train_step = load("train_step")
+    monkeypatch.setattr(train_step.common, "peak_memories", lambda *_: {})
     naive = train_step.naive_forward
     monkeypatch.setattr(train_step, "naive_forward", lambda *args, **kwargs: (naive(*args, **kwargs)[0] + 1,))
     with pytest.raises(RuntimeError, match="differs from that of the naive forward"):
