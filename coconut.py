@@ -81,6 +81,12 @@ class Coconut(nn.Module):
         return cast("nn.Embedding", self.base_causallm.get_input_embeddings())
 
     @property
+    def decoder(self) -> nn.Module:
+        """The base model without its language-model head."""
+        inner = self.base_causallm.base_model
+        return inner if inner is not self.base_causallm else self.base_causallm.model  # Llama 4 and others name no prefix
+
+    @property
     def max_positions(self) -> int | None:
         """Positions that the base model was made for; None where its configuration sets no limit."""
         return getattr(self.base_causallm.config, "max_position_embeddings", None)
@@ -155,7 +161,7 @@ class Coconut(nn.Module):
         self, inputs_embeds: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: DynamicCache | None
     ) -> tuple[Tensor, Tensor]:
         """One pass of the decoder; the states the head reads, and the states of `hidden_layer_idx`."""
-        outputs = self.base_causallm.base_model(
+        outputs = self.decoder(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -165,7 +171,7 @@ class Coconut(nn.Module):
         )
         # Gradient checkpointing makes transformers drop the cache with no more than a warning: wrong thoughts.
         if cache is not None and cache.get_seq_length() != attention_mask.shape[1]:
-            raise ValueError("the base model did not fill the key-value cache (is gradient checkpointing on?)")
+            raise ValueError("the base model keeps no key-value cache, or gradient checkpointing has turned it off")
         last = outputs.last_hidden_state
         return last, last if self.hidden_layer_idx == -1 else outputs.hidden_states[self.hidden_layer_idx]
 
@@ -185,11 +191,11 @@ class Coconut(nn.Module):
     def verify_projection(self) -> None:
         """Raise ValueError if `project` is not what the base model computes after its decoder."""
         token = torch.tensor([[self.eos_token_id]], device=self.embedding.weight.device)
-        was_training = self.training
-        self.eval()  # without dropout
-        expected = self.base_causallm(input_ids=token).logits
-        actual = self.project(self.base_causallm.base_model(input_ids=token).last_hidden_state)
-        self.train(was_training)
+        was_training = self.base_causallm.training
+        self.base_causallm.eval()  # without dropout
+        expected = self.base_causallm(input_ids=token, attention_mask=torch.ones_like(token)).logits
+        actual = self.project(self.decoder(input_ids=token, attention_mask=torch.ones_like(token)).last_hidden_state)
+        self.base_causallm.train(was_training)
         if not torch.allclose(actual.float(), expected.float(), rtol=1e-2, atol=1e-3):
             family = self.base_causallm.config.model_type
             raise ValueError(
@@ -273,7 +279,7 @@ class Coconut(nn.Module):
         if not mask[:, -1].all():
             raise ValueError("prompts must be padded on the left")
         limit = self.max_positions
-        needed = int(mask.sum(dim=1).max()) + max_new_tokens
+        needed = int(mask.sum(dim=1).max()) + max_new_tokens - 1  # the last new token is not read again
         if limit is not None and needed > limit:
             raise ValueError(f"prompt and new tokens need {needed} positions; the model has {limit}")
 

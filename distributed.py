@@ -6,6 +6,7 @@ Everything works in a plain `python` process too, where there is no process grou
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -112,7 +113,10 @@ def wrap(model: Coconut, parallel: ParallelName, bf16: bool | str, device: torch
     if world_size() == 1:
         return model
     ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    # No buffer changes in training. The option has another name from torch 2.13 on.
+    renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
+    buffers = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, **buffers)
 
 
 def shard(model: Coconut, bf16: bool | str, device: torch.device) -> nn.Module:

@@ -243,7 +243,9 @@ class Trainer:
     def _next_epoch(self, stage: int, evaluation: Evaluation) -> int:
         """The next epoch; with advance_accuracy, the next stage's first one as soon as this stage is learned."""
         epoch, config = self.state.epoch + 1, self.config
-        if config.advance_accuracy is None or evaluation.accuracy < config.advance_accuracy:
+        if config.advance_accuracy is None or stage >= config.max_latent_stage:
+            return epoch  # nothing to go on to: the last stage takes all its epochs
+        if evaluation.accuracy < config.advance_accuracy:
             return epoch
         if evaluation.cot_match < (config.advance_cot_match or 0):
             return epoch

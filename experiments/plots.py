@@ -17,6 +17,7 @@ STAGE_COLOURS = ("#e8eef7", "#cddcee", "#b2cae6", "#97b8dd", "#7ca6d4")
 def epoch_curves(runs: dict[str, list[dict[str, Any]]], path: Path, title: str) -> None:
     """Loss (above) and answer accuracy (below) by epoch; the stages of the first run are shaded.
 
+    Epochs are counted as they were trained: a stage that was left early leaves no gap.
     runs: name -> rows of kind "epoch" of metrics.jsonl. The last stage's accuracy is the one that needs no written steps.
     """
     figure, (above, below) = plt.subplots(2, 1, figsize=(8, 6.5), sharex=True, layout="constrained")
@@ -24,22 +25,23 @@ def epoch_curves(runs: dict[str, list[dict[str, Any]]], path: Path, title: str) 
         _shade_stages(axes, next(iter(runs.values())))
         axes.grid(alpha=0.3)
     for number, (name, rows) in enumerate(runs.items()):
-        epochs = [row["epoch"] for row in rows]
+        epochs = range(1, len(rows) + 1)
         colour = f"C{number}"
         above.plot(epochs, [row["train_loss"] for row in rows], colour, label=f"{name}, training")
         above.plot(epochs, [row["val_loss"] for row in rows], colour, linestyle="--", label=f"{name}, validation")
         below.plot(epochs, [100 * row["accuracy"] for row in rows], colour, marker=".", label=name)
     below.axhline(50, color="grey", linestyle=":", label="chance")
     above.set(ylabel="cross entropy per labelled token", title=title)
-    below.set(ylabel="validation accuracy in %", xlabel="epoch", ylim=(0, 103))
+    above.set_ylim(bottom=0)
+    below.set(ylabel="validation accuracy in %", xlabel="epochs trained", ylim=(0, 108))
     above.legend(fontsize=8)
-    below.legend(fontsize=8, loc="lower left")
+    below.legend(fontsize=8, loc="lower right")
     _save(figure, path)
 
 
 def _shade_stages(axes: Axes, rows: list[dict[str, Any]]) -> None:
     for stage in sorted({row["stage"] for row in rows}):
-        epochs = [row["epoch"] for row in rows if row["stage"] == stage]
+        epochs = [number for number, row in enumerate(rows, start=1) if row["stage"] == stage]
         axes.axvspan(epochs[0] - 0.5, epochs[-1] + 0.5, color=STAGE_COLOURS[stage % len(STAGE_COLOURS)], zorder=0, linewidth=0)
         middle = (epochs[0] + epochs[-1]) / 2
         axes.text(middle, 0.985, f"stage {stage}", transform=axes.get_xaxis_transform(), ha="center", va="top", fontsize=8)
