@@ -115,7 +115,7 @@ def wrap(model: Coconut, parallel: ParallelName, bf16: bool | str, device: torch
     ids = [device.index] if device.type == "cuda" else None
     # No buffer changes in training. The option has another name from torch 2.13 on.
     renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
-    buffers = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+    buffers: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
     return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, **buffers)
 
 
