@@ -13,7 +13,9 @@ echo "== ruff and mypy"
 
 make_environment .venv-oldest requirements-oldest.txt
 echo "== model tests with the oldest supported transformers ($(.venv-oldest/bin/python -c 'import transformers; print(transformers.__version__)'))"
-.venv-oldest/bin/python -m pytest -q tests/test_coconut.py tests/test_models.py tests/test_dataset.py tests/test_word_tokenizer.py
+# The files in configs/ were written with the newest version; they must load with the oldest, not be written alike.
+.venv-oldest/bin/python -m pytest -q tests/test_coconut.py tests/test_models.py tests/test_dataset.py tests/test_word_tokenizer.py \
+    -k "not files_in_configs_are_what_the_command_writes"
 
 echo "== all tests ($(.venv/bin/python -c 'import transformers; print("transformers", transformers.__version__)'))"
 .venv/bin/python -m pytest -q "$@"
