@@ -36,12 +36,11 @@ class Outputs(NamedTuple):
 
 
 class Thinking(NamedTuple):
-    """The state after all latent passes: hidden (B, T, D) after the final norm, inputs_embeds (B, T, D), cache, passes."""
+    """The state after all latent passes: hidden (B, T, D) after the final norm, inputs_embeds (B, T, D), cache."""
 
     hidden: Tensor
     inputs_embeds: Tensor
     cache: DynamicCache | None
-    passes: int
 
 
 class Coconut(nn.Module):
@@ -155,7 +154,7 @@ class Coconut(nn.Module):
             hidden.append(states)
             filled.append(segment)
         hidden[-1] = hidden[-1] + self._idle_passes(idle) if idle else hidden[-1]
-        return Thinking(torch.cat(hidden, dim=1), torch.cat(filled, dim=1), cache, len(bounds))
+        return Thinking(torch.cat(hidden, dim=1), torch.cat(filled, dim=1), cache)
 
     def _base_pass(
         self, inputs_embeds: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: DynamicCache | None

@@ -18,9 +18,9 @@ import torch
 from datasets import Dataset, disable_progress_bars
 from transformers import PreTrainedTokenizerBase
 
+from coconut import IGNORE_INDEX
 from utils import UserError, get_logger, is_main_process, read_text
 
-IGNORE_INDEX = -100
 START_LATENT, END_LATENT, LATENT = "<|start-latent|>", "<|end-latent|>", "<|latent|>"
 RECORDS_PER_WORKER = 20_000  # below this, starting another tokenising process costs more than it saves
 

@@ -1,4 +1,4 @@
-"""The layers of the code: a module imports only what stands before it in this list (docs/DESIGN in the README)."""
+"""The layers of the code: a module imports only what stands before it in this list (CONTRIBUTING.md explains it)."""
 
 from __future__ import annotations
 
