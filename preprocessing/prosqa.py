@@ -8,21 +8,22 @@ Each record draws from its own generator, seeded with (seed, split, index), so a
 import argparse
 import functools
 import itertools
-import json
 import operator
-import os
 import sys
-import tempfile
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import networkx as nx
 import numpy as np
 from tqdm import tqdm
 
-Record = dict[str, Any]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from preprocessing.common import SPLITS, OneLineParser, Record, exit_with, prepare_directory, write_records
+
+PROGRAM = "prosqa.py"
 Edge = tuple[int, int]
 
 # The published data set's vocabulary: one tokenizer then serves the published files and these.
@@ -33,7 +34,6 @@ _CONCEPTS = (
     "tumpus vumpus worpus wumpus yerpus yimpus yumpus zhorpus zumpus"
 )
 NAMES, CONCEPTS = tuple(_NAMES.split()), tuple(_CONCEPTS.split())
-SPLITS = ("train", "valid", "test")
 MAX_DRAWS = 1000  # of one record, before the vocabulary is judged too small for so many different questions
 
 MEAN_PARENTS = 1.5  # of the Poisson draw
@@ -274,37 +274,9 @@ def print_table(columns: dict[str, dict[str, Any]]) -> None:
     print(f"{'depth shortcut':16}" + "".join(f"{c['depth shortcut']:>16.1%}" for c in columns.values()))
 
 
-def write_records(path: Path, records: Iterable[Record]) -> None:
-    """A JSON list with one record per line; the file appears whole or not at all. OSError: it cannot be written."""
-    lines = ",\n".join(json.dumps(record, separators=(",", ":")) for record in records)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
-    temporary.replace(path)
-
-
-def exit_with(message: str) -> NoReturn:
-    """One line on standard error and exit code 2."""
-    print(f"prosqa.py: error: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def prepare_directory(directory: Path) -> None:
-    """Makes the directory and writes a file there once, so that a full disk or a lacking right shows before the work."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=directory):
-        pass
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """Errors are one line and exit code 2."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Command line, checked; a contradiction ends with one line and exit code 2."""
-    parser = OneLineParser(prog="prosqa.py", description=__doc__.splitlines()[0])
+    parser = OneLineParser(prog=PROGRAM, description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=("graph", "chains"), default="graph", help="ProsQA, or two chains")
     parser.add_argument("--train", type=int, default=17886, metavar="N", help="records; 0 writes no such file")
     parser.add_argument("--valid", type=int, default=300, metavar="N")
@@ -379,9 +351,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         for split, records in splits.items():
             write_records(args.out_prefix.with_name(f"{args.out_prefix.name}_{split}.json"), records)
     except OSError as error:
-        exit_with(f"cannot write to {args.out_prefix.parent}: {error.strerror}")
+        exit_with(PROGRAM, f"cannot write to {args.out_prefix.parent}: {error.strerror}")
     except ValueError as error:
-        exit_with(str(error))
+        exit_with(PROGRAM, str(error))
     columns = {split: statistics(records) for split, records in splits.items()}
     print_table(columns | (PUBLISHED if args.shape == "graph" else {}))
 

@@ -1,13 +1,12 @@
 """A word tokenizer for ProsQA and small model definitions around it, for training from scratch without a download.
 
-`python -m preprocessing.word_tokenizer` writes configs/gpt2_small and configs/llama_small, one token per word, and
+`python preprocessing/word_tokenizer.py` writes configs/gpt2_small and configs/llama_small, one token per word, and
 configs/llama_quick, one token per phrase, which `AutoConfig.from_pretrained(DIR)` and
 `AutoTokenizer.from_pretrained(DIR)` load.
 """
 
-import argparse
 import json
-import os
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,12 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from preprocessing.prosqa import CONCEPTS, NAMES, exit_with
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from preprocessing.common import OneLineParser, exit_with, write_text
+from preprocessing.prosqa import CONCEPTS, NAMES
+
+PROGRAM = "word_tokenizer.py"
 
 UNK, EOS = "<unk>", "<eos>"
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # what Metaspace writes for the space before a word
@@ -128,13 +132,6 @@ def tokenizer_config() -> dict[str, Any]:
     }
 
 
-def write_text(path: Path, text: str) -> None:
-    """The file appears whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
-
-
 def write_model_directory(directory: Path, model: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> None:
     """config.json, tokenizer.json and tokenizer_config.json. OSError: they cannot be written."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -148,7 +145,7 @@ def write_model_directory(directory: Path, model: dict[str, Any], tokenizer: Pre
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="word_tokenizer.py", description=__doc__.splitlines()[0])
+    parser = OneLineParser(prog=PROGRAM, description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("configs"), help="directory (default configs)")
     out = parser.parse_args(argv).out
     words, phrases = build_word_tokenizer([*NAMES, *CONCEPTS]), build_phrase_tokenizer(NAMES, CONCEPTS)
@@ -158,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name, model in PHRASE_MODELS.items():
             write_model_directory(out / name, model, phrases)
     except OSError as error:
-        exit_with(f"cannot write to {out}: {error.strerror}")
+        exit_with(PROGRAM, f"cannot write to {out}: {error.strerror}")
 
 
 if __name__ == "__main__":
