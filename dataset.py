@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -19,9 +19,9 @@ from datasets import Dataset, disable_progress_bars
 from transformers import PreTrainedTokenizerBase
 
 from coconut import IGNORE_INDEX
-from utils import UserError, get_logger, is_main_process, read_text
+from utils import STAGED_METHODS, UserError, get_logger, is_main_process, read_text
 
-START_LATENT, END_LATENT, LATENT = "<|start-latent|>", "<|end-latent|>", "<|latent|>"
+START_LATENT, END_LATENT, LATENT, PAUSE = "<|start-latent|>", "<|end-latent|>", "<|latent|>", "<pause>"
 RECORDS_PER_WORKER = 20_000  # below this, starting another tokenising process costs more than it saves
 
 
@@ -40,6 +40,10 @@ class Curriculum(Protocol):
     def uniform_prob(self) -> float: ...
     @property
     def earlier_stage_prob(self) -> float: ...
+    @property
+    def icot_smoothing(self) -> float | None: ...
+    @property
+    def icot_start_epoch(self) -> int: ...
     @property
     def seed(self) -> int: ...
 
@@ -172,27 +176,55 @@ def available_cpus() -> int:
 # --- stages ---
 
 
-def stage_shape(curriculum: Curriculum, stage: int, number_of_steps: int) -> tuple[int, int]:
-    """How a question with so many steps looks at a stage: (latent tokens, leading steps removed).
+class StageShape(NamedTuple):
+    """How a question looks: thoughts (tokens in their place), leading steps removed, then leading tokens of the others."""
+
+    thoughts: int
+    steps_removed: int
+    tokens_removed: int = 0
+
+
+def stage_shape(curriculum: Curriculum, stage: int, number_of_steps: int) -> StageShape:
+    """How a question with so many steps looks at a stage.
 
     The one place that decides it, for training and evaluation alike. Past max_latent_stage all steps go.
     """
-    if curriculum.method == "cot":
-        return 0, 0
-    if curriculum.method == "no_cot":
-        return 0, number_of_steps
-    removed = stage if stage <= curriculum.max_latent_stage else number_of_steps
-    if curriculum.method == "no_thoughts":
-        return 0, removed
-    latents = min(stage, curriculum.max_latent_stage)
+    method, last = curriculum.method, curriculum.max_latent_stage + 1
+    if method == "cot":
+        return StageShape(0, 0)
+    if method == "no_cot":
+        return StageShape(0, number_of_steps)
+    if method == "icot":
+        return StageShape(0, 0, tokens_removed=stage)
+    stage = last if method in ("no_curriculum", "pause") else stage
+    removed = stage if stage < last else number_of_steps
+    if method == "no_thoughts":
+        return StageShape(0, removed)
+    thoughts = min(stage, curriculum.max_latent_stage)
     if not curriculum.pad_latent_to_max:
-        latents = min(latents, number_of_steps)
-    return latents * curriculum.c_thought, removed
+        thoughts = min(thoughts, number_of_steps)
+    return StageShape(thoughts * curriculum.c_thought, removed)
+
+
+def remaining_steps(shape: StageShape, steps: Sequence[Sequence[int]]) -> list[int]:
+    """The tokens of the steps that are still written."""
+    return [token for step in steps[shape.steps_removed :] for token in step][shape.tokens_removed :]
+
+
+def marker_tokens(method: str | None) -> tuple[str, ...]:
+    """The special tokens that a method adds to the tokenizer."""
+    tokens = {
+        "coconut": (START_LATENT, END_LATENT, LATENT),
+        "no_curriculum": (START_LATENT, END_LATENT, LATENT),
+        "pause_as_thought": (START_LATENT, END_LATENT, PAUSE),
+        "pause": (PAUSE,),
+    }
+    return tokens.get(str(method), ())
 
 
 def uses_markers(method: str | None) -> bool:
-    """Whether the latent tokens stand between `<|start-latent|>` and `<|end-latent|>`; the others have no such tokens."""
-    return method == "coconut"
+    """Whether the thoughts stand between `<|start-latent|>` and `<|end-latent|>`."""
+    return START_LATENT in marker_tokens(method)
 
 
 @dataclass
@@ -202,7 +234,7 @@ class _StageExamples:
     curriculum: Curriculum
     stage: int
     start_id: int
-    latent_id: int
+    thought_id: int
     end_id: int
     epoch: int = 0
     with_labels: bool = True
@@ -214,12 +246,12 @@ class _StageExamples:
 
     def _example(self, idx: int, question: list[int], steps: list[list[int]], answer: list[int]) -> dict[str, Any]:
         stage = self._sample_stage(idx, len(steps)) if self.with_labels else self.stage
-        latents, removed = stage_shape(self.curriculum, stage, len(steps))
-        thoughts = [self.latent_id] * latents
+        shape = stage_shape(self.curriculum, stage, len(steps))
+        thoughts = [self.thought_id] * shape.thoughts
         if uses_markers(self.curriculum.method):
             thoughts = [self.start_id, *thoughts, self.end_id]
         prompt = question + thoughts
-        target = [token for step in steps[removed:] for token in step] + answer if self.with_labels else []
+        target = remaining_steps(shape, steps) + answer if self.with_labels else []
         example: dict[str, Any] = {
             "input_ids": prompt + target,
             "attention_mask": [1] * (len(prompt) + len(target)),
@@ -234,8 +266,13 @@ class _StageExamples:
         """Sometimes another stage, drawn from (seed, epoch, idx) alone: the same in any worker or process.
 
         `uniform_prob` draws from all stages that the question's steps allow, `earlier_stage_prob` only from those up to
-        the current one, which keeps what was learned without training on what comes later.
+        the current one, which keeps what was learned without training on what comes later. icot sometimes removes o more
+        tokens, with probability proportional to exp(-icot_smoothing * o) (arXiv 2405.14838, removal smoothing).
         """
+        if self.curriculum.method == "icot":
+            return self.stage + self._removal_offset(idx)
+        if self.curriculum.method not in STAGED_METHODS:
+            return self.stage
         probability = self.curriculum.uniform_prob or self.curriculum.earlier_stage_prob
         if probability == 0:
             return self.stage
@@ -244,6 +281,13 @@ class _StageExamples:
             return self.stage
         last = number_of_steps if self.curriculum.uniform_prob else min(self.stage, number_of_steps)
         return int(generator.integers(last + 1))
+
+    def _removal_offset(self, idx: int) -> int:
+        smoothing = self.curriculum.icot_smoothing
+        if smoothing is None or self.epoch < self.curriculum.icot_start_epoch:
+            return 0
+        generator = np.random.default_rng((self.curriculum.seed, self.epoch, idx))
+        return int(generator.geometric(-math.expm1(-smoothing))) - 1
 
 
 def get_cot_latent_dataset(
@@ -255,7 +299,10 @@ def get_cot_latent_dataset(
     end_id: int,
     epoch: int = 0,
 ) -> Dataset:
-    """Training sequences of a stage, built when they are read: input_ids, labels, attention_mask, position_ids, idx."""
+    """Training sequences of a stage, built when they are read: input_ids, labels, attention_mask, position_ids, idx.
+
+    latent_id: the token in a thought's place: `<|latent|>`, or `<pause>` for the methods that put it there.
+    """
     return base_dataset.with_transform(_StageExamples(configs, scheduled_stage, start_id, latent_id, end_id, epoch))
 
 
@@ -275,9 +322,9 @@ def check_lengths(datasets: Sequence[Dataset], curriculum: Curriculum, max_new_t
     for dataset in datasets:
         columns = (dataset[name] for name in ("question_tokenized", "steps_tokenized", "answer_tokenized"))
         for index, (question, steps, answer) in enumerate(zip(*columns, strict=True)):
-            latents, _ = stage_shape(curriculum, curriculum.max_latent_stage, len(steps))
+            thoughts = stage_shape(curriculum, curriculum.max_latent_stage, len(steps)).thoughts
             longest = max(sum(map(len, steps)) + len(answer), max_new_tokens)
-            needed = len(question) + markers + latents + longest
+            needed = len(question) + markers + thoughts + longest
             if needed > positions:
                 raise DataError(
                     f"record {index} needs up to {needed} positions (max_new_tokens included); the model has {positions}"

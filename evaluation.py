@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -21,6 +22,7 @@ from dataset import (
     batch_loader,
     get_cot_latent_dataset,
     get_question_latent_dataset,
+    remaining_steps,
     stage_shape,
 )
 from distributed import unwrap
@@ -43,13 +45,17 @@ class Prediction:
 
 @dataclass
 class Evaluation:
-    """Accuracy and cot_match are fractions of `questions`; loss is the mean cross entropy per labelled token."""
+    """Accuracy and cot_match are fractions of `questions`; loss is the mean cross entropy per labelled token.
+
+    seconds_per_question: answering time of all processes together, divided by the questions.
+    """
 
     loss: float
     accuracy: float
     cot_match: float
     questions: int
     new_tokens: float
+    seconds_per_question: float
     predictions: list[Prediction]
 
     def metrics(self) -> dict[str, Any]:
@@ -72,7 +78,9 @@ class Evaluator:
         model.eval()
         with torch.no_grad(), distributed.autocast(self.config.bf16, self.config.parallel, self.device):
             loss = self._loss(model, stage)
+            began = time.perf_counter()
             predictions = self._predict(model, stage)
+            seconds = time.perf_counter() - began
         model.train(was_training)
         count = len(predictions)
         return Evaluation(
@@ -81,13 +89,14 @@ class Evaluator:
             cot_match=sum(one.cot_match for one in predictions) / count,
             questions=count,
             new_tokens=sum(one.new_tokens for one in predictions) / count,
+            seconds_per_question=seconds / count,
             predictions=predictions,
         )
 
     def _loss(self, model: nn.Module, stage: int) -> float:
         # Every question at the stage that is evaluated.
-        curriculum = self.config.model_copy(update={"uniform_prob": 0.0, "earlier_stage_prob": 0.0})
-        examples = get_cot_latent_dataset(stage, self.dataset, curriculum, self.ids.start, self.ids.latent, self.ids.end)
+        curriculum = self.config.model_copy(update={"uniform_prob": 0.0, "earlier_stage_prob": 0.0, "icot_smoothing": None})
+        examples = get_cot_latent_dataset(stage, self.dataset, curriculum, self.ids.start, self.ids.thought, self.ids.end)
         collator = MyCollator(self.tokenizer, self.ids.latent)
         total, count = 0.0, 0.0
         for batch, filler in self._batches(examples, collator, "validation loss"):
@@ -101,7 +110,7 @@ class Evaluator:
         return total / count
 
     def _predict(self, model: nn.Module, stage: int) -> list[Prediction]:
-        prompts = get_question_latent_dataset(stage, self.dataset, self.config, self.ids.start, self.ids.latent, self.ids.end)
+        prompts = get_question_latent_dataset(stage, self.dataset, self.config, self.ids.start, self.ids.thought, self.ids.end)
         collator = MyCollator(self.tokenizer, self.ids.latent, align_end=True)
         predictions = []
         for batch, filler in self._batches(prompts, collator, "answers"):
@@ -125,7 +134,8 @@ class Evaluator:
     def _judge(self, idx: int, new: list[int], stage: int) -> Prediction:
         record = self.dataset[idx]
         output = str(self.tokenizer.decode(new, skip_special_tokens=True))
-        _, removed = stage_shape(self.config, stage, len(record["steps"]))
+        shape = stage_shape(self.config, stage, len(record["steps"]))
+        expected = str(self.tokenizer.decode(remaining_steps(shape, record["steps_tokenized"]), skip_special_tokens=True))
         answer, gold = extract_answer(output), clean_answer(record["answer"])
         return Prediction(
             idx=record["idx"],
@@ -133,7 +143,7 @@ class Evaluator:
             answer=answer,
             gold=gold,
             correct=answer == gold,
-            cot_match=_lines(output.split("#")[0]) == _lines("\n".join(record["steps"][removed:])),
+            cot_match=_lines(output.split("#")[0]) == _lines(expected),
             new_tokens=len(new),
         )
 

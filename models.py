@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from coconut import Coconut
-from dataset import END_LATENT, LATENT, START_LATENT, uses_markers
+from dataset import END_LATENT, LATENT, PAUSE, START_LATENT, marker_tokens
 from utils import RunConfig, UserError, get_logger
 
 transformers.utils.logging.disable_progress_bar()  # one bar per loaded or saved shard says nothing
@@ -22,12 +24,13 @@ IDENTITY_KEYS = ("model_type", "hidden_size", "num_hidden_layers", "num_attentio
 
 
 class LatentIds(NamedTuple):
-    """Token ids of the markers and of the end of a sequence."""
+    """Token ids of the markers, of the end of a sequence, and of what stands in a thought's place in the data."""
 
     start: int
     end: int
     latent: int
     eos: int
+    thought: int
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
@@ -42,16 +45,17 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
 
 
 def latent_ids(tokenizer: PreTrainedTokenizerBase, method: str | None) -> LatentIds:
-    """Ids of the markers, added to the tokenizer for the methods that use them.
+    """Ids of the markers; those that the method uses are added to the tokenizer.
 
-    The others keep the tokenizer and the model as they are; their ids are the next free ones, which no text contains.
+    Others get the next free ids, which no text contains, so that tokenizer and model stay as they are.
     """
-    if uses_markers(method):
-        tokenizer.add_tokens([START_LATENT, END_LATENT, LATENT], special_tokens=True)
-        start, end, latent = (cast("int", tokenizer.convert_tokens_to_ids(one)) for one in (START_LATENT, END_LATENT, LATENT))
-    else:
-        start, end, latent = range(len(tokenizer), len(tokenizer) + 3)
-    return LatentIds(start, end, latent, tokenizer.eos_token_id)
+    used = marker_tokens(method)
+    tokenizer.add_tokens(list(used), special_tokens=True)
+    free = itertools.count(len(tokenizer))
+    names = (START_LATENT, END_LATENT, LATENT, PAUSE)
+    ids = {name: cast("int", tokenizer.convert_tokens_to_ids(name)) if name in used else next(free) for name in names}
+    thought = ids[PAUSE] if PAUSE in used else ids[LATENT]
+    return LatentIds(ids[START_LATENT], ids[END_LATENT], ids[LATENT], tokenizer.eos_token_id, thought)
 
 
 def embedding_weight(base: PreTrainedModel) -> Tensor:
@@ -61,20 +65,21 @@ def embedding_weight(base: PreTrainedModel) -> Tensor:
 
 def build_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase, ids: LatentIds) -> Coconut:
     """The base model that the configuration names, with rows for the markers, inside a Coconut (float32, on the CPU)."""
+    markers = marker_tokens(config.method)
     if config.from_scratch:
         base = _random_model(config.model_id, len(tokenizer), config.attn_implementation)
+        base.config.coconut_markers = list(markers)  # random like all other rows
     elif config.load_model_path is not None and Path(config.load_model_path).is_file():
         base = _pretrained(config.model_id, config.attn_implementation)
         load_state_dict_file(base, Path(config.load_model_path))
         # The published code sizes the embeddings to the tokenizer once it adds the markers, and only then.
-        base.config.coconut_markers = embedding_weight(base).shape[0] == ids.latent + 1
+        base.config.coconut_markers = list(markers) if embedding_weight(base).shape[0] == len(tokenizer) else []
     elif config.load_model_path is not None:
         check_same_family(config.model_id, config.load_model_path)
         base = _pretrained(config.load_model_path, config.attn_implementation)
     else:
         base = _pretrained(config.model_id, config.attn_implementation)
-    if uses_markers(config.method):
-        initialise_markers(base, tokenizer, ids)
+    initialise_markers(base, tokenizer, markers)
     model = Coconut(base, ids.latent, ids.start, ids.end, ids.eos)
     try:
         model.verify_projection()
@@ -95,7 +100,6 @@ def _config_of(source: str) -> Any:
 def _random_model(model_id: str, vocabulary: int, attention: str | None) -> PreTrainedModel:
     model_config = _config_of(model_id)
     model_config.vocab_size = max(model_config.vocab_size, vocabulary)
-    model_config.coconut_markers = True  # random like all other rows
     get_logger().info(f"random weights from the configuration of {model_id}")
     return AutoModelForCausalLM.from_config(model_config, dtype=torch.float32, attn_implementation=attention)
 
@@ -189,13 +193,16 @@ def _listed(keys: list[str], most: int = 8) -> str:
 
 
 @torch.no_grad()
-def initialise_markers(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: LatentIds) -> None:
+def initialise_markers(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, markers: Sequence[str]) -> None:
     """Make room for the markers and start their rows from the embedding of "<<", or from the mean embedding.
 
-    Rows of a checkpoint that already has the markers stay as they are. Embeddings that are padded beyond the tokenizer
-    are never shrunk.
+    Rows of markers that a checkpoint already has stay as they are. Embeddings that are padded beyond the tokenizer are
+    never shrunk.
     """
-    if getattr(base.config, "coconut_markers", False):
+    there = getattr(base.config, "coconut_markers", None) or []
+    there = [START_LATENT, END_LATENT, LATENT] if there is True else there  # as checkpoints of version 0.1 say it
+    new = [cast("int", tokenizer.convert_tokens_to_ids(marker)) for marker in markers if marker not in there]
+    if not new:
         return
     rows = embedding_weight(base).shape[0]
     if len(tokenizer) > rows:
@@ -203,7 +210,7 @@ def initialise_markers(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     like = tokenizer.encode("<<", add_special_tokens=False)
     one_token = len(like) == 1 and like[0] != tokenizer.unk_token_id
     for weight in (embedding_weight(base), cast("nn.Linear", base.get_output_embeddings()).weight):
-        known = weight[: min(rows, min(ids[:3]))]
-        weight[list(ids[:3])] = (known[like[0]] if one_token else known.mean(dim=0)).clone()
-    base.config.coconut_markers = True
+        known = weight[: min(rows, min(new))]
+        weight[new] = (known[like[0]] if one_token else known.mean(dim=0)).clone()
+    base.config.coconut_markers = [*there, *(marker for marker in markers if marker not in there)]
     get_logger().info(f"embeddings of the new tokens start from {'the embedding of <<' if one_token else 'the mean embedding'}")

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dataset import stage_shape
 from evaluation import Prediction
-from utils import RunConfig, append_jsonl, get_logger, is_main_process, write_jsonl
+from utils import ALL_TOKENS, RunConfig, append_jsonl, get_logger, is_main_process, write_jsonl
 
 METRICS = "metrics.jsonl"
 
@@ -125,8 +125,8 @@ def schedule_table(config: RunConfig, start_epoch: int, examples: int, steps_per
     for column in ("stage", "epochs", "steps removed", "latent tokens", "optimizer steps"):
         table.add_column(column, justify="right")
     for stage, first, last in _stages(config, start_epoch):
-        latents, removed = stage_shape(config, stage, 1000)
-        gone = "all" if removed == 1000 else str(removed)
+        latents, removed, tokens = stage_shape(config, stage, 1000)
+        gone = "all" if removed == 1000 or tokens == ALL_TOKENS else f"{tokens} tokens" if tokens else str(removed)
         most = "" if config.pad_latent_to_max or not latents else "at most "
         epochs = f"{first + 1}-{last + 1}" if last > first else str(first + 1)
         table.add_row(str(stage), epochs, gone, f"{most}{latents}", f"{(last - first + 1) * steps_per_epoch:,}")

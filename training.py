@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import signal
 import time
@@ -61,7 +62,7 @@ class Trainer:
         self.device = device
         self.history: list[dict[str, Any]] = []
         self.stop_requested = False
-        self.state = TrainingState(epoch=config.resume, optimizer_stage=config.scheduled_stage(config.resume))
+        self.state = TrainingState(epoch=config.resume, optimizer_stage=config.stage_at(config.resume, 0, 1))
         self.optimizer = self._new_optimizer()
         if resume_from is not None:
             self._resume(resume_from)
@@ -91,9 +92,8 @@ class Trainer:
         with self._stop_on_signals():
             while self.state.epoch < self.config.num_epochs:
                 stage = self.config.scheduled_stage(self.state.epoch)
-                self._renew_optimizer(stage)
-                if not self._train_epoch(stage):
-                    self._save_inside_epoch(stage)
+                if not self._train_epoch():
+                    self._save_inside_epoch()
                     get_logger().info(
                         f"stopped by a signal at step {self.state.global_step}; the same command goes on from here"
                     )
@@ -105,16 +105,26 @@ class Trainer:
 
     def _renew_optimizer(self, stage: int) -> None:
         """A fresh optimizer where reset_optimizer asks for it: on a new stage, or on every epoch."""
-        at_start = self.state.step_in_epoch == 0 and self.state.global_step > 0
-        new_stage = stage != self.state.optimizer_stage
+        new_epoch = self.config.reset_optimizer == "epoch" and self.state.step_in_epoch == 0
+        new_stage = self.config.reset_optimizer is True and stage != self.state.optimizer_stage
         self.state.optimizer_stage = stage
-        if at_start and (self.config.reset_optimizer == "epoch" or (self.config.reset_optimizer is True and new_stage)):
+        if self.state.global_step > 0 and (new_epoch or new_stage):
             self.optimizer = self._new_optimizer()
 
-    def _train_epoch(self, stage: int) -> bool:
-        """The rest of the epoch in progress; False if a signal cut it short."""
+    def _train_epoch(self) -> bool:
+        """The rest of the epoch in progress, stage by stage; False if a signal cut it short."""
         self.model.train()
-        groups = self.groups()[self.state.step_in_epoch :]
+        groups = self.groups()
+        stages = [self.config.stage_at(self.state.epoch, step, len(groups)) for step in range(len(groups))]
+        rest = list(zip(stages, groups, strict=True))[self.state.step_in_epoch :]
+        for stage, part in itertools.groupby(rest, key=lambda pair: pair[0]):
+            self._renew_optimizer(stage)
+            if not self._train_steps(stage, [group for _, group in part], len(groups)):
+                return False
+        return True
+
+    def _train_steps(self, stage: int, groups: list[list[MicroBatch]], steps_in_epoch: int) -> bool:
+        """Optimizer steps of one stage; False if a signal cut them short."""
         loader = self._loader(stage, groups)
         title = f"epoch {self.state.epoch + 1}/{self.config.num_epochs} stage {stage}"
         bar = tqdm(groups, desc=title, leave=False, disable=not is_main_process(), mininterval=1)
@@ -129,8 +139,8 @@ class Trainer:
             if stop:
                 return False
             every = self.config.save_every_steps
-            if every and self.state.global_step % every == 0 and group is not groups[-1]:
-                self._save_inside_epoch(stage)
+            if every and self.state.global_step % every == 0 and self.state.step_in_epoch < steps_in_epoch:
+                self._save_inside_epoch()
         return True
 
     def groups(self) -> list[list[MicroBatch]]:
@@ -142,7 +152,7 @@ class Trainer:
 
     def _loader(self, stage: int, groups: list[list[MicroBatch]]) -> Iterator[Batch]:
         ids = self.ids
-        examples = get_cot_latent_dataset(stage, self.train_set, self.config, ids.start, ids.latent, ids.end, self.state.epoch)
+        examples = get_cot_latent_dataset(stage, self.train_set, self.config, ids.start, ids.thought, ids.end, self.state.epoch)
         micro_batches = [micro_batch for group in groups for micro_batch in group]
         return batch_loader(examples, micro_batches, MyCollator(self.tokenizer, ids.latent), self.config.num_workers)
 
@@ -232,7 +242,7 @@ class Trainer:
             "step": state.global_step,
             "epoch": state.epoch + 1,
             "stage": stage,
-            "latents": stage_shape(self.config, stage, 1000)[0],
+            "latents": stage_shape(self.config, stage, 1000).thoughts,
             "train_loss": state.epoch_loss / state.step_in_epoch,
             **{f"val_{key}" if key == "loss" else key: value for key, value in evaluation.metrics().items()},
             "examples": state.examples,
@@ -249,13 +259,14 @@ class Trainer:
             return epoch
         if evaluation.cot_match < (config.advance_cot_match or 0):
             return epoch
-        first = (stage + 1) * config.epochs_per_stage
+        first = config.first_epoch(stage + 1)
         if first > epoch:
             get_logger().info(f"stage {stage} learned in epoch {epoch} (advance_accuracy): going on with epoch {first + 1}")
         return max(first, epoch)
 
-    def _save_inside_epoch(self, stage: int) -> None:
-        self._save(f"checkpoint_{self.state.epoch}_step{self.state.global_step}", stage, self.state.epoch, None)
+    def _save_inside_epoch(self) -> None:
+        state = self.state
+        self._save(f"checkpoint_{state.epoch}_step{state.global_step}", state.optimizer_stage, state.epoch, None)
 
     def _save(self, name: str, stage: int, epoch: int, accuracy: float | None) -> None:
         if self.config.debug:

@@ -6,20 +6,24 @@ import difflib
 import functools
 import json
 import logging
+import math
 import os
 import random
 import sys
 from collections.abc import Callable
 from pathlib import Path, PurePath
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import numpy as np
 import torch
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-METHODS = ("coconut", "cot", "no_thoughts", "no_cot")
-Method = Literal["coconut", "cot", "no_thoughts", "no_cot"]
+METHOD_KEYS = ("coconut", "cot", "no_thoughts", "no_cot")  # booleans of the published files
+Method = Literal["coconut", "cot", "no_thoughts", "no_cot", "no_curriculum", "pause", "pause_as_thought", "icot"]
+METHODS: tuple[str, ...] = get_args(Method)
+STAGED_METHODS = ("coconut", "no_thoughts", "pause_as_thought")  # steps are removed stage by stage
+ALL_TOKENS = 1_000_000  # the stage of icot in which no token of the steps is left
 DEBUG_TRAIN, DEBUG_VALID = 5000, 32  # records that `debug: True` keeps, as in the published code
 
 
@@ -52,7 +56,7 @@ class RunConfig(Config):
     only_eval: bool = False
     debug: bool = False
     seed: NonNegative = 0
-    # method: one name, or exactly one of the four booleans of the published files
+    # method: one of eight names, or exactly one of the four booleans of the published files
     method: Method | None = None
     coconut: bool = False
     cot: bool = False
@@ -60,12 +64,16 @@ class RunConfig(Config):
     no_cot: bool = False
     # training
     c_thought: NonNegative = 1
-    epochs_per_stage: Positive = 1
+    epochs_per_stage: Positive | Annotated[list[Positive], Field(min_length=1)] = 1  # a list: of each stage, the last repeats
     max_latent_stage: NonNegative = 0
     pad_latent_to_max: bool = True
     uniform_prob: Annotated[float, Field(ge=0, le=1)] = 0.0
     earlier_stage_prob: Annotated[float, Field(ge=0, le=1)] = 0.0
     examples_per_epoch: Annotated[int | None, Field(ge=1), BeforeValidator(_null)] = None
+    icot_tokens_per_epoch: Annotated[float, Field(gt=0)] = 8.0
+    icot_smoothing: Annotated[float | None, Field(gt=0), BeforeValidator(_null)] = 4.0
+    icot_start_epoch: NonNegative = 0
+    icot_remove_all_beyond: Annotated[int | None, Field(ge=0), BeforeValidator(_null)] = None
     num_epochs: Positive = 1
     lr: Annotated[float, Field(gt=0)] = 1e-4
     warmup_steps: NonNegative = 0
@@ -114,14 +122,14 @@ class RunConfig(Config):
         return self
 
     def _choose_method(self) -> None:
-        chosen = [name for name in METHODS if getattr(self, name)]
+        chosen = [name for name in METHOD_KEYS if getattr(self, name)]
         if self.method is not None and self.method not in chosen:
             chosen.append(self.method)
         if len(chosen) != 1:
             found = " and ".join(chosen) if chosen else "none"
             raise ValueError(f"method: exactly one of {', '.join(METHODS)} must be chosen, found {found}")
         self.method = chosen[0]  # type: ignore[assignment]
-        for name in METHODS:
+        for name in METHOD_KEYS:
             setattr(self, name, name == self.method)
 
     def _check_training(self) -> None:
@@ -139,21 +147,48 @@ class RunConfig(Config):
             raise ValueError("uniform_prob and earlier_stage_prob contradict each other: set one of them")
         if self.advance_cot_match is not None and self.advance_accuracy is None:
             raise ValueError("advance_cot_match needs advance_accuracy, which turns leaving a stage early on")
-        if self.method == "coconut" and self.c_thought == 0:
-            raise ValueError("c_thought: 0 leaves coconut without thoughts: set at least 1, or method: no_thoughts")
+        if self.method in ("coconut", "no_curriculum", "pause", "pause_as_thought") and self.c_thought == 0:
+            raise ValueError(f"c_thought: 0 leaves {self.method} without thoughts: set at least 1, or method: no_thoughts")
+        if self.method in ("no_curriculum", "pause") and self.max_latent_stage == 0:
+            raise ValueError(f"max_latent_stage: 0 leaves {self.method} without thoughts: set at least 1, or method: no_cot")
+        for key in ("uniform_prob", "earlier_stage_prob", "advance_accuracy"):
+            if getattr(self, key) and self.method not in STAGED_METHODS:
+                raise ValueError(f"{key}: method {self.method} has no stages; leave it out, or use {', '.join(STAGED_METHODS)}")
 
     @property
     def save_dir(self) -> Path:
         return Path(self.save_path) / self.name
 
     def scheduled_stage(self, epoch: int) -> int:
-        """The stage of an epoch (paper, section 3); methods without a curriculum stay at 0.
+        """The stage at the end of an epoch (paper, section 3), at which it is evaluated.
 
-        Past max_latent_stage all steps are gone and later stages would look alike, so they are one stage.
+        Past max_latent_stage all steps are gone and later stages would look alike, so they are one stage, in which
+        no_curriculum and pause are from the first epoch. A stage of icot is a number of removed tokens.
         """
         if self.method in ("cot", "no_cot"):
             return 0
-        return min(epoch // self.epochs_per_stage, self.max_latent_stage + 1)
+        if self.method == "icot":
+            return self.icot_stage(epoch + 1, before=True)
+        last = self.max_latent_stage + 1
+        if self.method in ("no_curriculum", "pause"):
+            return last
+        return max(stage for stage in range(last + 1) if self.first_epoch(stage) <= epoch)
+
+    def stage_at(self, epoch: int, step: int, steps: int) -> int:
+        """The stage of one of the epoch's optimizer steps; only icot goes on to the next one inside an epoch."""
+        return self.icot_stage(epoch + step / steps) if self.method == "icot" else self.scheduled_stage(epoch)
+
+    def first_epoch(self, stage: int) -> int:
+        """The epoch with which a stage begins."""
+        each = self.epochs_per_stage if isinstance(self.epochs_per_stage, list) else [self.epochs_per_stage]
+        return sum(each[min(before, len(each) - 1)] for before in range(stage))
+
+    def icot_stage(self, epochs: float, before: bool = False) -> int:
+        """Tokens removed after so many epochs (arXiv 2405.14838: s(t) = floor(delta t / T)), or just before that moment."""
+        tokens = max(0.0, self.icot_tokens_per_epoch * (epochs - self.icot_start_epoch))
+        removed = max(0, math.ceil(tokens) - 1) if before else math.floor(tokens)
+        beyond = self.icot_remove_all_beyond
+        return ALL_TOKENS if beyond is not None and removed > beyond else removed
 
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)
