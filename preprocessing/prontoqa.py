@@ -1,0 +1,254 @@
+"""ProntoQA questions (arXiv 2210.01240) from the raw file of the official generator, split as in arXiv 2412.06769.
+
+`python preprocessing/prontoqa.py 5hop_0shot_random.json` writes data/prontoqa_{train,valid,test}.json;
+`scripts/make_prontoqa.sh` makes the raw file with a clone of the generator, https://github.com/asaparov/prontoqa.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from preprocessing.common import SPLITS, OneLineParser, Record, exit_with, prepare_directory, write_records
+from utils import UserError, read_text
+
+PROGRAM = "prontoqa.py"
+ANSWERS = ("True", "False")
+PUBLISHED_SIZES = (9000, 200, 800)
+QUERY = "True or false: "
+
+_SENTENCE = re.compile(r"[^.]+\.")
+_PREDICATE = r"(?P<negated> not)?(?: an?)? (?P<predicate>\w+)\."
+_FACT = re.compile(r"(?P<subject>\w+) is" + _PREDICATE)
+_RULE = re.compile(r"(?:(?:Every|Each) (?P<subject>\w+) is|(?P<subjects>\w+) are)" + _PREDICATE)
+
+
+# --- conversion ---
+
+
+def read_examples(path: Path) -> dict[str, Any]:
+    """The examples of a raw file by name, in the file's order. UserError: no such file, or not the generator's format."""
+    try:
+        examples = json.loads(read_text(path))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON ({error}); the generator writes it as its last act: run it again") from None
+    if not isinstance(examples, dict):
+        raise UserError(f'{path}: expected an object {{"example1": {{"test_example": ...}}, ...}} as the generator writes it')
+    return examples
+
+
+def convert_example(example: Any) -> Record:
+    """The record of one raw example; its in-context examples are left out. ValueError: a field is missing or wrong.
+
+    A proof of h hops is 2h + 1 sentences, a fact and then a rule and a conclusion for each hop. Two sentences make a step,
+    so that every step but the last ends in the rule that leads on, and the last is the conclusion alone: h + 1 steps.
+    """
+    test = example.get("test_example") if isinstance(example, dict) else None
+    if not isinstance(test, dict):
+        raise ValueError("expected an object with the object 'test_example'")
+    for field in ("question", "query", "answer"):
+        if not isinstance(test.get(field), str) or not test[field].strip():
+            raise ValueError(f"field '{field}' is missing, blank or no string")
+    if test["answer"] not in ANSWERS:
+        raise ValueError(f"field 'answer': expected True or False, found {test['answer']!r}")
+    sentences = proof_sentences(test.get("chain_of_thought"))
+    steps = [" ".join(sentences[at : at + 2]) for at in range(0, len(sentences), 2)]
+    return {"question": f"{test['question']} {test['query']}", "answer": test["answer"], "steps": steps}
+
+
+def proof_sentences(chain: Any) -> list[str]:
+    """The field chain_of_thought, checked. ValueError: no list of sentences, or too many or too few for a proof."""
+    if not isinstance(chain, list) or not all(isinstance(sentence, str) and sentence.strip() for sentence in chain):
+        raise ValueError("field 'chain_of_thought' is missing or no list of sentences")
+    if len(chain) % 2 == 0:
+        raise ValueError(
+            f"field 'chain_of_thought' has {len(chain)} sentences; a proof has an odd number of them, a fact and then "
+            "a rule and a conclusion for each hop"
+        )
+    return chain
+
+
+def convert(examples: dict[str, Any]) -> dict[str, Record]:
+    """Records by the examples' names. UserError naming the first example that cannot be converted."""
+    records = {}
+    for name, example in examples.items():
+        try:
+            records[name] = convert_example(example)
+        except ValueError as error:
+            raise UserError(f"{name}: {error}") from None
+    return records
+
+
+# --- proofs ---
+
+
+class Claim(NamedTuple):
+    """`subject is [not] predicate`, concepts in the singular."""
+
+    subject: str
+    predicate: str
+    holds: bool
+
+    @property
+    def negation(self) -> "Claim":
+        return self._replace(holds=not self.holds)
+
+
+def singular(word: str) -> str:
+    """`Wumpuses` -> `wumpus`; properties such as `moderate` stay."""
+    return word.lower().removesuffix("es") if word.endswith("puses") else word.lower()
+
+
+def parse(sentence: str, pattern: re.Pattern[str]) -> Claim | None:
+    match = pattern.fullmatch(sentence)
+    if match is None:
+        return None
+    parts = match.groupdict()
+    return Claim(singular(parts["subject"] or parts["subjects"]), singular(parts["predicate"]), parts["negated"] is None)
+
+
+def split_sentences(text: str) -> list[str]:
+    return [sentence.strip() for sentence in _SENTENCE.findall(text)]
+
+
+def proof_problem(record: Record) -> str | None:
+    """Why the steps do not prove the answer from the sentences of the question; None if they do."""
+    theory, _, query = record["question"].rpartition(QUERY)
+    given, sentences = set(split_sentences(theory)), split_sentences(" ".join(record["steps"]))
+    conclusion = parse(sentences[0], _FACT) if sentences else None
+    if conclusion is None or sentences[0] not in given:
+        return f"the proof does not begin with a fact of the question: {sentences[:1]}"
+    for rule, derived in zip(sentences[1::2], sentences[2::2], strict=False):
+        if rule not in given:
+            return f"{rule!r} does not stand in the question"
+        step = parse(derived, _FACT)
+        if step is None or step != follow(conclusion, parse(rule, _RULE)):
+            return f"{derived!r} does not follow by {rule!r}"
+        conclusion = step
+    if parse(query, _FACT) != (conclusion if record["answer"] == "True" else conclusion.negation):
+        return f"the last sentence, {sentences[-1]!r}, does not make {query!r} {record['answer']}"
+    return None
+
+
+def follow(fact: Claim, rule: Claim | None) -> Claim | None:
+    """What the rule says of the fact's subject; None where it says nothing."""
+    if rule is None or not fact.holds or rule.subject != fact.predicate:
+        return None
+    return Claim(fact.subject, rule.predicate, rule.holds)
+
+
+# --- splits ---
+
+
+def split_records(records: Sequence[Record], train: int, valid: int, test: int | None) -> dict[str, list[Record]]:
+    """The first `train`, the next `valid` and the next `test` records, None for all the rest; empty splits are left out.
+
+    UserError: there are fewer; it names sizes in the published proportion that would fit.
+    """
+    needed = train + valid + (1 if test is None else test)
+    if len(records) < needed:
+        rest = "at least 1" if test is None else f"{test:,}"
+        raise UserError(
+            f"{len(records):,} examples are too few for --train {train} --valid {valid} and {rest} for test; "
+            + fitting_sizes(len(records))
+        )
+    end = len(records) if test is None else needed
+    bounds = (0, train, train + valid, end)
+    splits = {name: list(records[bounds[i] : bounds[i + 1]]) for i, name in enumerate(SPLITS)}
+    return {name: split for name, split in splits.items() if split}
+
+
+def fitting_sizes(available: int) -> str:
+    """Sizes for so many examples in the published proportion, as a piece of advice."""
+    if available < len(SPLITS):
+        return "at least 3 are needed, one for each split"
+    valid, test = (max(1, available * size // sum(PUBLISHED_SIZES)) for size in PUBLISHED_SIZES[1:])
+    return f"--train {available - valid - test} --valid {valid} would fit and leave {test} for test"
+
+
+def question_key(record: Record) -> tuple[str, ...]:
+    """Equal for questions that differ only in the order of their sentences."""
+    return tuple(sorted(split_sentences(record["question"])))
+
+
+def statistics(records: Sequence[Record], others: Collection[tuple[str, ...]]) -> dict[str, str]:
+    """The summary's cells for one split; `others`: keys of the questions of the other splits."""
+    steps = sorted({len(record["steps"]) for record in records})
+    keys = [question_key(record) for record in records]
+    return {
+        "records": f"{len(records):,}",
+        "steps": " ".join(map(str, steps)),
+        "answer True": f"{sum(record['answer'] == 'True' for record in records) / len(records):.1%}",
+        "proofs that hold": f"{sum(proof_problem(record) is None for record in records):,}",
+        "repeated questions": f"{len(keys) - len(set(keys)):,}",
+        "also in another split": f"{sum(key in others for key in keys):,}",
+    }
+
+
+def print_table(splits: dict[str, list[Record]]) -> None:
+    """Statistics side by side, one column per split."""
+    keys = {name: {question_key(record) for record in records} for name, records in splits.items()}
+    columns = {
+        name: statistics(records, set().union(*(keys[other] for other in keys if other != name)))
+        for name, records in splits.items()
+    }
+    print(f"{'':22}" + "".join(f"{name:>10}" for name in columns))
+    for row in next(iter(columns.values())):
+        print(f"{row:22}" + "".join(f"{cells[row]:>10}" for cells in columns.values()))
+
+
+# --- command line ---
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Command line, checked; a contradiction ends with one line and exit code 2."""
+    parser = OneLineParser(prog=PROGRAM, description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("raw", type=Path, metavar="RAW.json", help="the generator's file")
+    train, valid, test = PUBLISHED_SIZES
+    parser.add_argument("--train", type=int, default=train, metavar="N", help=f"first N examples (default {train})")
+    parser.add_argument("--valid", type=int, default=valid, metavar="N", help=f"next N examples (default {valid})")
+    parser.add_argument("--test", type=int, metavar="N", help=f"next N examples (default all the rest; published {test})")
+    parser.add_argument("--out-prefix", type=Path, default=Path("data/prontoqa"), help="files are PREFIX_train.json, ...")
+    parser.add_argument("--check", action="store_true", help="a proof that does not hold is an error, not a line of the table")
+    args = parser.parse_args(argv)
+    for split in SPLITS:
+        if (getattr(args, split) or 0) < 0:
+            parser.error(f"--{split} must be at least 0, is {getattr(args, split)}")
+    if args.train + args.valid == 0 and args.test == 0:
+        parser.error("--train, --valid and --test are all 0: nothing to write")
+    return args
+
+
+def check_proofs(records: dict[str, Record], strict: bool) -> None:
+    """Names the first proof that does not hold: a warning, or a UserError if `strict`."""
+    for name, record in records.items():
+        if problem := proof_problem(record):
+            if strict:
+                raise UserError(f"{name}: {problem}")
+            print(f"{PROGRAM}: warning: {name}: {problem} (the first such example; --check makes it an error)", file=sys.stderr)
+            return
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    try:
+        records = convert(read_examples(args.raw))
+        splits = split_records(list(records.values()), args.train, args.valid, args.test)
+        check_proofs(records, args.check)
+        prepare_directory(args.out_prefix.parent)
+        for split, split_of in splits.items():
+            write_records(args.out_prefix.with_name(f"{args.out_prefix.name}_{split}.json"), split_of)
+    except OSError as error:
+        exit_with(PROGRAM, f"cannot write to {args.out_prefix.parent}: {error.strerror}")
+    except UserError as error:
+        exit_with(PROGRAM, str(error))
+    print_table(splits)
+
+
+if __name__ == "__main__":
+    main()
