@@ -4,16 +4,19 @@ A script that also runs as `python preprocessing/NAME.py` puts the repository's 
 """
 
 import argparse
+import codecs
 import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 Record = dict[str, Any]
 SPLITS = ("train", "valid", "test")
+Row = TypeVar("Row")
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -53,3 +56,42 @@ def write_records(path: Path, records: Iterable[Record]) -> None:
     """A JSON list with one record per line; the file appears whole or not at all. OSError: it cannot be written."""
     lines = ",\n".join(json.dumps(record, separators=(",", ":")) for record in records)
     write_text(path, f"[\n{lines}\n]\n")
+
+
+def parse_rows(source: object, unit: str, rows: Iterable[Row], parse: Callable[[Row], Record]) -> list[Record]:
+    """`parse` of each row. ValueError: one fails with a ValueError (`source: unit number: reason`), or there is none."""
+    records = []
+    for number, row in enumerate(rows, start=1):
+        try:
+            records.append(parse(row))
+        except ValueError as error:
+            raise ValueError(f"{source}: {unit} {number}: {error}") from None
+    if not records:
+        raise ValueError(f"{source}: nothing in it; expected at least one {unit}")
+    return records
+
+
+def parse_lines(path: Path, parse: Callable[[str], Record]) -> list[Record]:
+    """`parse` of each line of a UTF-8 text. OSError: it cannot be read. ValueError: as `parse_rows`, or a line is not UTF-8."""
+    content = path.read_bytes().removeprefix(codecs.BOM_UTF8).rstrip()
+    # Not splitlines: it also cuts at characters that stand inside a question.
+    return parse_rows(path, "line", content.split(b"\n") if content else [], lambda line: parse(_decoded(line)))
+
+
+def _decoded(line: bytes) -> str:
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8: byte 0x{line[error.start]:02x} at position {error.start + 1}") from None
+
+
+def print_steps(columns: Mapping[str, Sequence[Record]], more: Mapping[str, Sequence[int]] | None = None) -> None:
+    """Records and numbers of steps side by side, one column per data set; `more`: rows of further counts."""
+    steps = [Counter(len(record["steps"]) for record in records) for records in columns.values()]
+    rows = {"records": [count.total() for count in steps], **(more or {})}
+    rows |= {f"{number} steps": [count[number] for count in steps] for number in sorted(set().union(*steps))}
+    print(f"{'':24}" + "".join(f"{name:>12}" for name in columns))
+    for name, counts in rows.items():
+        print(f"{name:24}" + "".join(f"{count:>12,}" for count in counts))
+    means = (sum(number * n for number, n in count.items()) / max(count.total(), 1) for count in steps)
+    print(f"{'mean steps':24}" + "".join(f"{mean:>12.2f}" for mean in means))

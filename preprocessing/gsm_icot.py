@@ -1,0 +1,72 @@
+"""Records from GSM8K-Aug text (arXiv 2405.14838): one line is `question||<<48/2=24>> <<48+24=72>> #### 72`.
+
+`python preprocessing/gsm_icot.py IN.txt OUT.json`; `bash preprocessing/gsm_icot.bash` fetches the files and runs this.
+A step is one `<<...>>`; nothing between `||` and `####` is no step at all. The answer keeps its commas, as in the files
+that the paper's models were trained on.
+"""
+
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from preprocessing.common import (
+    OneLineParser,
+    Record,
+    exit_with,
+    parse_lines,
+    prepare_directory,
+    print_steps,
+    write_records,
+)
+
+PROGRAM = "gsm_icot.py"
+# Only between two steps: blanks inside `<<...>>` belong to the step.
+BETWEEN_STEPS = re.compile(r"(?<=>>)\s*(?=<<)")
+
+
+def split_steps(rationale: str) -> list[str]:
+    """The parts of `<<1+1=2>> <<2+2=4>>`; [] for blanks alone."""
+    rationale = rationale.strip()
+    return BETWEEN_STEPS.split(rationale) if rationale else []
+
+
+def parse_line(line: str) -> Record:
+    """The record of one line. ValueError: a separator is missing, or the question or the answer is empty."""
+    # The last of each: neither separator can stand in the steps or the answer, but a question may contain one.
+    question, bar, rest = line.rpartition("||")
+    rationale, mark, answer = rest.rpartition("####")
+    if not bar:
+        raise ValueError("no '||' after the question; expected question||steps #### answer")
+    if not mark:
+        raise ValueError("no '####' before the answer; expected question||steps #### answer")
+    if not question.strip():
+        raise ValueError("the question before '||' is empty")
+    if not answer.strip():
+        raise ValueError("the answer after '####' is empty")
+    return {"question": question.strip(), "answer": answer.strip(), "steps": split_steps(rationale)}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = OneLineParser(prog=PROGRAM, description=__doc__.splitlines()[0])
+    parser.add_argument("text", type=Path, metavar="IN.txt")
+    parser.add_argument("out", type=Path, metavar="OUT.json")
+    args = parser.parse_args(argv)
+    try:
+        records = parse_lines(args.text, parse_line)
+    except OSError as error:
+        exit_with(PROGRAM, f"cannot read {args.text}: {error.strerror}")
+    except ValueError as error:
+        exit_with(PROGRAM, str(error))
+    try:
+        prepare_directory(args.out.parent)
+        write_records(args.out, records)
+    except OSError as error:
+        exit_with(PROGRAM, f"cannot write {args.out}: {error.strerror}")
+    print_steps({args.out.stem: records})
+
+
+if __name__ == "__main__":
+    main()
