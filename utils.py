@@ -92,9 +92,15 @@ class RunConfig(Config):
     resume: NonNegative = 0
     from_scratch: bool = False
     attn_implementation: OptionalText = None
+    gguf_file: OptionalText = None
+    lora_r: Annotated[int | None, Field(ge=1), BeforeValidator(_null)] = None
+    lora_alpha: Annotated[float | None, Field(gt=0), BeforeValidator(_null)] = None
+    lora_dropout: Annotated[float | None, Field(ge=0, lt=1), BeforeValidator(_null)] = None
+    lora_target_modules: Annotated[str | list[str] | None, BeforeValidator(_null)] = None
     # data
     train_path: OptionalText = None
     val_path: str
+    chat_template: bool = False
     # checkpoints
     save_only_improve: bool = False
     save_every_steps: Annotated[int | None, Field(ge=1), BeforeValidator(_null)] = None
@@ -135,12 +141,11 @@ class RunConfig(Config):
     def _check_training(self) -> None:
         if self.train_path is None:
             raise ValueError("train_path is missing: a JSON file of records, or set only_eval: True")
-        if self.resume and self.load_model_path is None:
-            raise ValueError(
-                f"resume: {self.resume} needs load_model_path, the model that was trained for {self.resume} epochs"
-            )
+        if self.resume and self.from_scratch:
+            raise ValueError(f"resume: {self.resume} starts from a model that was trained; from_scratch has random weights")
         if self.resume >= self.num_epochs:
             raise ValueError(f"resume: {self.resume} leaves nothing to train: num_epochs is {self.num_epochs}")
+        self._check_lora()
         if self.from_scratch and self.load_model_path is not None:
             raise ValueError("from_scratch and load_model_path contradict each other: set one of them")
         if self.uniform_prob and self.earlier_stage_prob:
@@ -154,6 +159,19 @@ class RunConfig(Config):
         for key in ("uniform_prob", "earlier_stage_prob", "advance_accuracy"):
             if getattr(self, key) and self.method not in STAGED_METHODS:
                 raise ValueError(f"{key}: method {self.method} has no stages; leave it out, or use {', '.join(STAGED_METHODS)}")
+
+    def _check_lora(self) -> None:
+        options = [key for key in ("lora_alpha", "lora_dropout", "lora_target_modules") if getattr(self, key) is not None]
+        if self.lora_r is None and options:
+            raise ValueError(f"{options[0]} needs lora_r, the rank, which turns LoRA on")
+        if self.lora_r is None:
+            return
+        if self.from_scratch:
+            raise ValueError("lora_r and from_scratch contradict each other: LoRA adapts trained weights, which stay as they are")
+        if self.bf16 == "pure":
+            raise ValueError("lora_r: bf16: pure would train the small LoRA matrices in bfloat16; use bf16: True")
+        if self.parallel == "fsdp":
+            raise ValueError("lora_r: parallel: fsdp is not supported with LoRA; use parallel: ddp")
 
     @property
     def save_dir(self) -> Path:
