@@ -167,7 +167,7 @@ class RunConfig(Config):
         if self.lora_r is None:
             return
         if self.from_scratch:
-            raise ValueError("lora_r and from_scratch contradict each other: LoRA adapts trained weights, which stay as they are")
+            raise ValueError("lora_r and from_scratch contradict each other: LoRA adapts trained weights")
         if self.bf16 == "pure":
             raise ValueError("lora_r: bf16: pure would train the small LoRA matrices in bfloat16; use bf16: True")
         if self.parallel == "fsdp":
