@@ -192,7 +192,7 @@ def test_a_record_longer_than_the_model_is_named(tokenizer: Any, tmp_path: Path)
 def test_latents_never_exceed_what_the_stage_or_the_question_allows(
     stage: int, steps: int, most: int, thought: int, pad: bool
 ) -> None:
-    latents, removed = stage_shape(curriculum(c_thought=thought, max_latent_stage=most, pad_latent_to_max=pad), stage, steps)
+    latents, removed, _ = stage_shape(curriculum(c_thought=thought, max_latent_stage=most, pad_latent_to_max=pad), stage, steps)
     assert latents == thought * (min(stage, most) if pad else min(stage, most, steps))
     assert removed == (stage if stage <= most else steps)
 

@@ -13,6 +13,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, PreTrainedTokenizerFast
 
 from coconut import Coconut
+from dataset import END_LATENT, LATENT, START_LATENT
 from models import build_model, initialise_markers, latent_ids, load_tokenizer
 from utils import RunConfig, UserError
 
@@ -96,7 +97,7 @@ def test_trained_markers_are_not_initialised_again(saved: Path, tmp_path: Path) 
     model.base_causallm.save_pretrained(directory)
     again = build(configuration(saved, load_model_path=str(directory)))
     assert torch.equal(again.base_causallm.get_input_embeddings().weight, trained)
-    initialise_markers(model.base_causallm, tokenizer, ids)
+    initialise_markers(model.base_causallm, tokenizer, (START_LATENT, END_LATENT, LATENT))
     assert torch.equal(model.base_causallm.get_input_embeddings().weight, trained)
 
 

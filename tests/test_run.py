@@ -14,7 +14,7 @@ from conftest import ROOT, SHARED_DATA, chain_records, read_rows, write_json
 from safetensors.torch import load_file
 
 import run
-from utils import UserError
+from utils import METHODS, UserError
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 
@@ -39,15 +39,17 @@ def losses(directory: Path) -> list[float]:
 # --- one process ---
 
 
-@pytest.mark.parametrize("method", ["coconut", "cot", "no_thoughts", "no_cot"])
+@pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_evaluates_and_is_evaluated_again(
     run_arguments: list[str], tmp_path: Path, method: str, capsys: Any
 ) -> None:
     start(run_arguments, f"method={method}", "epochs_per_stage=1", "num_epochs=2")
     directory = tmp_path / "checkpoints" / "run"
     epochs = read_rows(directory / "metrics.jsonl", "epoch")
-    assert [row["stage"] for row in epochs] == ([0, 1] if method in ("coconut", "no_thoughts") else [0, 0])
-    assert epochs[1]["latents"] == (1 if method == "coconut" else 0)
+    stages = {"cot": [0, 0], "no_cot": [0, 0], "no_curriculum": [3, 3], "pause": [3, 3], "icot": [7, 15]}
+    assert [row["stage"] for row in epochs] == stages.get(method, [0, 1])
+    thoughts = {"coconut": 1, "pause_as_thought": 1, "no_curriculum": 2, "pause": 2}
+    assert epochs[1]["latents"] == thoughts.get(method, 0)
     assert epochs[1]["train_loss"] < epochs[0]["train_loss"]
     assert (directory / "config.yaml").is_file()
     # A wrong method, stage and number of latents in the configuration do not change what a checkpoint is evaluated as.

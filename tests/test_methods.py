@@ -1,0 +1,253 @@
+"""The exact training sequence of every method at every stage, and the schedules that choose the stage."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, read_rows
+from datasets import Dataset
+from safetensors.torch import load_file
+
+import run
+from dataset import (
+    END_LATENT,
+    IGNORE_INDEX,
+    LATENT,
+    PAUSE,
+    START_LATENT,
+    check_lengths,
+    get_cot_latent_dataset,
+    get_question_latent_dataset,
+)
+from models import build_model, latent_ids, load_tokenizer
+from training import Trainer
+from utils import ALL_TOKENS, METHODS, RunConfig, UserError, load_config
+
+# Q, q: the question; a, b | c, d, e | f: three steps; A: the answer; .: end of the sequence
+# (, *, ): start marker, what stands in a thought's place, end marker
+NAMES = {name: number for number, name in enumerate("Qqabcdef A.(*)")}
+SAMPLE = {
+    "idx": 0,
+    "question_tokenized": [NAMES[name] for name in "Qq"],
+    "steps_tokenized": [[NAMES[name] for name in step] for step in ("ab", "cde", "f")],
+    "answer_tokenized": [NAMES[name] for name in "A."],
+}
+CURRICULUM = ["c_thought=2", "max_latent_stage=2", "epochs_per_stage=1", "num_epochs=9"]
+
+
+def configuration(method: str, *more: str) -> RunConfig:
+    needed = ["name=x", "model_id=m", "train_path=t", "val_path=v"]
+    return load_config(RunConfig, [*needed, *CURRICULUM, f"method={method}", *more])
+
+
+def training_sequence(config: RunConfig, stage: int, epoch: int = 0, sample: dict[str, Any] = SAMPLE) -> tuple[str, str]:
+    """The input and, aligned with it, the tokens that carry loss."""
+    markers = (NAMES["("], NAMES["*"], NAMES[")"])
+    examples = get_cot_latent_dataset(stage, Dataset.from_list([sample]), config, *markers, epoch)
+    letters = {number: name for name, number in NAMES.items()} | {IGNORE_INDEX: "-"}
+    return tuple("".join(letters[token] for token in examples[0][key]) for key in ("input_ids", "labels"))  # type: ignore[return-value]
+
+
+EXPECTED = {
+    # (method, further settings): {stage: sequence}; the loss is on what follows the bar
+    ("cot", ""): {0: "Qq|abcdefA.", 5: "Qq|abcdefA."},
+    ("no_cot", ""): {0: "Qq|A.", 5: "Qq|A."},
+    ("coconut", ""): {0: "Qq()|abcdefA.", 1: "Qq(**)|cdefA.", 2: "Qq(****)|fA.", 3: "Qq(****)|A."},
+    ("no_thoughts", ""): {0: "Qq|abcdefA.", 1: "Qq|cdefA.", 2: "Qq|fA.", 3: "Qq|A."},
+    ("no_curriculum", ""): {0: "Qq(****)|A.", 3: "Qq(****)|A."},
+    ("pause", ""): {0: "Qq****|A.", 3: "Qq****|A."},
+    ("pause_as_thought", ""): {0: "Qq()|abcdefA.", 1: "Qq(**)|cdefA.", 2: "Qq(****)|fA.", 3: "Qq(****)|A."},
+    ("icot", "icot_smoothing=null"): {0: "Qq|abcdefA.", 1: "Qq|bcdefA.", 4: "Qq|efA.", 6: "Qq|A.", ALL_TOKENS: "Qq|A."},
+}
+
+
+@pytest.mark.parametrize(("method", "more"), EXPECTED)
+def test_training_sequences(method: str, more: str) -> None:
+    config = configuration(method, *more.split())
+    for stage, expected in EXPECTED[method, more].items():
+        prompt, target = expected.split("|")
+        assert training_sequence(config, stage) == (prompt + target, "-" * len(prompt) + target)
+        markers = (NAMES["("], NAMES["*"], NAMES[")"])
+        prompts = get_question_latent_dataset(stage, Dataset.from_list([SAMPLE]), config, *markers)
+        assert prompts[0]["input_ids"] == [NAMES[name] for name in prompt]
+
+
+def test_every_method_is_pinned() -> None:
+    assert {method for method, _ in EXPECTED} == set(METHODS)
+
+
+@pytest.mark.parametrize("method", ["coconut", "no_curriculum", "pause", "pause_as_thought"])
+def test_without_padding_a_short_question_gets_fewer_thoughts(method: str) -> None:
+    short = {**SAMPLE, "steps_tokenized": SAMPLE["steps_tokenized"][:1]}
+    for pad, thoughts in ((True, 4), (False, 2)):
+        sequence, _ = training_sequence(configuration(method, f"pad_latent_to_max={pad}"), 3, sample=short)
+        assert sequence.count("*") == thoughts
+
+
+@pytest.mark.parametrize(
+    ("method", "more", "stages"),
+    [
+        ("cot", "", [0, 0, 0, 0, 0]),
+        ("coconut", "", [0, 1, 2, 3, 3]),
+        ("pause_as_thought", "epochs_per_stage=2", [0, 0, 1, 1, 2, 2, 3, 3]),
+        ("no_thoughts", "epochs_per_stage=[3,1,2]", [0, 0, 0, 1, 2, 2, 3, 3, 3]),
+        ("coconut", "epochs_per_stage=[2,1]", [0, 0, 1, 2, 3, 3]),
+        ("no_curriculum", "", [3, 3, 3]),
+        ("pause", "", [3, 3, 3]),
+        ("icot", "icot_tokens_per_epoch=2 icot_start_epoch=1", [0, 1, 3, 5]),
+        ("icot", "icot_tokens_per_epoch=0.5", [0, 0, 1, 1, 2]),
+        ("icot", "icot_tokens_per_epoch=8 icot_remove_all_beyond=20", [7, 15, ALL_TOKENS, ALL_TOKENS]),
+    ],
+)
+def test_schedules(method: str, more: str, stages: list[int]) -> None:
+    config = configuration(method, *more.split())
+    assert [config.scheduled_stage(epoch) for epoch in range(len(stages))] == stages
+    if method != "icot":
+        assert [config.stage_at(epoch, 3, 4) for epoch in range(len(stages))] == stages
+
+
+def test_icot_removes_tokens_one_by_one_inside_an_epoch() -> None:
+    config = configuration("icot", "icot_tokens_per_epoch=2", "icot_start_epoch=1")
+    assert [config.stage_at(0, step, 4) for step in range(4)] == [0, 0, 0, 0]
+    assert [config.stage_at(1, step, 4) for step in range(4)] == [0, 0, 1, 1]
+    assert [config.stage_at(2, step, 4) for step in range(4)] == [2, 2, 3, 3]
+
+
+def test_icot_smoothing_repeats_and_follows_its_distribution() -> None:
+    """P(o) is proportional to exp(-lambda o), so P(0) = 1 - exp(-lambda)."""
+    count = 4000
+    base = Dataset.from_list([{**SAMPLE, "idx": index} for index in range(count)])
+
+    def removed(epoch: int, **values: Any) -> list[int]:
+        config = configuration("icot", "icot_smoothing=1.0", "icot_start_epoch=2").model_copy(update=values)
+        examples = get_cot_latent_dataset(1, base, config, 90, 91, 92, epoch)
+        return [len("Qqabcdef A.") - 1 - len(row) for row in examples[:]["input_ids"]]
+
+    drawn = removed(2)
+    assert drawn == removed(2) != removed(3)
+    assert drawn != removed(2, seed=1)
+    shares = {value: number / count for value, number in Counter(drawn).items()}
+    assert shares[1] == pytest.approx(1 - math.exp(-1), abs=0.03)  # one token by schedule, none added
+    assert shares[2] == pytest.approx((1 - math.exp(-1)) * math.exp(-1), abs=0.03)
+    assert set(removed(1)) == {1}  # nothing is drawn before the first removal
+
+
+@pytest.mark.parametrize("method", ["coconut", "no_thoughts", "pause_as_thought"])
+def test_staged_methods_mix_stages_and_the_seed_repeats_it(method: str) -> None:
+    config = configuration(method, "uniform_prob=0.5")
+    base = Dataset.from_list([{**SAMPLE, "idx": index} for index in range(100)])
+
+    def lengths(seed: int) -> list[int]:
+        examples = get_cot_latent_dataset(3, base, config.model_copy(update={"seed": seed}), 90, 91, 92)
+        return [len(row) for row in examples[:]["input_ids"]]
+
+    assert lengths(0) == lengths(0) != lengths(1)
+    assert len(set(lengths(0))) > 1
+
+
+@pytest.mark.parametrize("method", ["cot", "no_cot", "no_curriculum", "pause", "icot"])
+@pytest.mark.parametrize("key", ["uniform_prob", "earlier_stage_prob", "advance_accuracy"])
+def test_methods_without_stages_refuse_what_needs_them(method: str, key: str) -> None:
+    with pytest.raises(UserError, match=f"{key}: method {method} has no stages"):
+        configuration(method, f"{key}=0.5")
+
+
+@pytest.mark.parametrize("method", ["no_curriculum", "pause"])
+def test_no_thoughts_at_all_is_a_contradiction(method: str) -> None:
+    with pytest.raises(UserError, match="max_latent_stage: 0 leaves"):
+        configuration(method, "max_latent_stage=0")
+    with pytest.raises(UserError, match="c_thought: 0 leaves"):
+        configuration(method, "c_thought=0")
+
+
+@pytest.mark.parametrize(
+    ("method", "tokens"),
+    [
+        ("coconut", [START_LATENT, END_LATENT, LATENT]),
+        ("no_curriculum", [START_LATENT, END_LATENT, LATENT]),
+        ("pause_as_thought", [START_LATENT, END_LATENT, PAUSE]),
+        ("pause", [PAUSE]),
+        ("icot", []),
+        ("cot", []),
+    ],
+)
+def test_methods_add_the_tokens_they_use_and_no_others(method: str, tokens: list[str], model_directory: Path) -> None:
+    tokenizer = load_tokenizer(str(model_directory))
+    before = len(tokenizer)
+    ids = latent_ids(tokenizer, method)
+    assert sorted(set(tokenizer.get_vocab()) & {START_LATENT, END_LATENT, LATENT, PAUSE}) == sorted(tokens)
+    assert len(tokenizer) == before + len(tokens)
+    assert len({ids.start, ids.end, ids.latent}) == 3
+    assert min(ids[:3]) >= before
+    if tokens:
+        assert tokenizer.convert_ids_to_tokens(ids.thought) == tokens[-1]
+    assert (ids.thought == ids.latent) == (LATENT in tokens or not tokens)  # pause tokens are looked up, not thought
+
+
+def test_positions_are_checked_with_the_thoughts_of_every_method() -> None:
+    base = Dataset.from_list([SAMPLE])  # 2 tokens of question, 6 of steps, 2 of answer
+    needs = {"coconut": 2 + 2 + 4 + 8, "pause": 2 + 4 + 8, "pause_as_thought": 2 + 2 + 4 + 8, "icot": 2 + 8}
+    for method, needed in needs.items():
+        check_lengths([base], configuration(method), 1, needed)
+        with pytest.raises(UserError, match=f"needs up to {needed} positions"):
+            check_lengths([base], configuration(method), 1, needed - 1)
+
+
+def test_a_pause_checkpoint_starts_from_a_coconut_checkpoint(run_arguments: list[str], tmp_path: Path) -> None:
+    """The markers that are there keep their rows; the one that is new gets one."""
+    run.main.__wrapped__([*run_arguments, "num_epochs=1"])
+    directory = tmp_path / "checkpoints" / "run" / "checkpoint_1"
+    config = load_config(
+        RunConfig, [*run_arguments, "method=pause_as_thought", "from_scratch=false", f"load_model_path={directory}"]
+    )
+    tokenizer = load_tokenizer(str(directory))
+    ids = latent_ids(tokenizer, config.method)
+    weight = build_model(config, tokenizer, ids).base_causallm.get_input_embeddings().weight
+    trained = load_file(directory / "model.safetensors")["model.embed_tokens.weight"]
+    assert torch.equal(weight[[ids.start, ids.end]], trained[[ids.start, ids.end]])
+    assert not torch.equal(weight[ids.thought], trained[ids.thought])
+    torch.testing.assert_close(weight[ids.thought], trained[: ids.thought].mean(dim=0))
+
+
+def test_icot_resets_the_optimizer_at_each_removal_and_resumes_inside_an_epoch(
+    run_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    icot = ["method=icot", "icot_tokens_per_epoch=2", "icot_start_epoch=1", "max_latent_stage=0", "num_epochs=2"]
+    made = []
+    new = Trainer._new_optimizer
+    monkeypatch.setattr(Trainer, "_new_optimizer", lambda self: made.append(self.state.global_step) or new(self))
+    run.main.__wrapped__([*run_arguments, *icot])
+    assert made == [0, 9]  # 6 steps an epoch: the first token goes in the middle of the second epoch
+    whole = read_rows(tmp_path / "checkpoints" / "run" / "metrics.jsonl", "step")
+    assert [row["stage"] for row in whole] == [0] * 9 + [1] * 3
+
+    step = Trainer._optimizer_step
+
+    def stop_at_nine(self: Trainer, batches: Any) -> Any:
+        loss, _ = step(self, batches)
+        return loss, self.state.global_step == 9  # between two stages
+
+    monkeypatch.setattr(Trainer, "_optimizer_step", stop_at_nine)
+    run.main.__wrapped__([*run_arguments, *icot, "name=stopped"])
+    monkeypatch.setattr(Trainer, "_optimizer_step", step)
+    run.main.__wrapped__([*run_arguments, *icot, "name=stopped"])
+    resumed = read_rows(tmp_path / "checkpoints" / "stopped" / "metrics.jsonl", "step")
+    assert [row["loss"] for row in resumed] == [row["loss"] for row in whole]
+
+
+@pytest.mark.parametrize("dataset", ["gsm", "prontoqa", "prosqa", "prosqa_quick"])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_data_set_has_a_configuration_of_every_method(dataset: str, method: str) -> None:
+    config = load_config(RunConfig, [str(ROOT / "args" / f"{dataset}_{method}.yaml")])
+    reference = load_config(RunConfig, [str(ROOT / "args" / f"{dataset}_coconut.yaml")])
+    assert config.method == method
+    for key in ("train_path", "val_path", "model_id", "lr", "weight_decay", "batch_size_training", "max_new_tokens"):
+        assert getattr(config, key) == getattr(reference, key), key
+    if method in ("pause", "no_curriculum", "pause_as_thought", "no_thoughts"):
+        for key in ("c_thought", "max_latent_stage", "pad_latent_to_max"):
+            assert getattr(config, key) == getattr(reference, key), key
