@@ -30,6 +30,7 @@ from transformers import PreTrainedTokenizerBase
 
 import distributed
 from distributed import unwrap
+from models import gguf_of, load_tokenizer
 from utils import RunConfig, UserError, get_logger
 
 NAME = re.compile(r"checkpoint_(\d+)(?:_step(\d+))?")
@@ -122,17 +123,47 @@ def resolve_paths(config: RunConfig) -> RunConfig:
     """
     for key in ("model_id", "load_model_path"):
         value = getattr(config, key)
-        if value is None or Path(value).is_file() or (Path(value) / "config.json").is_file():
+        if value is None or _names_gguf_file(config, key) or Path(value).is_file() or (Path(value) / "config.json").is_file():
             continue
         path = Path(value)
         if whole := complete_checkpoints(path):
             get_logger().info(f"{key}: {whole[-1]} is the newest checkpoint in {path}")
             config = config.model_copy(update={key: str(whole[-1])})
+        elif found := _gguf_files(path):
+            raise CheckpointError(f"{key}: {path} holds GGUF files: set gguf_file to one of {', '.join(found)}")
         elif path.is_dir():
             raise CheckpointError(f"{key}: {path} holds neither a model (config.json) nor a whole checkpoint_<epoch>")
         elif "/" in value and (value.startswith((".", "/")) or value.count("/") > 1 or path.parent.is_dir()):
             raise CheckpointError(f"{key}: {path}: no such file or directory")
     return config
+
+
+def _names_gguf_file(config: RunConfig, key: str) -> bool:
+    """Whether a key names a model in a GGUF file. Raises CheckpointError if a local one is not there, or is something else."""
+    source = Path(getattr(config, key))
+    if source.is_file() and source.suffix == ".gguf":
+        raise CheckpointError(f"{key}: {source} is a GGUF file: set {key} to its directory and gguf_file: {source.name}")
+    name = gguf_of(config, getattr(config, key))
+    if name is None or not source.is_dir():
+        return name is not None
+    path = source / name
+    if not path.is_file():
+        there = ", ".join(_gguf_files(source)) or "no GGUF file at all"
+        raise CheckpointError(f"gguf_file: {path}: no such file; {source} holds {there}")
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise CheckpointError(f"gguf_file: {path}: not a GGUF file; it does not begin with the letters GGUF")
+    return True
+
+
+def _gguf_files(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.glob("*.gguf")) if directory.is_dir() else []
+
+
+def load_run_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of a run: of the checkpoint that it starts from, else of the model. Raises UserError as load_tokenizer."""
+    source = tokenizer_source(config)
+    return load_tokenizer(source, gguf_of(config, source))
 
 
 def tokenizer_source(config: RunConfig) -> str:

@@ -33,15 +33,32 @@ class LatentIds(NamedTuple):
     thought: int
 
 
-def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a hub id or a local directory. Raises UserError if there is none, or none with an EOS token."""
+def load_tokenizer(source: str, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a hub id, a local directory, or a GGUF file there.
+
+    Raises UserError if there is none, none with an EOS token, or one that knows no text.
+    """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, **_options(gguf_file))
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, TypeError, ... for what it cannot read
+        if (Path(source) / "config.json").is_file():
+            _config_of(source)  # a vision model has no tokenizer either, and that says more
         raise UserError(f"{source}: no tokenizer could be loaded: {_first_line(error)}") from None
+    if not tokenizer("a", add_special_tokens=False)["input_ids"]:
+        raise UserError(f"{source}: no tokenizer could be loaded: the one there knows no text; are its files missing?")
     if tokenizer.eos_token_id is None:
         raise UserError(f"{source}: the tokenizer has no eos_token, which must end every answer")
     return tokenizer
+
+
+def gguf_of(config: RunConfig, source: str | None) -> str | None:
+    """The GGUF file to read from `source`: `gguf_file` belongs to `model_id`; checkpoints are plain directories."""
+    return config.gguf_file if source == config.model_id else None
+
+
+def _options(gguf_file: str | None) -> dict[str, Any]:
+    """Arguments of every from_pretrained: code that comes with a model is never run."""
+    return {"trust_remote_code": False, **({"gguf_file": gguf_file} if gguf_file is not None else {})}
 
 
 def latent_ids(tokenizer: PreTrainedTokenizerBase, method: str | None) -> LatentIds:
@@ -66,61 +83,127 @@ def embedding_weight(base: PreTrainedModel) -> Tensor:
 def build_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase, ids: LatentIds) -> Coconut:
     """The base model that the configuration names, with rows for the markers, inside a Coconut (float32, on the CPU)."""
     markers = marker_tokens(config.method)
-    if config.from_scratch:
-        base = _random_model(config.model_id, len(tokenizer), config.attn_implementation)
-        base.config.coconut_markers = list(markers)  # random like all other rows
-    elif config.load_model_path is not None and Path(config.load_model_path).is_file():
-        base = _pretrained(config.model_id, config.attn_implementation)
-        load_state_dict_file(base, Path(config.load_model_path))
-        # The published code sizes the embeddings to the tokenizer once it adds the markers, and only then.
-        base.config.coconut_markers = list(markers) if embedding_weight(base).shape[0] == len(tokenizer) else []
-    elif config.load_model_path is not None:
-        check_same_family(config.model_id, config.load_model_path)
-        base = _pretrained(config.load_model_path, config.attn_implementation)
-    else:
-        base = _pretrained(config.model_id, config.attn_implementation)
+    base = _base_model(config, tokenizer, markers)
     initialise_markers(base, tokenizer, markers)
     model = Coconut(base, ids.latent, ids.start, ids.end, ids.eos)
-    try:
-        model.verify_projection()
-    except ValueError as error:
-        raise UserError(f"model_id: {config.model_id}: {error}") from None
+    _check_usable(model, config.load_model_path or config.model_id)
     if config.bf16 == "pure":
         model.to(torch.bfloat16)
     return model
 
 
-def _config_of(source: str) -> Any:
-    try:
-        return AutoConfig.from_pretrained(source)
-    except Exception as error:  # as in load_tokenizer
-        raise UserError(f"{source}: no model configuration could be loaded: {_first_line(error)}") from None
+def _base_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase, markers: Sequence[str]) -> PreTrainedModel:
+    path, attention = config.load_model_path, config.attn_implementation
+    if config.from_scratch:
+        base = _random_model(config, len(tokenizer))
+        base.config.coconut_markers = list(markers)  # random like all other rows
+        return base
+    if path is None:
+        if config.resume:
+            get_logger().info(f"starts at epoch {config.resume + 1} with the weights of {config.model_id} itself")
+        return _pretrained(config.model_id, config.gguf_file, attention)
+    if Path(path).is_file():
+        base = _pretrained(config.model_id, config.gguf_file, attention)
+        load_state_dict_file(base, Path(path))
+        # The published code sizes the embeddings to the tokenizer once it adds the markers, and only then.
+        base.config.coconut_markers = list(markers) if embedding_weight(base).shape[0] == len(tokenizer) else []
+        return base
+    check_same_family(config, path)
+    return _pretrained(path, gguf_of(config, path), attention)
 
 
-def _random_model(model_id: str, vocabulary: int, attention: str | None) -> PreTrainedModel:
-    model_config = _config_of(model_id)
+def _random_model(config: RunConfig, vocabulary: int) -> PreTrainedModel:
+    model_config = _config_of(config.model_id, config.gguf_file)
     model_config.vocab_size = max(model_config.vocab_size, vocabulary)
-    get_logger().info(f"random weights from the configuration of {model_id}")
-    return AutoModelForCausalLM.from_config(model_config, dtype=torch.float32, attn_implementation=attention)
+    get_logger().info(f"random weights from the configuration of {config.model_id}")
+    return AutoModelForCausalLM.from_config(
+        model_config, dtype=torch.float32, attn_implementation=config.attn_implementation, trust_remote_code=False
+    )
 
 
-def _pretrained(source: str, attention: str | None) -> PreTrainedModel:
+def _pretrained(source: str, gguf_file: str | None, attention: str | None) -> PreTrainedModel:
     path = Path(source)
-    if (path / "config.json").is_file() and not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
-        raise UserError(f"{source}: a configuration without weights; set from_scratch: True to start from random ones")
+    if gguf_file is None:
+        _config_of(source)  # says more about what is no causal language model than loading it would
+        if (path / "config.json").is_file() and not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
+            raise UserError(f"{source}: a configuration without weights; set from_scratch: True to start from random ones")
     try:
-        return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation=attention)
+        if gguf_file is not None:
+            return _from_gguf(source, gguf_file, attention)
+        return AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch.float32, attn_implementation=attention, **_options(None)
+        )
     except Exception as error:  # as in load_tokenizer
         raise UserError(f"{source}: no causal language model could be loaded: {_first_line(error)}") from None
+
+
+def _from_gguf(source: str, gguf_file: str, attention: str | None) -> PreTrainedModel:
+    """The weights of a GGUF file as float32 in a model of the usual classes; the one that is loaded cannot be saved."""
+    # From 5.2x on transformers would leave the weights quantised where it has kernels for that; those cannot be trained.
+    dense = {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
+    loaded = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **dense, **_options(gguf_file))
+    model_config = loaded.config
+    if hasattr(model_config, "quantization_config"):
+        del model_config.quantization_config
+    base = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32, attn_implementation=attention)
+    base.load_state_dict(loaded.state_dict(), assign=True)
+    base.tie_weights()
+    base.generation_config = loaded.generation_config
+    return base.eval()
+
+
+def _config_of(source: str, gguf_file: str | None = None) -> Any:
+    """Configuration of a causal language model. Raises UserError if there is none, or it is of another kind of model."""
+    try:
+        found = AutoConfig.from_pretrained(source, **_options(gguf_file))
+    except Exception as error:  # as in load_tokenizer
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"{source}: the model brings its own code, which is never run; choose one that transformers knows itself"
+            ) from None
+        raise UserError(f"{source}: no model configuration could be loaded: {_first_line(error)}") from None
+    if type(found) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(f"{source}: a model of family {found.model_type!r} is not a causal language model, which is needed")
+    return found
+
+
+def _check_usable(model: Coconut, source: str) -> None:
+    """Raise UserError if the model is not causal, or computes logits or keeps its cache in a way that Coconut does not know."""
+    family = model.base_causallm.config.model_type
+    was_training = model.training
+    model.eval()  # without dropout
+    try:
+        model.verify_projection()
+        causal = _is_causal(model)
+        model.generate(torch.tensor([[model.eos_token_id]]), max_new_tokens=2)
+    except ValueError as error:
+        raise UserError(f"{source}: {error}") from None
+    except Exception as error:  # families with other inputs or caches raise TypeError, AttributeError, RuntimeError, ...
+        raise UserError(f"{source}: model family {family!r} cannot be used for latent thoughts: {_first_line(error)}") from None
+    model.train(was_training)
+    if not causal:
+        raise UserError(f"{source}: family {family!r} reads in both directions (an encoder); a causal language model is needed")
+
+
+@torch.no_grad()
+def _is_causal(model: Coconut) -> bool:
+    """Whether the state of a token stays as it is when the next token is another one."""
+    tokens = torch.full((2, 2), model.eos_token_id)
+    tokens[1, 1] = 0 if model.eos_token_id else 1
+    first = model.think(tokens).hidden[:, 0]
+    return torch.allclose(first[0], first[1], rtol=1e-3, atol=1e-5)
 
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0] or type(error).__name__
 
 
-def check_same_family(model_id: str, checkpoint: str) -> None:
+def check_same_family(config: RunConfig, checkpoint: str) -> None:
     """Raise UserError if a checkpoint directory holds a model of another shape than `model_id`."""
-    expected, found = _config_of(model_id), _config_of(checkpoint)
+    if checkpoint == config.model_id:
+        return
+    model_id = config.model_id
+    expected, found = (one.get_text_config() for one in (_config_of(model_id, config.gguf_file), _config_of(checkpoint)))
     for key in IDENTITY_KEYS:
         if getattr(expected, key, None) != getattr(found, key, None):
             raise UserError(

@@ -8,7 +8,7 @@ import checkpoint
 import distributed
 from dataset import check_lengths, get_dataset
 from evaluation import Evaluator, interval
-from models import build_model, latent_ids, load_tokenizer
+from models import build_model, latent_ids
 from reporting import Reporter, print_config, save_predictions, schedule_table, show
 from training import Trainer
 from utils import DEBUG_TRAIN, DEBUG_VALID, RunConfig, entry_point, get_logger, load_config, save_config, set_seed
@@ -21,7 +21,7 @@ def train(config: RunConfig, device: torch.device) -> None:
         source = config = checkpoint.resolve_paths(config)
     else:
         source = config.model_copy(update={"load_model_path": str(resume_from), "from_scratch": False})
-    tokenizer = load_tokenizer(checkpoint.tokenizer_source(source))
+    tokenizer = checkpoint.load_run_tokenizer(source)
     ids = latent_ids(tokenizer, config.method)
     train_set = get_dataset(str(config.train_path), tokenizer, DEBUG_TRAIN if config.debug else None)
     valid_set = get_dataset(config.val_path, tokenizer, DEBUG_VALID if config.debug else None)
@@ -42,7 +42,7 @@ def train(config: RunConfig, device: torch.device) -> None:
 def evaluate(config: RunConfig, device: torch.device) -> None:
     """Loss and accuracy of a checkpoint, at the stage and with the method it was trained with."""
     config, stage, epoch = checkpoint.evaluation_config(checkpoint.resolve_paths(config))
-    tokenizer = load_tokenizer(checkpoint.tokenizer_source(config))
+    tokenizer = checkpoint.load_run_tokenizer(config)
     ids = latent_ids(tokenizer, config.method)
     valid_set = get_dataset(config.val_path, tokenizer, DEBUG_VALID if config.debug else None)
     model = build_model(config, tokenizer, ids)
