@@ -62,6 +62,21 @@ def accuracy_bars(bars: dict[str, tuple[float, float, float]], chance: float, pa
     _save(figure, path)
 
 
+def method_bars(accuracies: dict[str, list[float]], chance: float, path: Path, title: str) -> None:
+    """Mean accuracy of each method over its seeds, every seed as a dot; fractions."""
+    figure, axes = plt.subplots(figsize=(8, 3.8), layout="constrained")
+    means = [100 * sum(values) / len(values) for values in accuracies.values()]
+    axes.bar(list(accuracies), means, color="#b2cae6", edgecolor="#4a78b5", label="mean over seeds")
+    for place, values in enumerate(accuracies.values()):
+        offsets = [place + 0.12 * (number - (len(values) - 1) / 2) for number in range(len(values))]
+        axes.plot(offsets, [100 * value for value in values], "o", color="#1f3d66", markersize=4)
+    axes.axhline(100 * chance, color="grey", linestyle=":", label="chance and depth shortcut")
+    axes.set(ylabel="test accuracy in %", ylim=(0, 103), title=title)
+    axes.tick_params(axis="x", rotation=25)
+    axes.legend(fontsize=8, loc="lower right")
+    _save(figure, path)
+
+
 def _save(figure: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import write_json
+from conftest import ROOT, write_json
 from matplotlib import image
 
-from experiments import quickstart
+from experiments import compare_methods, methods_page, quickstart
 from preprocessing.prosqa import chain_records
-from utils import UserError, append_jsonl
+from utils import RunConfig, UserError, append_jsonl, load_config, save_config
 
 
 def write_run(directory: Path, accuracies: list[tuple[int, float]], test_accuracy: float) -> None:
@@ -25,7 +25,14 @@ def write_run(directory: Path, accuracies: list[tuple[int, float]], test_accurac
         row = {"epoch": number, "stage": stage, "accuracy": accuracy, "train_loss": 1 / number, "val_loss": 1.1 / number}
         append_jsonl(directory / "metrics.jsonl", {"kind": "step", "step": number, "loss": 1.0})
         append_jsonl(directory / "metrics.jsonl", {"kind": "epoch", **row, "examples": 64 * number, "seconds": 2.5})
-    facts = {"accuracy": test_accuracy, "low": test_accuracy - 0.1, "high": test_accuracy + 0.05, "questions": 40, "stage": 3}
+    facts = {
+        "accuracy": test_accuracy,
+        "low": test_accuracy - 0.1,
+        "high": test_accuracy + 0.05,
+        "questions": 40,
+        "stage": 3,
+        "new_tokens": 6.5,
+    }
     append_jsonl(evaluation / "metrics.jsonl", {"kind": "evaluation", **facts})
     append_jsonl(evaluation / "predictions_4.jsonl", {"idx": 0, "correct": True})
 
@@ -74,3 +81,67 @@ def test_a_missing_run_is_one_line(test_file: Path, tmp_path: Path, monkeypatch:
     assert caught.value.code == 2
     assert capsys.readouterr().err.startswith("error: ")
     assert not (tmp_path / "out").exists()
+
+
+# --- all methods ---
+
+
+def write_comparison(save_path: Path, accuracies: dict[str, list[float]]) -> None:
+    for method, values in accuracies.items():
+        for seed, accuracy in enumerate(values):
+            directory = save_path / f"{method}-seed{seed}"
+            write_run(directory, [(0, 0.5), (3, accuracy)], accuracy)
+            needed = [f"name={directory.name}", f"method={method}", "model_id=m", "train_path=t", "val_path=v", "num_epochs=8"]
+            curriculum = ["c_thought=2", "max_latent_stage=3", "pad_latent_to_max=false"]
+            save_config(load_config(RunConfig, needed + curriculum), directory / "config.yaml")
+        timed = save_path / f"{method}-seed0-single"
+        timed.mkdir()
+        append_jsonl(timed / "metrics.jsonl", {"kind": "evaluation", "seconds_per_question": 0.125})
+
+
+def compare(save_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch, *more: str) -> None:
+    test_file = write_json(save_path / "test.json", chain_records(10, seed=0, split="test", hops=[2]))
+    monkeypatch.setattr(sys, "argv", ["compare_methods", str(save_path), str(test_file), str(out), *more])
+    compare_methods.main()
+
+
+def test_comparison_of_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_path, out = tmp_path / "runs", tmp_path / "out"
+    write_comparison(save_path, {"coconut": [0.9, 1.0], "no_cot": [0.5, 0.5]})
+    compare(save_path, out, monkeypatch, "--seeds", "0", "1", "--methods", "coconut", "no_cot")
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["methods"]["coconut"]["accuracy"] == pytest.approx(0.95)
+    assert summary["methods"]["coconut"]["deviation"] == pytest.approx(0.0707, abs=1e-4)
+    assert summary["methods"]["coconut"]["thoughts"] == 4  # two steps each, two thoughts a step
+    assert summary["methods"]["no_cot"]["thoughts"] == 0
+    assert summary["methods"]["coconut"]["training_minutes"] == pytest.approx(2 * 2.5 / 60)
+    assert summary["depth_shortcut"] == 0.5
+    table = (out / "table.md").read_text().splitlines()
+    assert table[2].startswith("| Coconut (`coconut`) | 95.0 ± 7.1 | 90.0, 100.0 | 6.5 | 4.0 | 0.1250 |")
+    assert len({line.count("|") for line in table}) == 1
+    assert image.imread(out / "accuracy.png").shape[0] > 300
+    assert (out / "metrics" / "no_cot-seed1-test.jsonl").is_file()
+
+
+def test_comparison_names_the_run_that_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_comparison(tmp_path / "runs", {"coconut": [0.9]})
+    with pytest.raises(SystemExit) as caught:
+        compare(tmp_path / "runs", tmp_path / "out", monkeypatch, "--seeds", "0", "--methods", "coconut", "icot")
+    assert caught.value.code == 2
+    assert "icot-seed0" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_page_of_methods_is_what_the_code_says() -> None:
+    """Made anew by `python -m experiments.methods_page docs/METHODS.md`."""
+    assert (ROOT / "docs" / "METHODS.md").read_text(encoding="utf-8") == methods_page.page()
+
+
+def test_the_page_of_methods_shows_every_stage_and_what_carries_loss() -> None:
+    page = methods_page.section("coconut").splitlines()
+    stages = [line for line in page if line.startswith("    without loss")]
+    assert [line.count("<|latent|>") for line in stages] == [0, 2, 4, 4]
+    targets = [line for line in page if line.startswith("    with loss")]
+    assert [line.count("⏎") for line in targets] == [3, 2, 1, 0]

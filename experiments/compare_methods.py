@@ -1,0 +1,136 @@
+"""All methods side by side: `python -m experiments.compare_methods SAVE_PATH TEST_FILE OUT --seeds 0 1 2`.
+
+Reads what scripts/compare_methods.sh left in SAVE_PATH: METHOD-seedSEED (training), METHOD-seedSEED-test (evaluation on
+TEST_FILE) and METHOD-seedSEED-single of one seed (one question at a time). Writes to OUT: summary.json, table.md,
+accuracy.png and metrics/RUN.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from dataset import load_records, stage_shape
+from experiments.plots import method_bars
+from experiments.quickstart import CHANCE, read_metrics
+from preprocessing.prosqa_shortcuts import depth_shortcut
+from reporting import METRICS
+from utils import METHODS, RunConfig, UserError, get_logger, load_config
+
+TIMED = "-single"  # suffix of the runs that answer one question at a time
+LABELS = {
+    "coconut": "Coconut",
+    "cot": "CoT",
+    "no_cot": "no-CoT",
+    "no_thoughts": "without thought",
+    "no_curriculum": "without curriculum",
+    "pause": "pause token",
+    "pause_as_thought": "pause as thought",
+    "icot": "iCoT",
+}
+
+
+def summarise(save_path: Path, test_file: Path, seeds: Sequence[int], methods: Sequence[str]) -> dict[str, Any]:
+    """The content of summary.json. Accuracies are fractions; deviations are those of a sample (n - 1), None of one seed."""
+    records = load_records(test_file)
+    return {
+        "methods": {method: summarise_method(save_path, records, method, seeds) for method in methods},
+        "seeds": list(seeds),
+        "questions": len(records),
+        "depth_shortcut": mean(depth_shortcut(record) for record in records),
+        "chance": CHANCE,
+    }
+
+
+def summarise_method(save_path: Path, records: list[dict[str, Any]], method: str, seeds: Sequence[int]) -> dict[str, Any]:
+    runs = [save_path / f"{method}-seed{seed}" for seed in seeds]
+    results = [read_metrics(run.with_name(f"{run.name}-test"), "evaluation")[-1] for run in runs]
+    epochs = [read_metrics(run, "epoch") for run in runs]
+    timed = next((run for run in (one.with_name(one.name + TIMED) for one in runs) if run.is_dir()), None)
+    accuracies = [result["accuracy"] for result in results]
+    return {
+        "accuracies": accuracies,
+        "accuracy": mean(accuracies),
+        "deviation": stdev(accuracies) if len(accuracies) > 1 else None,
+        "new_tokens": mean(result["new_tokens"] for result in results),
+        "thoughts": thoughts(runs[0] / "config.yaml", records),
+        "seconds_per_question": read_metrics(timed, "evaluation")[-1]["seconds_per_question"] if timed else None,
+        "training_minutes": mean(sum(row["seconds"] for row in rows) for rows in epochs) / 60,
+        "examples": epochs[0][-1]["examples"],
+    }
+
+
+def thoughts(config_file: Path, records: list[dict[str, Any]]) -> float:
+    """Mean number of latents (or pauses) of a question in the last epoch."""
+    config = load_config(RunConfig, [str(config_file)])
+    stage = config.scheduled_stage(config.num_epochs - 1)
+    return mean(stage_shape(config, stage, len(record["steps"])).thoughts for record in records)
+
+
+def table(summary: dict[str, Any]) -> str:
+    """Markdown."""
+    columns = [
+        "accuracy, mean ± deviation",
+        "each seed",
+        "tokens written",
+        "thoughts",
+        "seconds a question",
+        "training minutes",
+    ]
+    lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
+    for method, row in summary["methods"].items():
+        deviation = "" if row["deviation"] is None else f" ± {100 * row['deviation']:.1f}"
+        cells = [
+            f"{100 * row['accuracy']:.1f}{deviation}",
+            ", ".join(f"{100 * accuracy:.1f}" for accuracy in row["accuracies"]),
+            f"{row['new_tokens']:.1f}",
+            f"{row['thoughts']:.1f}" if row["thoughts"] else "",
+            "" if row["seconds_per_question"] is None else f"{row['seconds_per_question']:.4f}",
+            f"{row['training_minutes']:.1f}",
+        ]
+        lines.append(f"| {LABELS[method]} (`{method}`) | " + " | ".join(cells) + " |")
+    for name, key in (("depth shortcut", "depth_shortcut"), ("chance", "chance")):
+        lines.append(f"| {name} | {100 * summary[key]:.1f} |" + " |" * (len(columns) - 1))
+    return "\n".join(lines) + "\n"
+
+
+def write_results(summary: dict[str, Any], save_path: Path, out: Path) -> None:
+    (out / "metrics").mkdir(parents=True, exist_ok=True)
+    bars = {LABELS[method]: row["accuracies"] for method, row in summary["methods"].items()}
+    title = f"Small ProsQA from scratch: {summary['questions']:,} test questions, {len(summary['seeds'])} seeds"
+    method_bars(bars, summary["chance"], out / "accuracy.png", title)
+    for method in summary["methods"]:
+        for seed in summary["seeds"]:
+            name = f"{method}-seed{seed}"
+            shutil.copyfile(save_path / name / METRICS, out / "metrics" / f"{name}.jsonl")
+            shutil.copyfile(save_path / f"{name}-test" / METRICS, out / "metrics" / f"{name}-test.jsonl")
+    (out / "table.md").write_text(table(summary), encoding="utf-8")
+    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("save_path", type=Path)
+    parser.add_argument("test_file", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    arguments = parser.parse_args()
+    try:
+        summary = summarise(arguments.save_path, arguments.test_file, arguments.seeds, arguments.methods)
+        write_results(summary, arguments.save_path, arguments.out)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    get_logger().info(table(summary))
+    get_logger().info(f"table, figure and metrics: {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()
