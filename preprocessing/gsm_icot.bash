@@ -53,7 +53,7 @@ fetch() {
         rm -f "$part"
         fetch "$url" "$part"
     elif [ "$code" -ne 0 ]; then
-        fail "$url: ${said##*$'\n'} (curl exit code $code); what came is kept, run this again to go on"
+        fail "$url: ${said##*$'\n'} (curl exit code $code); run this again, it goes on from what came"
     fi
 }
 

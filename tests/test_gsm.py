@@ -405,7 +405,7 @@ def test_an_interrupted_download_goes_on(server, tmp_path):
     server.cut = 1000
     error = refusal(download(server, tmp_path))
     assert "valid.txt" in error
-    assert "run this again to go on" in error
+    assert "run this again, it goes on from what came" in error
     assert [path.name for path in tmp_path.iterdir()] == ["gsm_valid.txt.part"]
     server.cut = 10**9
     server.sent.clear()
@@ -450,3 +450,10 @@ def test_the_table_of_the_script_is_the_one_of_the_readme():
     hashes = re.findall(r"\b[0-9a-f]{64}\b", script)
     assert len(hashes) == 2
     assert all(known in readme for known in hashes)
+
+
+def test_the_configurations_use_the_names_that_the_script_writes():
+    paths = set()
+    for path in (ROOT / "args").glob("gsm_*.yaml"):
+        paths |= set(re.findall(r"^(?:train|val)_path: (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE))
+    assert paths == {f"data/gsm_{split}.json" for split in TEXTS}
