@@ -18,7 +18,7 @@ from rich.table import Table
 from dataset import load_records
 from evaluation import interval
 from experiments.plots import accuracy_bars, epoch_curves
-from preprocessing.prosqa import depth_shortcut
+from preprocessing.prosqa_shortcuts import depth_shortcut
 from reporting import METRICS, show
 from utils import UserError, read_text
 

@@ -1,8 +1,8 @@
 """A word tokenizer for ProsQA and small model definitions around it, for training from scratch without a download.
 
 `python preprocessing/word_tokenizer.py` writes configs/gpt2_small and configs/llama_small, one token per word, and
-configs/llama_quick, one token per phrase, which `AutoConfig.from_pretrained(DIR)` and
-`AutoTokenizer.from_pretrained(DIR)` load.
+configs/llama_quick, one token per phrase, and configs/gpt2_symbolic, one token per symbol, which
+`AutoConfig.from_pretrained(DIR)` and `AutoTokenizer.from_pretrained(DIR)` load.
 """
 
 import json
@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from preprocessing.common import OneLineParser, exit_with, write_text
 from preprocessing.prosqa import CONCEPTS, NAMES
+from preprocessing.prosqa_symbolic import EDGE, NODES, OPTIONS, ROOT
 
 PROGRAM = "word_tokenizer.py"
 
@@ -52,8 +53,11 @@ LLAMA = COMMON | {
     "rope_theta": 10000.0,
 }
 QUICK = LLAMA | {"intermediate_size": 256, "initializer_range": 0.08}
+# Two layers, eight heads, width 768 (arXiv 2505.12514, section on the experiments).
+SYMBOLIC = GPT2 | {"n_layer": 2, "n_embd": 768, "n_head": 8}
 WORD_MODELS = {"gpt2_small": GPT2, "llama_small": LLAMA}
 PHRASE_MODELS = {"llama_quick": QUICK}
+SYMBOL_MODELS = {"gpt2_symbolic": SYMBOLIC}
 
 # The phrases of ProsQA text, each with the concept in it; what is left are single words.
 PHRASES = ("Every {}", "is a {}.", "a {}", "or {}?")
@@ -119,6 +123,21 @@ def build_phrase_tokenizer(names: Iterable[str], concepts: Iterable[str]) -> Pre
     return wrap_tokenizer(vocabulary, pieces)
 
 
+def build_symbol_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per symbol of the symbolic ProsQA; with the three markers that training adds they are 40.
+
+    37 stand here: <unk>, <eos>, newline, `###`, <e>, <q>, <r> and 30 nodes. Text decodes to itself as with
+    `build_word_tokenizer`.
+    """
+    spaced = [SPACE + symbol for symbol in ("\n", "###", EDGE, OPTIONS, ROOT, *NODES)]
+    vocabulary = {token: index for index, token in enumerate([UNK, EOS, *spaced])}
+    pieces = [
+        pre_tokenizers.Split("\n", "isolated"),
+        pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="always"),
+    ]
+    return wrap_tokenizer(vocabulary, pieces)
+
+
 def tokenizer_config() -> dict[str, Any]:
     """Written by hand: the class name that transformers 5 saves is unknown to transformers 4."""
     return {
@@ -148,12 +167,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = OneLineParser(prog=PROGRAM, description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("configs"), help="directory (default configs)")
     out = parser.parse_args(argv).out
-    words, phrases = build_word_tokenizer([*NAMES, *CONCEPTS]), build_phrase_tokenizer(NAMES, CONCEPTS)
+    tokenizers = [
+        (WORD_MODELS, build_word_tokenizer([*NAMES, *CONCEPTS])),
+        (PHRASE_MODELS, build_phrase_tokenizer(NAMES, CONCEPTS)),
+        (SYMBOL_MODELS, build_symbol_tokenizer()),
+    ]
     try:
-        for name, model in WORD_MODELS.items():
-            write_model_directory(out / name, model, words)
-        for name, model in PHRASE_MODELS.items():
-            write_model_directory(out / name, model, phrases)
+        for models_of_one, tokenizer in tokenizers:
+            for name, model in models_of_one.items():
+                write_model_directory(out / name, model, tokenizer)
     except OSError as error:
         exit_with(PROGRAM, f"cannot write to {out}: {error.strerror}")
 

@@ -9,13 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from preprocessing import prosqa, word_tokenizer
+from preprocessing import prosqa, prosqa_symbolic, word_tokenizer
 
 ROOT = Path(__file__).parents[1]
 OFFICIAL = ROOT.parent / "shared" / "data" / "prosqa_official_valid.json"
 MARKERS = ["<|start-latent|>", "<|end-latent|>", "<|latent|>"]
 WORDS = [*prosqa.NAMES, *prosqa.CONCEPTS]
-ALL_MODELS = [*word_tokenizer.WORD_MODELS, *word_tokenizer.PHRASE_MODELS]
+TEXT_MODELS = [*word_tokenizer.WORD_MODELS, *word_tokenizer.PHRASE_MODELS]
+ALL_MODELS = [*TEXT_MODELS, *word_tokenizer.SYMBOL_MODELS]
 TOKENIZER = word_tokenizer.build_word_tokenizer(WORDS)
 
 words = st.sampled_from([word for word in word_tokenizer.FIXED_WORDS if word != "\n"] + WORDS)
@@ -70,6 +71,32 @@ def test_phrases_are_one_token_each_and_lossless():
     )
 
 
+def test_symbols_are_one_token_each_and_lossless_and_forty_with_the_markers():
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "configs" / "gpt2_symbolic")
+    for record in prosqa.prosqa_records(20, 0, "test", symbolic=True):
+        parts = parts_of(record)
+        ids = tokenizer.encode("".join(parts))
+        assert tokenizer.unk_token_id not in ids
+        assert tokenizer.decode(ids) == "".join(parts)
+        assert list(itertools.chain(*map(tokenizer.encode, parts))) == ids
+        assert len(ids) == 3 * len(record["edges"]) + 6 + 2 * len(record["steps"]) + 2
+    for symbol in (*prosqa_symbolic.NODES, prosqa_symbolic.EDGE, prosqa_symbolic.OPTIONS, prosqa_symbolic.ROOT):
+        assert len(tokenizer.encode(symbol)) == 1
+        assert tokenizer.unk_token_id not in tokenizer.encode(symbol)
+    tokenizer.add_tokens(MARKERS, special_tokens=True)
+    assert len(tokenizer) == 40
+    text = "<q> n1 n2 <r> n4\n<|start-latent|><|latent|><|end-latent|>n7\n### n2"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.decode([*tokenizer.encode(text), tokenizer.eos_token_id], skip_special_tokens=True).endswith("### n2")
+
+
+def test_the_symbolic_model_is_the_papers():
+    config = AutoConfig.from_pretrained(ROOT / "configs" / "gpt2_symbolic")
+    assert (config.model_type, config.n_layer, config.n_head, config.n_embd) == ("gpt2", 2, 8, 768)
+    longest = 3 * max(len(record["edges"]) for record in prosqa.prosqa_records(200, 0, "test", symbolic=True)) + 50
+    assert config.n_positions > 2 * longest
+
+
 def test_a_step_and_an_answer_alone():
     text = "Tom is a terpus.\nEvery terpus is a brimpus.\n### Tom is a brimpus."
     assert TOKENIZER.decode(TOKENIZER.encode(text)) == text
@@ -77,7 +104,7 @@ def test_a_step_and_an_answer_alone():
     assert len(TOKENIZER.encode("### Tom is a brimpus.")) == 6
 
 
-@pytest.mark.parametrize("name", ALL_MODELS)
+@pytest.mark.parametrize("name", TEXT_MODELS)
 def test_markers_stay_whole_beside_the_words(name):
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "configs" / name)
     first = len(tokenizer)
@@ -96,11 +123,12 @@ def test_the_directories_load_and_fit_together(name):
     config, tokenizer = AutoConfig.from_pretrained(directory), AutoTokenizer.from_pretrained(directory)
     assert config.vocab_size == len(tokenizer)
     assert tokenizer.eos_token_id == tokenizer.pad_token_id == config.eos_token_id == config.pad_token_id
-    assert (tokenizer.encode("Tom is") == TOKENIZER.encode("Tom is")) == (name in word_tokenizer.WORD_MODELS)
+    if name in TEXT_MODELS:
+        assert (tokenizer.encode("Tom is") == TOKENIZER.encode("Tom is")) == (name in word_tokenizer.WORD_MODELS)
     model = AutoModelForCausalLM.from_config(config)
     tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
     assert tied == config.tie_word_embeddings
-    assert model.get_input_embeddings().weight.shape == (len(tokenizer), 128)
+    assert model.get_input_embeddings().weight.shape == (len(tokenizer), config.hidden_size)
 
 
 @pytest.mark.parametrize("name", ALL_MODELS)
