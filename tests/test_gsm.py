@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, SHARED_DATA
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dataset import load_records
@@ -49,12 +49,14 @@ def error_of(script, capsys, *arguments) -> str:
 
 # GSM8K-Aug
 
+ANY_SPEED = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 EQUATION = st.text("0123456789+-*/=(). x", min_size=1, max_size=12).map(lambda body: f"<<{body}>>")
 TEXT = st.text(min_size=1, max_size=20).map(str.strip).filter(lambda text: text and "\n" not in text)
 ANSWER = TEXT.filter(lambda text: "||" not in text and "####" not in text)
 QUESTION = TEXT.filter(lambda text: not text.endswith("|"))
 
 
+@ANY_SPEED
 @given(QUESTION, st.lists(EQUATION), ANSWER)
 def test_a_line_comes_back_as_it_was(question, steps, answer):
     record = gsm_icot.parse_line(f"{question}||{' '.join(steps)} #### {answer}")
@@ -158,6 +160,7 @@ def test_both_kinds_of_steps():
 PLAIN = st.text("abc $=.<>48", max_size=8).filter(lambda text: "<<" not in text and ">>" not in text)
 
 
+@ANY_SPEED
 @given(st.lists(st.tuples(PLAIN, EQUATION, PLAIN), max_size=4))
 def test_equations_and_sentences_together_are_the_whole_rationale(parts):
     # A "<" or ">" beside an annotation would belong to it by its looks alone.
