@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.state_dict import (
 from transformers import PreTrainedTokenizerBase
 
 import distributed
+from adapters import adapter_state, is_adapted, load_adapter_state, merged_weights
 from distributed import unwrap
 from models import gguf_of, load_tokenizer
 from utils import RunConfig, UserError, get_logger
@@ -116,6 +117,13 @@ def newest_for(config: RunConfig) -> Path | None:
     return whole[-1]
 
 
+def resumed_source(config: RunConfig, checkpoint: Path) -> RunConfig:
+    """Where the weights of a resumed run come from: the checkpoint; with LoRA the model that it adapts, as in the beginning."""
+    if config.lora_r is not None:
+        return resolve_paths(config)
+    return config.model_copy(update={"load_model_path": str(checkpoint), "from_scratch": False})
+
+
 def resolve_paths(config: RunConfig) -> RunConfig:
     """Replace a run's directory in `load_model_path` by its newest checkpoint. Raises CheckpointError if there is nothing.
 
@@ -179,7 +187,7 @@ def evaluation_config(config: RunConfig) -> tuple[RunConfig, int, int]:
     A checkpoint knows its method, stage and number of latents; those of the configuration count only for published
     single-file checkpoints and plain models, whose stage follows from `resume`.
     """
-    config = config.model_copy(update={"from_scratch": False})
+    config = config.model_copy(update={"from_scratch": False, "lora_r": None})  # a checkpoint holds merged weights
     source = Path(str(config.load_model_path))
     facts = read_facts(source)
     if facts is None:
@@ -204,21 +212,29 @@ def save(
     state: TrainingState,
 ) -> None:
     """Write one checkpoint; called by all processes, written by rank 0. Raises CheckpointError and keeps what was there."""
-    prefix = "base_causallm."
-    weights = {key.removeprefix(prefix): value for key, value in get_model_state_dict(model, options=_WHOLE).items()}
+    base = unwrap(model).base_causallm
+    weights = _plain_weights(model)
     # An optimizer that has not stepped yet has no state; asking for it would make one up by a step with zero gradients.
     optimizer_state = get_optimizer_state_dict(model, optimizer, options=_WHOLE) if optimizer.state else None
     rng = distributed.gather_objects(_rng_state())
-    training = {"state": asdict(state), "optimizer": optimizer_state, "rng": rng}
+    training = {"state": asdict(state), "optimizer": optimizer_state, "rng": rng, "adapter": adapter_state(base)}
 
     def fill(partial: Path) -> None:
-        unwrap(model).base_causallm.save_pretrained(partial, state_dict=weights)
+        base.save_pretrained(partial, state_dict=weights)
         tokenizer.save_pretrained(partial)
         _portable_tokenizer(partial / "tokenizer_config.json")
         torch.save(training, partial / STATE)
         (partial / FACTS).write_text(json.dumps(asdict(facts), indent=1) + "\n", encoding="utf-8")
 
     distributed.run_on_main(lambda: _write_whole(directory, fill))
+
+
+def _plain_weights(model: nn.Module) -> dict[str, Any]:
+    """The whole state dict of the base model on the CPU, LoRA merged."""
+    base = unwrap(model).base_causallm
+    if is_adapted(base):
+        return merged_weights(base)
+    return {key.removeprefix("base_causallm."): value for key, value in get_model_state_dict(model, options=_WHOLE).items()}
 
 
 def _portable_tokenizer(path: Path) -> None:
@@ -269,7 +285,7 @@ def remove_old(save_dir: Path, keep_last: int | None, best: str | None) -> None:
 
 
 def load_training_state(directory: Path) -> dict[str, Any]:
-    """training_state.pt: {"state", "optimizer", "rng"}. Raises CheckpointError if it cannot be read."""
+    """training_state.pt: {"state", "optimizer", "rng", "adapter"}. Raises CheckpointError if it cannot be read."""
     try:
         return torch.load(directory / STATE, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise anything from zipfile, pickle or torch
@@ -277,7 +293,11 @@ def load_training_state(directory: Path) -> dict[str, Any]:
 
 
 def restore(loaded: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Optimizer and random number generators as they were. With another number of processes generators start anew."""
+    """LoRA weights, optimizer and random number generators as they were.
+
+    With another number of processes generators start anew. Raises UserError if the LoRA weights do not fit.
+    """
+    load_adapter_state(unwrap(model).base_causallm, loaded.get("adapter"))
     if loaded["optimizer"] is not None:
         set_optimizer_state_dict(model, optimizer, loaded["optimizer"], options=_WHOLE)
     if len(loaded["rng"]) == distributed.world_size():

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from adapters import add_adapters
 from coconut import Coconut
 from dataset import END_LATENT, LATENT, PAUSE, START_LATENT, marker_tokens
 from utils import RunConfig, UserError, get_logger
@@ -86,6 +87,8 @@ def build_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase, ids: Late
     base = _base_model(config, tokenizer, markers)
     initialise_markers(base, tokenizer, markers)
     model = Coconut(base, ids.latent, ids.start, ids.end, ids.eos)
+    if config.lora_r is not None:
+        add_adapters(base, config, [cast("int", tokenizer.convert_tokens_to_ids(marker)) for marker in markers])
     _check_usable(model, config.load_model_path or config.model_id)
     if config.bf16 == "pure":
         model.to(torch.bfloat16)

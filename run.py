@@ -20,7 +20,7 @@ def train(config: RunConfig, device: torch.device) -> None:
     if resume_from is None:
         source = config = checkpoint.resolve_paths(config)
     else:
-        source = config.model_copy(update={"load_model_path": str(resume_from), "from_scratch": False})
+        source = checkpoint.resumed_source(config, resume_from)
     tokenizer = checkpoint.load_run_tokenizer(source)
     ids = latent_ids(tokenizer, config.method)
     train_set = get_dataset(str(config.train_path), tokenizer, DEBUG_TRAIN if config.debug else None)

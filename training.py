@@ -78,7 +78,7 @@ class Trainer:
     def _new_optimizer(self) -> torch.optim.Optimizer:
         config = self.config
         return torch.optim.AdamW(
-            self.model.parameters(),
+            [parameter for parameter in self.model.parameters() if parameter.requires_grad],
             lr=config.lr,
             betas=(0.9, config.adam_beta2),
             weight_decay=config.weight_decay,

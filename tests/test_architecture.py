@@ -12,6 +12,7 @@ ORDER = (
     "utils",
     "coconut",
     "dataset",
+    "adapters",
     "models",
     "distributed",
     "checkpoint",
