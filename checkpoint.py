@@ -60,6 +60,7 @@ class Facts:
     latent_token_id: int
     eos_token_id: int
     hidden_layer_idx: int = -1
+    chat_template: bool = False
     format: int = FORMAT
 
 
@@ -194,7 +195,9 @@ def evaluation_config(config: RunConfig) -> tuple[RunConfig, int, int]:
         stage = config.scheduled_stage(config.resume)
         get_logger().info(f"{source} does not say how it was trained: stage {stage} from resume {config.resume}")
         return config, stage, config.resume
-    known = {key: getattr(facts, key) for key in ("method", "c_thought", "max_latent_stage", "pad_latent_to_max")}
+    known = {
+        key: getattr(facts, key) for key in ("method", "c_thought", "max_latent_stage", "pad_latent_to_max", "chat_template")
+    }
     if changed := [f"{key} {value}" for key, value in known.items() if getattr(config, key) != value]:
         get_logger().info(f"{source} was trained with {', '.join(changed)}: evaluated so, whatever the configuration says")
     return config.model_copy(update=known), facts.stage, facts.epoch

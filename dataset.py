@@ -114,21 +114,31 @@ def _row(index: int, record: dict[str, Any]) -> dict[str, Any]:
 # --- tokens ---
 
 
-def get_dataset(path: str | Path, tokenizer: PreTrainedTokenizerBase, max_size: int | None = None) -> Dataset:
+def get_dataset(
+    path: str | Path, tokenizer: PreTrainedTokenizerBase, max_size: int | None = None, chat_template: bool = False
+) -> Dataset:
     """Records of a JSON file, tokenised: the first `max_size`, all if None.
 
     Columns: idx int, question, answer, extra str, steps [str]; question_tokenized [int] (question and newline, with the
     tokenizer's special tokens), steps_tokenized [[int]] (each step and newline), answer_tokenized [int] ("### ", answer, EOS).
+    chat_template: the question is a user's turn in the tokenizer's chat template instead, up to where the assistant begins.
+
+    Raises DataError naming file, record and field, or that the tokenizer has no chat template.
     """
+    if chat_template and not tokenizer.chat_template:
+        raise DataError("chat_template: True, but the tokenizer of this model has no chat template; set chat_template: False")
     records = load_records(path)[:max_size]
     if not is_main_process():
         disable_progress_bars()
     dataset = Dataset.from_list([_row(index, record) for index, record in enumerate(records)])
     workers = max(1, min(available_cpus(), len(records) // RECORDS_PER_WORKER))
     dataset = dataset.map(
-        _Tokenize(tokenizer), batched=True, num_proc=workers if workers > 1 else None, desc=f"tokenising {Path(path).name}"
+        _Tokenize(tokenizer, chat_template),
+        batched=True,
+        num_proc=workers if workers > 1 else None,
+        desc=f"tokenising {Path(path).name}",
     )
-    _check_tokens(dataset[0], tokenizer, path)
+    _check_tokens(dataset[0], _Tokenize(tokenizer, chat_template), path)
     return dataset
 
 
@@ -137,12 +147,13 @@ class _Tokenize:
     """Batched map function: text columns to token columns."""
 
     tokenizer: PreTrainedTokenizerBase
+    chat_template: bool
 
     def __call__(self, rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
         steps = [step + "\n" for row in rows["steps"] for step in row]
         step_ids = iter(self._ids(steps, special=False))
         return {
-            "question_tokenized": self._ids([question + "\n" for question in rows["question"]], special=True),
+            "question_tokenized": self.prompt_ids([self.prompt(question) for question in rows["question"]]),
             "steps_tokenized": [[next(step_ids) for _ in row] for row in rows["steps"]],
             "answer_tokenized": [
                 [*ids, self.tokenizer.eos_token_id]
@@ -150,14 +161,25 @@ class _Tokenize:
             ],
         }
 
+    def prompt(self, question: str) -> str:
+        """What stands before the thoughts, as text."""
+        if not self.chat_template:
+            return question + "\n"
+        turn = [{"role": "user", "content": question}]
+        return str(self.tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False))
+
+    def prompt_ids(self, texts: list[str]) -> list[list[int]]:
+        return self._ids(texts, special=not self.chat_template)  # a chat template writes its special tokens itself
+
     def _ids(self, texts: list[str], special: bool) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=special)["input_ids"] if texts else []
 
 
-def _check_tokens(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
+def _check_tokens(row: dict[str, Any], tokenize: _Tokenize, path: str | Path) -> None:
     """Warn where a tokenizer merges across the joints of question, steps and answer (checked on the first record)."""
-    whole = "\n".join([row["question"], *row["steps"], "### " + row["answer"]])
-    expected = tokenizer(whole, add_special_tokens=True)["input_ids"] + [tokenizer.eos_token_id]
+    tokenizer = tokenize.tokenizer
+    whole = tokenize.prompt(row["question"]) + "\n".join([*row["steps"], "### " + row["answer"]])
+    expected = tokenize.prompt_ids([whole])[0] + [tokenizer.eos_token_id]
     parts = row["question_tokenized"] + [token for step in row["steps_tokenized"] for token in step] + row["answer_tokenized"]
     if parts != expected:
         at = next((i for i, (a, b) in enumerate(zip(parts, expected, strict=False)) if a != b), min(len(parts), len(expected)))
