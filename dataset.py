@@ -132,13 +132,11 @@ def get_dataset(
         disable_progress_bars()
     dataset = Dataset.from_list([_row(index, record) for index, record in enumerate(records)])
     workers = max(1, min(available_cpus(), len(records) // RECORDS_PER_WORKER))
+    tokenize = _Tokenize(tokenizer, chat_template)
     dataset = dataset.map(
-        _Tokenize(tokenizer, chat_template),
-        batched=True,
-        num_proc=workers if workers > 1 else None,
-        desc=f"tokenising {Path(path).name}",
+        tokenize, batched=True, num_proc=workers if workers > 1 else None, desc=f"tokenising {Path(path).name}"
     )
-    _check_tokens(dataset[0], _Tokenize(tokenizer, chat_template), path)
+    _check_tokens(dataset[0], tokenize, path)
     return dataset
 
 

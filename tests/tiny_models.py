@@ -59,6 +59,13 @@ FAMILIES = {
     },
     # Soft-capped logits, scaled embeddings, a sliding window in every other layer.
     "gemma2": LLAMA_LIKE | {"head_dim": 8, "sliding_window": WINDOW, "final_logit_softcapping": 5.0},
+    # Scaled embeddings.
+    "gemma": LLAMA_LIKE | {"head_dim": 8},
+    # Scaled embeddings, norms of queries and keys, other rotary positions in layers with a sliding window.
+    "gemma3_text": LLAMA_LIKE
+    | {"head_dim": 8, "sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]},
+    # Queries, keys and values of one projection.
+    "phi3": LLAMA_LIKE | {"resid_pdrop": 0.0, "embd_pdrop": 0.0},
     # A bias in the language-model head, rotary positions on part of each head.
     "phi": LLAMA_LIKE | {"resid_pdrop": 0.0, "embd_pdrop": 0.0},
     # Logits multiplied by a constant.
