@@ -1,5 +1,8 @@
 """Checkpoints: written whole or not at all, found again, and resumed from exactly.
 
+`python checkpoint.py convert IN OUT --model-id ID --method coconut --stage 4 ...` makes a checkpoint directory of a published
+single-file state dict.
+
 save_path/name/checkpoint_<epoch>/ holds the base model in Hugging Face form (model.safetensors, config.json, tokenizer),
 coconut.json (what evaluation must know) and training_state.pt (what training must know). checkpoint_<epoch>_step<n> is the
 same in the middle of an epoch.
@@ -7,6 +10,7 @@ same in the middle of an epoch.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import random
@@ -15,7 +19,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -26,13 +30,13 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import distributed
 from adapters import adapter_state, is_adapted, load_adapter_state, merged_weights
 from distributed import unwrap
-from models import gguf_of, load_tokenizer
-from utils import RunConfig, UserError, get_logger
+from models import LatentIds, build_model, gguf_of, latent_ids, load_tokenizer
+from utils import METHODS, RunConfig, UserError, entry_point, get_logger
 
 NAME = re.compile(r"checkpoint_(\d+)(?:_step(\d+))?")
 FACTS, STATE = "coconut.json", "training_state.pt"
@@ -223,13 +227,24 @@ def save(
     training = {"state": asdict(state), "optimizer": optimizer_state, "rng": rng, "adapter": adapter_state(base)}
 
     def fill(partial: Path) -> None:
-        base.save_pretrained(partial, state_dict=weights)
-        tokenizer.save_pretrained(partial)
-        _portable_tokenizer(partial / "tokenizer_config.json")
+        _fill_model(partial, base, weights, tokenizer, facts)
         torch.save(training, partial / STATE)
-        (partial / FACTS).write_text(json.dumps(asdict(facts), indent=1) + "\n", encoding="utf-8")
 
     distributed.run_on_main(lambda: _write_whole(directory, fill))
+
+
+def _fill_model(
+    partial: Path,
+    base: PreTrainedModel,
+    weights: dict[str, Any] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    facts: Facts,
+) -> None:
+    """Everything of a checkpoint but the training state; `weights` None are the model's own."""
+    base.save_pretrained(partial, state_dict=weights)
+    tokenizer.save_pretrained(partial)
+    _portable_tokenizer(partial / "tokenizer_config.json")
+    (partial / FACTS).write_text(json.dumps(asdict(facts), indent=1) + "\n", encoding="utf-8")
 
 
 def _plain_weights(model: nn.Module) -> dict[str, Any]:
@@ -329,3 +344,81 @@ def _set_rng_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+# --- converting published single-file checkpoints ---
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see python checkpoint.py --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="checkpoint.py", description="Checkpoints of published code to checkpoint directories.")
+    command = parser.add_subparsers(dest="command", required=True).add_parser(
+        "convert", help="a single-file state dict (torch or safetensors) to a directory that run.py evaluates and trains"
+    )
+    command.add_argument("source", metavar="IN", type=Path)
+    command.add_argument("target", metavar="OUT", type=Path, help="a directory that does not exist yet")
+    command.add_argument("--model-id", default="openai-community/gpt2", help="the base model (default: %(default)s)")
+    command.add_argument("--method", choices=METHODS, default="coconut", help="how it was trained (default: %(default)s)")
+    command.add_argument("--stage", type=_count, required=True, help="the stage at which it was saved; 0 for cot and no_cot")
+    command.add_argument("--c-thought", type=_count, default=1, help="latent tokens per step (default: %(default)s)")
+    command.add_argument("--max-latent-stage", type=_count, help="default: the stage")
+    command.add_argument("--epoch", type=_count, default=0, help="finished epochs (default: %(default)s)")
+    command.add_argument("--no-pad-latent-to-max", dest="pad_latent_to_max", action="store_false")
+    return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number that is not negative, got {text!r}")
+    return int(text)
+
+
+def convert(source: Path, target: Path, model_id: str, facts: dict[str, Any]) -> None:
+    """Write a single-file state dict as a checkpoint directory, without a training state.
+
+    Args:
+        facts: the entries of `Facts` that such a file does not know: method, stage, c_thought, max_latent_stage,
+            pad_latent_to_max, epoch.
+
+    Raises:
+        UserError: no such file, not a state dict, one that does not fit the model, or `target` is there already.
+    """
+    if target.exists():
+        raise CheckpointError(f"{target} is there already: choose another directory, or remove it")
+    if not source.is_file():
+        raise CheckpointError(f"{source}: no such file; a state dict in one file is needed")
+    config = RunConfig(
+        name="convert", val_path="", only_eval=True, model_id=model_id, load_model_path=str(source), method=facts["method"]
+    )
+    tokenizer = load_run_tokenizer(resolve_paths(config))
+    ids = latent_ids(tokenizer, config.method)
+    base = build_model(config, tokenizer, ids).base_causallm
+    known = Facts(accuracy=None, **_id_facts(ids), **facts)
+    _write_whole(target, lambda partial: _fill_model(partial, base, None, tokenizer, known))
+    get_logger().info(f"{target}: {known.method}, stage {known.stage}; load it with load_model_path={target}")
+
+
+def _id_facts(ids: LatentIds) -> dict[str, int]:
+    return {
+        "start_latent_id": ids.start,
+        "end_latent_id": ids.end,
+        "latent_token_id": ids.latent,
+        "eos_token_id": ids.eos,
+    }
+
+
+@entry_point
+def main(arguments: list[str]) -> None:
+    values = vars(_parser().parse_args(arguments))
+    del values["command"]
+    if values["max_latent_stage"] is None:
+        values["max_latent_stage"] = values["stage"]
+    convert(values.pop("source"), values.pop("target"), values.pop("model_id"), values)
+
+
+if __name__ == "__main__":
+    main()

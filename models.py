@@ -85,6 +85,7 @@ def build_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase, ids: Late
     """The base model that the configuration names, with rows for the markers, inside a Coconut (float32, on the CPU)."""
     markers = marker_tokens(config.method)
     base = _base_model(config, tokenizer, markers)
+    _warn_of_scaled_thoughts(base)
     initialise_markers(base, tokenizer, markers)
     model = Coconut(base, ids.latent, ids.start, ids.end, ids.eos)
     if config.lora_r is not None:
@@ -188,6 +189,16 @@ def _check_usable(model: Coconut, source: str) -> None:
         raise UserError(f"{source}: family {family!r} reads in both directions (an encoder); a causal language model is needed")
 
 
+def _warn_of_scaled_thoughts(base: PreTrainedModel) -> None:
+    """Gemma 1 and 2 multiply embeddings by the root of their width: in the embedding from transformers 5 on, before that
+    after it, where a thought, which stands in an embedding's place, is multiplied too."""
+    if base.config.model_type in ("gemma", "gemma2") and not hasattr(base.get_input_embeddings(), "embed_scale"):
+        get_logger().warning(
+            f"this version of transformers multiplies the thoughts of {base.config.model_type} by the root of the width; "
+            "from version 5 on it does not: train and evaluate with the same"
+        )
+
+
 @torch.no_grad()
 def _is_causal(model: Coconut) -> bool:
     """Whether the state of a token stays as it is when the next token is another one."""
@@ -255,6 +266,9 @@ def load_state_dict_file(base: PreTrainedModel, path: Path) -> None:
     state = read_state_dict(path)
     own = base.state_dict()
     embedding = next(name for name, value in base.named_parameters() if value is embedding_weight(base))
+    if "embedding.weight" in state and "embedding.weight" not in own:  # a wrapper that names the embeddings a second time
+        state.setdefault(embedding, state["embedding.weight"])
+        del state["embedding.weight"]
     if embedding in state and state[embedding].shape[0] != own[embedding].shape[0]:
         base.resize_token_embeddings(state[embedding].shape[0], mean_resizing=False)
         own = base.state_dict()
