@@ -1,22 +1,27 @@
 """Chain of Continuous Thought (Coconut, arXiv 2412.06769, section 3): a causal language model that reasons by feeding its
 last hidden state back as its next input embedding.
 
-Shapes: B rows of the batch, T positions, D width of the model, V vocabulary, N labelled positions.
+Shapes: B rows of the batch, T positions, D width of the model, V vocabulary, N labelled positions, K branches, S scales.
 
 A *latent* is a position that holds `latent_token_id`; its input embedding is not looked up but is the *thought*: the
 hidden state at the position before it. All columns up to the first latent are one pass of the base model, then every
 column that holds a latent in some row begins the next pass, and keys and values are cached between passes.
+
+Noise goes into a thought right before it is fed back; the hidden states and the cache it came from stay as they are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, cast
+from itertools import product
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel
+
+from noise import Scales, ThoughtNoise, path_diversity, sampling_generator
 
 IGNORE_INDEX = -100  # label of positions that carry no loss, as in torch.nn.functional.cross_entropy
 MAX_N_LATENT = 8  # latents a model tried without training gets between its two markers; a default, not a limit
@@ -36,11 +41,81 @@ class Outputs(NamedTuple):
 
 
 class Thinking(NamedTuple):
-    """The state after all latent passes: hidden (B, T, D) after the final norm, inputs_embeds (B, T, D), cache."""
+    """The state after some latent passes over T positions.
+
+    hidden: (B, T, D), after the final norm. inputs_embeds: (B, T, D). cache: keys and values.
+    thought: (B, 1, D), the state of `hidden_layer_idx` at the last position: what a latent after it would be given.
+    """
 
     hidden: Tensor
     inputs_embeds: Tensor
     cache: DynamicCache | None
+    thought: Tensor
+
+
+class Prompt(NamedTuple):
+    """What the passes need to know of the tokens: latent (B, T) bool, mask (B, T), positions (B, T)."""
+
+    latent: Tensor
+    mask: Tensor
+    positions: Tensor
+
+    def repeat(self, copies: int) -> Prompt:
+        """Every row `copies` times, copies beside each other."""
+        return Prompt(*(values.repeat_interleave(copies, dim=0) for values in self))
+
+
+class Details(NamedTuple):
+    """What went on in the latent passes.
+
+    thoughts: (B, N, D), as they were fed back, noise included; zeros after a row's last one. steps: (B,), how many.
+    noise: for each row the descriptions of its perturbed thoughts (`noise.apply_noise_to_hidden_states`, and "pass").
+    """
+
+    thoughts: Tensor
+    steps: Tensor
+    noise: list[list[dict[str, Any]]]
+
+
+class Branches(NamedTuple):
+    """What `Coconut.generate_with_branching` returns as details; without the dimension S if it was given one scale.
+
+    tokens: (B, S, K, new) int64, filled up with the end-of-sequence token. lengths: (B, S, K), tokens up to and with the
+    first end-of-sequence token. log_probabilities: (B, S, K, new) float32, of the tokens under the model at temperature 1
+    with its whole vocabulary; 0 after the end. thoughts: (B, S, K, N, D), as they were fed back, noise included; zeros
+    after a question's last one. steps: (B,), how many thoughts. diversity: of the K paths, for each question and scale.
+    noise: for each question, scale and branch the descriptions of the perturbed thoughts, as in `Details`.
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+    log_probabilities: Tensor
+    thoughts: Tensor
+    steps: Tensor
+    diversity: list[Any]  # of PathDiversity
+    noise: list[Any]
+
+
+class Sampling(NamedTuple):
+    """How tokens are chosen, see `sample`."""
+
+    temperature: float
+    top_p: float
+    generator: torch.Generator | Sequence[torch.Generator] | None
+
+    def select(self, rows: list[int]) -> Sampling:
+        """The same for some rows of the batch."""
+        if self.generator is None or isinstance(self.generator, torch.Generator):
+            return self
+        return self._replace(generator=[self.generator[row] for row in rows])
+
+
+class Decoded(NamedTuple):
+    """New tokens (B, new), their number with the end of the sequence (B,), and their log-probabilities (B, new)."""
+
+    tokens: Tensor
+    lengths: Tensor
+    log_probabilities: Tensor
 
 
 class Coconut(nn.Module):
@@ -98,7 +173,14 @@ class Coconut(nn.Module):
         position_ids: Tensor | None = None,
         labelled_only: bool = False,
         num_items_in_batch: Tensor | int | None = None,
-    ) -> Outputs:
+        noise_scale: Scales | None = None,
+        noise_type: str = "gaussian",
+        noise_direction: str | None = None,
+        apply_noise_to_all_passes: bool = False,
+        seed: int | None = None,
+        question_index: int | Sequence[int] | None = None,
+        return_details: bool = False,
+    ) -> Outputs | tuple[Outputs, Details]:
         """Latent passes, then next-token logits and their mean cross entropy over the labelled positions.
 
         Args:
@@ -107,13 +189,24 @@ class Coconut(nn.Module):
             position_ids: (B, T) int64; counted from the attention mask if None.
             labelled_only: project only the N positions that predict a label onto the vocabulary.
             num_items_in_batch: divide the summed cross entropy by this instead of by N, for means over several batches.
+            noise_scale, noise_type, noise_direction, apply_noise_to_all_passes, seed, question_index: as in `generate`.
+            return_details: also return the thoughts and their noise.
 
         Raises:
-            ValueError: a latent with no real token before it; `labelled_only` without labels.
+            ValueError: a latent with no real token before it; `labelled_only` without labels; noise that there is not.
         """
         if labelled_only and labels is None:
             raise ValueError("labelled_only needs labels")
-        thinking = self.think(input_ids, attention_mask, position_ids)
+        schedule = "constant" if apply_noise_to_all_passes else "none"
+        noise = self._noise(input_ids, noise_scale, noise_type, noise_direction, schedule, seed, question_index)
+        thinking = self.think(input_ids, attention_mask, position_ids, noise=noise)
+        outputs = self._outputs(thinking, labels, labelled_only, num_items_in_batch)
+        return (outputs, self._details(input_ids, thinking, noise)) if return_details else outputs
+
+    def _outputs(
+        self, thinking: Thinking, labels: Tensor | None, labelled_only: bool, num_items_in_batch: Tensor | int | None
+    ) -> Outputs:
+        """Logits, and with labels the loss."""
         if labels is None:
             return Outputs(None, thinking.inputs_embeds, self.project(thinking.hidden))
         predicts = labels[:, 1:] != IGNORE_INDEX  # (B, T-1): position t predicts the label at t + 1
@@ -134,27 +227,74 @@ class Coconut(nn.Module):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         keep_cache: bool = False,
+        noise: ThoughtNoise | None = None,
     ) -> Thinking:
         """All latent passes of (B, T) tokens, without the language-model head."""
+        prompt = self._prompt(input_ids, attention_mask, position_ids)
+        bounds = pass_bounds(prompt.latent, prompt.mask)
+        idle = self.max_over_ranks(len(bounds)) - len(bounds)  # agreed on before the first pass gathers anything
+        cache = DynamicCache() if keep_cache or len(bounds) > 1 else None
+        thinking = self._passes(self.embedding(input_ids), prompt, bounds, cache, noise=noise)
+        return thinking._replace(hidden=thinking.hidden + self._idle_passes(idle)) if idle else thinking
+
+    def _prompt(self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None = None) -> Prompt:
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         positions = count_positions(mask) if position_ids is None else position_ids
-        latent = input_ids == self.latent_token_id  # (B, T)
-        bounds = pass_bounds(latent, mask)
-        idle = self.max_over_ranks(len(bounds)) - len(bounds)  # agreed on before the first pass gathers anything
-        embeds = self.embedding(input_ids).split([end - start for start, end in bounds], dim=1)
-        cache = DynamicCache() if keep_cache or len(bounds) > 1 else None
-        hidden, filled, thought = [], [], None
-        for (start, end), segment in zip(bounds, embeds, strict=True):
+        return Prompt(input_ids == self.latent_token_id, mask, positions)
+
+    def _passes(
+        self,
+        embeds: Tensor,
+        prompt: Prompt,
+        bounds: list[tuple[int, int]],
+        cache: DynamicCache | None,
+        thought: Tensor | None = None,
+        noise: ThoughtNoise | None = None,
+    ) -> Thinking:
+        """One pass for each of the bounds; embeds (B, T, D) of their columns alone, thought (B, 1, D) of the column before."""
+        hidden, filled = [], []
+        for (start, end), segment in zip(bounds, embeds.split([end - start for start, end in bounds], dim=1), strict=True):
             if thought is not None:
-                is_latent = latent[:, start, None, None]  # (B, 1, 1)
-                first = torch.where(is_latent, thought.to(segment.dtype), segment[:, :1])
+                fed_back = thought if noise is None else noise.perturb(thought, start)
+                is_latent = prompt.latent[:, start, None, None]  # (B, 1, 1)
+                first = torch.where(is_latent, fed_back.to(segment.dtype), segment[:, :1])
                 segment = torch.cat([first, segment[:, 1:]], dim=1)
-            states, layer = self._base_pass(segment, mask[:, :end], positions[:, start:end], cache)
+            states, layer = self._base_pass(segment, prompt.mask[:, :end], prompt.positions[:, start:end], cache)
             thought = layer[:, -1:]  # (B, 1, D)
             hidden.append(states)
             filled.append(segment)
-        hidden[-1] = hidden[-1] + self._idle_passes(idle) if idle else hidden[-1]
-        return Thinking(torch.cat(hidden, dim=1), torch.cat(filled, dim=1), cache)
+        return Thinking(torch.cat(hidden, dim=1), torch.cat(filled, dim=1), cache, cast("Tensor", thought))
+
+    def _noise(
+        self,
+        input_ids: Tensor,
+        noise_scale: Scales | None,
+        noise_type: str,
+        noise_direction: str | None,
+        schedule: str,
+        seed: int | None,
+        question_index: int | Sequence[int] | None,
+    ) -> ThoughtNoise | None:
+        """The noise of a batch without branches: each row is branch 0 of its question."""
+        if noise_scale is None:
+            return None
+        scale = torch.as_tensor(noise_scale, dtype=torch.float64)
+        rows = len(input_ids)
+        return ThoughtNoise(
+            latent=input_ids == self.latent_token_id,
+            scales=(scale.expand(rows) if scale.dim() == 0 else scale).tolist(),
+            questions=question_indices(question_index, rows),
+            branches=[0] * rows,
+            noise_type=noise_type,
+            noise_direction=noise_direction,
+            seed=seed or 0,
+            schedule=schedule,
+        )
+
+    def _details(self, input_ids: Tensor, thinking: Thinking, noise: ThoughtNoise | None) -> Details:
+        latent = input_ids == self.latent_token_id
+        infos = [[] for _ in latent] if noise is None else noise.infos
+        return Details(gather_thoughts(thinking.inputs_embeds, latent), latent.sum(dim=1), infos)
 
     def _base_pass(
         self, inputs_embeds: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: DynamicCache | None
@@ -212,44 +352,202 @@ class Coconut(nn.Module):
         temperature: float = 0.0,
         top_p: float = 1.0,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+        noise_scale: Scales | None = None,
+        noise_type: str = "gaussian",
+        noise_direction: str | None = None,
+        apply_noise_to_all_passes: bool = False,
+        seed: int | None = None,
+        question_index: int | Sequence[int] | None = None,
+        inserted_latents: int | None = None,
+        return_details: bool = False,
+    ) -> Tensor | tuple[Tensor | Details, ...]:
         """Think, then decode up to the end-of-sequence token, for all rows at once and with a key-value cache.
 
         Args:
             input_ids: (B, T) int64, padded on the left. attention_mask: (B, T), 0 on padding; all ones if None.
             max_new_tokens: at most this many tokens are added; a row ends at `eos_token_id`, also when it comes first.
-            output_embedding: also return the input embeddings, (B, T + new, D).
+            output_embedding: also return the input embeddings, (B, T + new, D), with those of inserted latents.
             synced_gpus: decode as long as the slowest process does (needed when parameters are sharded).
             temperature: 0 is greedy. top_p: smallest set of tokens with this probability mass (arXiv 1904.09751).
             generator: for sampling; one per row makes a row's sample independent of the rest of the batch.
+            noise_scale: perturb the first thought of each row, at one scale or one for each row; None is no noise.
+            noise_type, noise_direction: see `noise.apply_noise_to_hidden_states`.
+            apply_noise_to_all_passes: perturb every thought instead of the first.
+            seed: of the noise, 0 if None; and, where given without generators, of the samples of each row.
+            question_index: of each row in its data set, by default its place in the batch. A row's noise, and its samples
+                from the seed, depend on the seed and this alone.
+            inserted_latents: so many latents go between the two markers in rows where they stand side by side
+                (`insert_latents`), for models that were not trained with them.
+            return_details: also return the thoughts and their noise.
 
         Returns:
-            (B, T + new) int64: prompt and new tokens; rows that ended early are filled up with `eos_token_id`.
+            (B, T + new) int64: prompt as given and new tokens; rows that ended early are filled up with `eos_token_id`.
+            With `output_embedding`, `return_details` or both a tuple of it, the embeddings and `Details`.
 
         Raises:
             ValueError: padding on the right, more positions than the model has, a setting out of range.
         """
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        ids, mask = self._insert(input_ids, attention_mask, inserted_latents)
         self._check_generate(mask, max_new_tokens, temperature, top_p)
-        thinking = self.think(input_ids, mask, keep_cache=True)
-        hidden = thinking.hidden[:, -1]  # (B, D)
-        tokens, embeds = [input_ids], [thinking.inputs_embeds]
+        schedule = "constant" if apply_noise_to_all_passes else "none"
+        noise = self._noise(ids, noise_scale, noise_type, noise_direction, schedule, seed, question_index)
+        if seed is not None and generator is None:
+            generator = [sampling_generator(seed, index, 0) for index in question_indices(question_index, len(ids))]
+        thinking = self.think(ids, mask, keep_cache=True, noise=noise)
+        sampling = Sampling(temperature, top_p, generator)
+        new = self._decode(thinking.hidden[:, -1], thinking.cache, mask, max_new_tokens, sampling, synced_gpus).tokens
+        tokens = torch.cat([input_ids, new], dim=1)
+        returned: list[Tensor | Details] = [tokens]
+        if output_embedding:
+            returned.append(torch.cat([thinking.inputs_embeds, self.embedding(new)], dim=1))
+        if return_details:
+            returned.append(self._details(ids, thinking, noise))
+        return tuple(returned) if len(returned) > 1 else tokens
+
+    @torch.no_grad()
+    def generate_with_branching(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        max_new_tokens: int = 16,
+        num_branches: int = 5,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        noise_scale: Scales = 0.1,
+        noise_type: str = "gaussian",
+        noise_direction: str | None = None,
+        noise_at_step: int = 1,
+        schedule: str = "none",
+        shared_noise: bool = False,
+        seed: int = 0,
+        question_index: int | Sequence[int] | None = None,
+        inserted_latents: int | None = None,
+        synced_gpus: bool = False,
+        return_details: bool = False,
+    ) -> Tensor | Branches:
+        """Think up to a thought once, perturb it in K ways, and think and decode on from each (NoisyCoconut, arXiv 2605.08221).
+
+        The prompt and the passes that all branches share are computed once for each question; then its cache is copied, and
+        all branches of all questions and scales go on as rows of one batch. A row with fewer latents than `noise_at_step`
+        gets no noise; its branches differ by sampling alone.
+
+        Args:
+            input_ids, attention_mask, max_new_tokens, temperature, top_p, inserted_latents, synced_gpus: as in `generate`.
+            num_branches: K.
+            noise_scale: one scale, or S of them to be tried at the same time, on the same draws.
+            noise_type, noise_direction: see `noise.apply_noise_to_hidden_states`.
+            noise_at_step: the thought that is perturbed, counted from 1.
+            schedule: the noise in the thoughts after that one, see `noise.schedule_factor`.
+            shared_noise: one noise vector for all branches, which then differ by sampling alone.
+            seed, question_index: the noise of a branch depends on these, the branch and the pass alone, its samples on
+                these and the branch. question_index is that of each row in its data set, by default its place in the batch.
+
+        Returns:
+            (B, K, new) int64: the new tokens of each branch, filled up with `eos_token_id`; (B, S, K, new) for S scales.
+            With `return_details` `Branches`, of which they are the first.
+
+        Raises:
+            ValueError: padding on the right, more positions than the model has, a setting out of range.
+        """
+        ids, mask = self._insert(input_ids, attention_mask, inserted_latents)
+        self._check_generate(mask, max_new_tokens, temperature, top_p)
+        scale = torch.as_tensor(noise_scale, dtype=torch.float64)
+        shape = torch.Size([len(ids), *scale.shape, num_branches])  # (B, K) or (B, S, K)
+        if shape.numel() < 1:
+            raise ValueError(f"there are no branches to generate: questions, scales and branches are {list(shape)}")
+        questions = question_indices(question_index, len(ids))
+        rows = list(product(questions, scale.flatten().tolist(), range(num_branches)))
+        prompt = self._prompt(ids, mask)
+        branched = prompt.repeat(len(rows) // len(ids))
+        noise = ThoughtNoise(
+            latent=branched.latent,
+            scales=[scale for _, scale, _ in rows],
+            questions=[question for question, _, _ in rows],
+            branches=[0 if shared_noise else branch for _, _, branch in rows],
+            noise_type=noise_type,
+            noise_direction=noise_direction,
+            seed=seed,
+            first_pass=noise_at_step,
+            schedule=schedule,
+        )
+        hidden, cache, thoughts = self._think_in_branches(self.embedding(ids), prompt, branched, noise)
+        generators = [sampling_generator(seed, question, branch) for question, _, branch in rows] if temperature else None
+        sampling = Sampling(temperature, top_p, generators)
+        decoded = self._decode(hidden, cache, branched.mask, max_new_tokens, sampling, synced_gpus, return_details, True)
+        if not return_details:
+            return decoded.tokens.unflatten(0, shape)
+        return gather_branches(decoded, thoughts, prompt.latent.sum(dim=1), noise, shape)
+
+    def _think_in_branches(
+        self, embeds: Tensor, prompt: Prompt, branched: Prompt, noise: ThoughtNoise
+    ) -> tuple[Tensor, DynamicCache, Tensor]:
+        """Last hidden states (R, D), cache and thoughts (R, N, D) of R = B * copies rows, from the embeddings (B, T, D)."""
+        bounds = pass_bounds(prompt.latent, prompt.mask)
+        idle = self.max_over_ranks(len(bounds)) - len(bounds)
+        column, copies = noise.first_column(), len(branched.mask) // len(prompt.mask)
+        shared = [(start, end) for start, end in bounds if start < column]
+        cache = DynamicCache()
+        thinking = self._passes(embeds[:, :column], prompt, shared, cache)
+        cache.batch_repeat_interleave(copies)
+        hidden, thought = (states.repeat_interleave(copies, dim=0) for states in (thinking.hidden[:, -1], thinking.thought))
+        # Of the shared part only the columns with latents are copied: a long prompt has few.
+        has_latent = prompt.latent.any(dim=0)
+        fed_back = [thinking.inputs_embeds[:, has_latent[:column]].repeat_interleave(copies, dim=0)]
+        if column < embeds.shape[1]:
+            rest = embeds[:, column:].repeat_interleave(copies, dim=0)
+            thinking = self._passes(rest, branched, bounds[len(shared) :], cache, thought, noise)
+            hidden = thinking.hidden[:, -1]
+            fed_back.append(thinking.inputs_embeds[:, has_latent[column:]])
+        self._idle_passes(idle)
+        return hidden, cache, gather_thoughts(torch.cat(fed_back, dim=1), branched.latent[:, has_latent])
+
+    def _decode(
+        self,
+        hidden: Tensor,
+        cache: DynamicCache | None,
+        mask: Tensor,
+        max_new_tokens: int,
+        sampling: Sampling,
+        synced_gpus: bool = False,
+        score: bool = False,
+        drop_finished: bool = False,
+    ) -> Decoded:
+        """Tokens after prompts whose last hidden states are (B, D) and whose mask is (B, T).
+
+        score: also compute the log-probabilities. drop_finished: go on without finished rows as soon as they are half of
+        all, which saves their time; the generators must then be one for each row.
+        """
         position = count_positions(mask)[:, -1:]  # (B, 1)
-        finished = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        finished = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
+        rows = torch.arange(len(hidden), device=hidden.device)  # those that are still in the batch
+        tokens = rows.new_full((len(rows), max_new_tokens), self.eos_token_id)
+        scores = torch.zeros(tokens.shape, device=hidden.device)
+        lengths = torch.zeros_like(rows)
         for new in range(max_new_tokens):
-            token = sample(self.project(hidden), temperature, top_p, generator)  # (B,)
-            token = token.masked_fill(finished, self.eos_token_id)
+            logits = self.project(hidden)
+            token = sample(logits, *sampling).masked_fill(finished, self.eos_token_id)  # (B,)
+            tokens[rows, new] = token
+            lengths[rows] += ~finished
+            if score:
+                scores[rows, new] = -F.cross_entropy(logits.float(), token, reduction="none").masked_fill(finished, 0)
             finished = finished | (token == self.eos_token_id)
-            tokens.append(token[:, None])
-            embeds.append(self.embedding(token[:, None]))
             if new + 1 == max_new_tokens or not self._goes_on(finished, synced_gpus):
                 break
+            if drop_finished and 0 < (going := (~finished).nonzero().squeeze(1)).numel() <= len(finished) // 2:
+                cast("DynamicCache", cache).batch_select_indices(going)
+                rows, token, mask, position, finished = (part[going] for part in (rows, token, mask, position, finished))
+                sampling = sampling.select(going.tolist())
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
             position = position + 1
-            states, _ = self._base_pass(embeds[-1], mask, position, thinking.cache)
+            states, _ = self._base_pass(self.embedding(token[:, None]), mask, position, cache)
             hidden = states[:, -1]
-        ids = torch.cat(tokens, dim=1)
-        return (ids, torch.cat(embeds, dim=1)) if output_embedding else ids
+        return Decoded(tokens[:, : new + 1], lengths, scores[:, : new + 1])
+
+    def _insert(self, input_ids: Tensor, attention_mask: Tensor | None, count: int | None) -> tuple[Tensor, Tensor]:
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if count is None:
+            return input_ids, mask
+        return insert_latents(input_ids, mask, self.start_latent_id, self.end_latent_id, self.latent_token_id, count)
 
     def _goes_on(self, finished: Tensor, synced_gpus: bool) -> bool:
         unfinished = int(not finished.all())
@@ -302,6 +600,75 @@ def pass_bounds(latent: Tensor, attention_mask: Tensor) -> list[tuple[int, int]]
     return list(zip(starts, [*starts[1:], latent.shape[1]], strict=True))
 
 
+def insert_latents(
+    input_ids: Tensor, attention_mask: Tensor, start_id: int, end_id: int, latent_id: int, count: int = MAX_N_LATENT
+) -> tuple[Tensor, Tensor]:
+    """Latents between the markers of every row in which the first pair of them has nothing between.
+
+    input_ids, attention_mask: (B, T). Returns both as (B, T + count): other rows get as much padding, which holds `end_id`,
+    on the left; unchanged if no row has such a pair. Raises ValueError for fewer latents than 1.
+
+    A coconut of stage 0 is trained with its markers side by side and must not be given latents there.
+    """
+    if count < 1:
+        raise ValueError(f"{count} latents to insert; there must be at least 1")
+    real = attention_mask.bool()
+    pair = (input_ids[:, :-1] == start_id) & (input_ids[:, 1:] == end_id) & real[:, :-1] & real[:, 1:]  # (B, T-1)
+    rows = pair.any(dim=1, keepdim=True)  # (B, 1)
+    if not rows.any():
+        return input_ids, attention_mask
+    place = torch.where(rows, pair.long().argmax(dim=1, keepdim=True) + 1, 0)  # (B, 1)
+    column = torch.arange(input_ids.shape[1] + count, device=input_ids.device)[None]  # (1, T + count)
+    new = (place <= column) & (column < place + count)
+    source = torch.where(column < place, column, (column - count).clamp(min=0))
+    ids = torch.where(new, torch.where(rows, latent_id, end_id), input_ids.gather(1, source))
+    mask = torch.where(new, rows.to(attention_mask.dtype), attention_mask.gather(1, source))
+    return ids, mask
+
+
+def question_indices(question_index: int | Sequence[int] | None, rows: int) -> list[int]:
+    """One index for each row; the row numbers if None."""
+    if question_index is None:
+        return list(range(rows))
+    indices = [question_index] if isinstance(question_index, int) else [int(index) for index in question_index]
+    if len(indices) != rows:
+        raise ValueError(f"{len(indices)} question indices for {rows} rows")
+    return indices
+
+
+def gather_thoughts(inputs_embeds: Tensor, latent: Tensor) -> Tensor:
+    """The embeddings (B, T, D) at the latents (B, T) -> (B, N, D) in their order; zeros after a row's last latent."""
+    steps = latent.sum(dim=1, keepdim=True)  # (B, 1)
+    order = latent.long().argsort(dim=1, descending=True, stable=True)[:, : int(steps.max())]  # (B, N)
+    thoughts = inputs_embeds.gather(1, order[..., None].expand(-1, -1, inputs_embeds.shape[-1]))
+    missing = torch.arange(order.shape[1], device=order.device) >= steps  # (B, N)
+    return thoughts.masked_fill(missing[..., None], 0)
+
+
+def gather_branches(decoded: Decoded, thoughts: Tensor, steps: Tensor, noise: ThoughtNoise, shape: torch.Size) -> Branches:
+    """Brings what is known of each row into `shape`, (B, K) or (B, S, K), and compares the paths of each group of K."""
+    groups = thoughts.unflatten(0, (-1, shape[-1]))  # (B * S, K, N, D)
+    counts = steps.repeat_interleave(len(groups) // len(steps)).tolist()
+    diversity = [path_diversity(paths[:, :n], noise.first_pass) for paths, n in zip(groups, counts, strict=True)]
+    return Branches(
+        tokens=decoded.tokens.unflatten(0, shape),
+        lengths=decoded.lengths.unflatten(0, shape),
+        log_probabilities=decoded.log_probabilities.unflatten(0, shape),
+        thoughts=thoughts.unflatten(0, shape),
+        steps=steps,
+        diversity=nested(diversity, shape[:-1]),
+        noise=nested(noise.infos, shape),
+    )
+
+
+def nested(values: list[Any], shape: Sequence[int]) -> list[Any]:
+    """A flat list as lists in lists of this shape."""
+    if len(shape) == 1:
+        return values
+    size = len(values) // shape[0]
+    return [nested(values[start : start + size], shape[1:]) for start in range(0, len(values), size)]
+
+
 def sample(
     logits: Tensor,
     temperature: float,
@@ -327,4 +694,4 @@ def uniform(rows: int, generator: torch.Generator | Sequence[torch.Generator] | 
         return torch.rand(rows, generator=generator, device=source).to(device)
     if len(generator) != rows:
         raise ValueError(f"{len(generator)} generators for {rows} rows")
-    return torch.cat([torch.rand(1, generator=one, device=one.device).to(device) for one in generator])
+    return torch.cat([torch.rand(1, generator=one, device=one.device) for one in generator]).to(device)

@@ -5,12 +5,16 @@ Shapes: B rows of the batch, T positions, D width of the model, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Protocol
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
+
+Perturb = Callable[[Tensor, int], Tensor]  # a thought (D,) and the number of its pass -> the thought that is fed back
 
 
 class HasTokenIds(Protocol):
@@ -40,17 +44,129 @@ def naive_forward(
 @torch.no_grad()
 def naive_generate(base: PreTrainedModel, ids: HasTokenIds, prompt: Tensor, max_new_tokens: int) -> Tensor:
     """Greedy decoding of one prompt (1, T) without a cache -> (1, T + new); the end-of-sequence token is the last one."""
+    return naive_decode(base, ids, prompt, max_new_tokens).tokens
+
+
+class NaiveDecoded(NamedTuple):
+    """tokens (1, T + new), embeds (1, T + new, D), log_probabilities of the new tokens."""
+
+    tokens: Tensor
+    embeds: Tensor
+    log_probabilities: list[float]
+
+
+@torch.no_grad()
+def naive_decode(
+    base: PreTrainedModel,
+    ids: HasTokenIds,
+    prompt: Tensor,
+    max_new_tokens: int,
+    perturb: Perturb | None = None,
+    choose: Callable[[Tensor], int] = lambda logits: int(logits.argmax()),
+) -> NaiveDecoded:
+    """Decoding of one prompt (1, T) without a cache; `choose` takes logits (V,)."""
     mask, positions = torch.ones_like(prompt), torch.arange(prompt.shape[1], device=prompt.device)[None]
-    embeds = fill_thoughts(base, ids, prompt, mask, positions)
-    tokens = prompt
+    embeds = fill_thoughts(base, ids, prompt, mask, positions, perturb=perturb)
+    tokens, scores = prompt, []
     for _ in range(max_new_tokens):
         mask, positions = torch.ones_like(tokens), torch.arange(tokens.shape[1], device=prompt.device)[None]
-        token = full_pass(base, embeds, mask, positions).logits[:, -1:].argmax(dim=-1)  # (1, 1)
-        tokens = torch.cat([tokens, token], dim=1)
-        embeds = torch.cat([embeds, base.get_input_embeddings()(token)], dim=1)
-        if token.item() == ids.eos:
+        logits = full_pass(base, embeds, mask, positions).logits[0, -1]
+        token = choose(logits)
+        scores.append(logits.double().softmax(dim=0)[token].log().item())
+        tokens = torch.cat([tokens, tokens.new_tensor([[token]])], dim=1)
+        embeds = torch.cat([embeds, base.get_input_embeddings()(tokens[:, -1:])], dim=1)
+        if token == ids.eos:
             break
-    return tokens
+    return NaiveDecoded(tokens, embeds, scores)
+
+
+def naive_sampler(temperature: float, top_p: float, generator: torch.Generator) -> Callable[[Tensor], int]:
+    """Nucleus sampling from logits (V,), one draw a token."""
+
+    def choose(logits: Tensor) -> int:
+        if temperature == 0:
+            return int(logits.argmax())
+        probabilities = (logits.double() / temperature).softmax(dim=0)
+        nucleus: list[int] = []
+        for token in probabilities.argsort(descending=True).tolist():
+            if sum(probabilities[nucleus]) < top_p:
+                nucleus.append(token)
+        draw = torch.rand(1, generator=generator).item() * sum(probabilities[nucleus]).item()
+        for token in nucleus:
+            draw -= probabilities[token].item()
+            if draw < 0:
+                return token
+        return nucleus[-1]
+
+    return choose
+
+
+def naive_noise(
+    thought: Tensor, scale: float, noise_type: str, direction: str | None, generator: torch.Generator | None
+) -> Tensor:
+    """One thought (D,) with noise, written down as in the definitions, in float64 from float32 draws."""
+    h = thought.double()
+    size = h.norm()
+    if noise_type == "targeted":
+        added = scale * h if direction == "same" else -scale * h
+    elif noise_type in ("uniform", "dropout"):
+        u = torch.rand(len(h), generator=generator).double()
+        added = scale * (2 * u - 1) if noise_type == "uniform" else torch.where(u > scale, h, 0.0) - h
+    else:
+        g = torch.randn(len(h), generator=generator).double()
+        p = g - (g @ h) / size**2 * h
+        added = {
+            "gaussian": scale * g,
+            "gaussian_scaled": scale * size * g / g.norm(),
+            "snr": size / scale * g / g.norm() if scale > 0 else 1000 * size * g / g.norm(),
+            "orthogonal": scale * size * p / p.norm(),
+        }[noise_type]
+    return (h + added).to(thought.dtype)
+
+
+def naive_perturb(
+    generator: Callable[[int], torch.Generator],
+    scale: float,
+    passes: int,
+    noise_type: str = "gaussian",
+    direction: str | None = None,
+    first_pass: int = 1,
+    schedule: str = "none",
+) -> Perturb:
+    """The noise in the thoughts of one path of `passes` thoughts: its own at `first_pass`, then that of the schedule."""
+    memory: dict[str, Any] = {"mean": None}
+
+    def factor(norm: float, t: int, later: int) -> float:
+        memory["mean"] = norm if memory["mean"] is None else 0.9 * memory["mean"] + 0.1 * norm
+        return {
+            "constant": 1.0,
+            "linear": 1 - t / later,
+            "cosine": 0.5 * (1 + math.cos(math.pi * t / later)),
+            "exponential": math.exp(-0.5 * t),
+            "adaptive": math.exp(-0.5 * t) * norm / memory["mean"],
+        }[schedule]
+
+    def perturb(thought: Tensor, number: int) -> Tensor:
+        if number < first_pass or (number > first_pass and schedule == "none"):
+            return thought
+        here = scale
+        if number > first_pass:
+            share = factor(thought.double().norm().item(), number - first_pass - 1, passes - first_pass)
+            here = scale / share if noise_type == "snr" else scale * share
+        return naive_noise(thought, here, noise_type, direction, generator(number))
+
+    return perturb
+
+
+def naive_diversity(paths: list[Tensor], branch_pass: int) -> float:
+    """D_K of K paths (N, D), over the thoughts after thought `branch_pass`."""
+    count, steps = len(paths), len(paths[0]) - branch_pass
+    total = 0.0
+    for i in range(count):
+        for j in range(i + 1, count):
+            for t in range(branch_pass, len(paths[0])):
+                total += (paths[i][t] - paths[j][t]).norm().item() / steps
+    return 2 / (count * (count - 1)) * total
 
 
 def fill_thoughts(
@@ -60,14 +176,25 @@ def fill_thoughts(
     attention_mask: Tensor,
     position_ids: Tensor,
     hidden_layer_idx: int = -1,
+    perturb: Perturb | None = None,
 ) -> Tensor:
-    """Input embeddings (B, T, D): the first latent of every row is filled in, then the second of every row, and so on."""
+    """Input embeddings (B, T, D): the first latent of every row is filled in, then the second of every row, and so on.
+
+    `perturb` is for a single row.
+    """
     embeds = base.get_input_embeddings()(input_ids)
     latent = input_ids == ids.latent  # (B, T)
     rank = latent.long().cumsum(dim=1)  # a row's j-th latent has rank j, counted from 1
     for j in range(1, int(rank.max()) + 1):
         hidden = full_pass(base, embeds, attention_mask, position_ids).hidden_states[hidden_layer_idx]
         before = torch.cat([torch.zeros_like(hidden[:, :1]), hidden[:, :-1]], dim=1)  # the state one position earlier
+        if perturb is not None:
+            before = torch.stack(
+                [
+                    perturb(thought, j) if here else thought
+                    for thought, here in zip(before[0], (latent & (rank == j))[0], strict=True)
+                ]
+            )[None]
         embeds = torch.where((latent & (rank == j))[:, :, None], before, embeds)
     return embeds
 

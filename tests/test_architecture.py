@@ -10,6 +10,7 @@ from conftest import ROOT
 
 ORDER = (
     "utils",
+    "noise",
     "coconut",
     "dataset",
     "adapters",

@@ -1,0 +1,392 @@
+"""Noise in the thoughts: perturbations of hidden states, schedules over the latent passes, and how far noisy paths part.
+
+Shapes: B rows of the batch, T positions, D width of the model, K branches, N thoughts of a row.
+
+Everything is drawn and computed in float32. Norms are Euclidean, over the last dimension, position by position.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Scales = float | Sequence[float] | Tensor  # one for all rows, or one for each
+Generators = torch.Generator | Sequence[torch.Generator] | None
+
+DIRECTIONS = ("same", "opposite")
+SCHEDULES = ("none", "constant", "linear", "cosine", "exponential", "adaptive")
+DECAY = 0.5  # lambda of the exponential and the adaptive schedule
+MOMENTUM = 0.9  # of the running mean norm of the adaptive schedule
+OVERWHELMING_SNR = 1e-3  # what an snr of 0 or below stands for: noise of 1000 times the signal
+SMALLEST_NORM = 1e-12  # denominators of reported ratios are at least this, so that a zero state has finite ones
+
+_ABSOLUTE = (0.0, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+_RELATIVE = (0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+_REMOVING = (0.0, 0.1, 0.2, 0.5, 0.9, 1.0)
+RECOMMENDED_SCALES: dict[tuple[str, str | None], tuple[float, ...]] = {  # from the least noise to the most
+    ("gaussian", None): _ABSOLUTE,
+    ("gaussian_scaled", None): _RELATIVE,
+    ("snr", None): (100.0, 10.0, 5.0, 2.0, 1.0, 0.5, 0.2, 0.1, 0.05, 0.01),
+    ("uniform", None): _ABSOLUTE,
+    ("orthogonal", None): _RELATIVE,
+    ("targeted", "same"): _RELATIVE,
+    ("targeted", "opposite"): _REMOVING,
+    ("dropout", None): _REMOVING,
+}
+
+
+def _length(states: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(states, dim=-1, keepdim=True)
+
+
+def _orthogonal(hidden: Tensor, draw: Tensor) -> Tensor:
+    """The part of the draw at right angles to the hidden state, with length 1."""
+    along = F.normalize(hidden, dim=-1)
+    across = draw - (draw * along).sum(dim=-1, keepdim=True) * along
+    # A draw is of length 1 or so: less than this is rounding, as in one dimension, where nothing is orthogonal.
+    return F.normalize(across, dim=-1, eps=1e-5)
+
+
+Perturbation = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden, scale, draw -> what is added to hidden
+FROM_NORMAL_DRAW: dict[str, Perturbation] = {
+    "gaussian": lambda h, s, g: s * g,
+    "gaussian_scaled": lambda h, s, g: s * _length(h) * F.normalize(g, dim=-1),
+    "snr": lambda h, s, g: _length(h) / s.where(s > 0, OVERWHELMING_SNR) * F.normalize(g, dim=-1),
+    "orthogonal": lambda h, s, g: s * _length(h) * _orthogonal(h, g),
+}
+FROM_UNIFORM_DRAW: dict[str, Perturbation] = {
+    "uniform": lambda h, s, u: s * (2 * u - 1),
+    "dropout": lambda h, s, u: -h * (u <= s),
+}
+NOISE_TYPES = (*FROM_NORMAL_DRAW, *FROM_UNIFORM_DRAW, "targeted")
+
+
+def apply_noise_to_hidden_states(
+    hidden_states: Tensor,
+    noise_scale: Scales,
+    noise_type: str = "gaussian",
+    noise_direction: str | None = None,
+    generator: Generators = None,
+) -> tuple[Tensor, dict[str, Any]]:
+    """Perturb hidden states of any floating dtype; the result has their shape and dtype.
+
+    With h a hidden state, s the scale, g ~ N(0, I), u ~ U[0, 1), this is added to h:
+    gaussian s g; gaussian_scaled s |h| g/|g|; snr |h|/s g/|g| (s is signal over noise; infinity is no noise, 0 or less
+    overwhelming noise); uniform s (2u - 1); orthogonal s |h| p/|p| with p the part of g at right angles to h;
+    targeted s h (direction same) or -s h (opposite); dropout sets h to 0 where u <= s, without rescaling.
+    Scale 0 gives h itself, bit for bit (snr: scale infinity).
+
+    Args:
+        hidden_states: (..., D).
+        noise_scale: one scale, or B of them for hidden states (B, ..., D), one for each row.
+        noise_direction: for targeted noise one of `DIRECTIONS`; other types do not use it.
+        generator: where the draws come from, torch's global one if None. With B of them row by row: a row then gets
+            what it gets alone.
+
+    Returns:
+        The perturbed states and a description: noise_type, noise_scale, the mean norms over positions original_norm,
+        noise_norm and perturbed_norm, and their ratios norm_change_ratio (perturbed by original) and scale_ratio (noise
+        by original). Further: snr has target_snr, actual_snr, signal_power and noise_power (norms), orthogonal has
+        orthogonality (mean absolute cosine of noise and signal), targeted has direction, dropout has dropout_prob. The
+        noise is measured after the cast. Numbers for one scale; tensors (B,) for B scales.
+
+    Raises:
+        ValueError: an unknown type or direction; a negative (but for snr), infinite (but for snr) or undefined scale; a
+            number of scales or generators other than B.
+    """
+    check_noise(noise_scale, noise_type, noise_direction)
+    scale = _scale_per_row(noise_scale, hidden_states)
+    signal = hidden_states.float()
+    noise = _perturbation(signal, scale, noise_type, noise_direction, generator)
+    no_noise = scale == (math.inf if noise_type == "snr" else 0)
+    perturbed = torch.where(no_noise, hidden_states, (signal + noise).to(hidden_states.dtype))
+    info = _describe(signal.detach(), perturbed.detach().float(), noise_scale, noise_type, noise_direction)
+    return perturbed, info
+
+
+def check_noise(noise_scale: Scales, noise_type: str = "gaussian", noise_direction: str | None = None) -> None:
+    """Raise ValueError if a type, a direction or a scale is none, naming the valid ones."""
+    if noise_type not in NOISE_TYPES:
+        raise ValueError(f"noise_type is {noise_type!r}; it must be one of {', '.join(NOISE_TYPES)}")
+    if noise_direction not in DIRECTIONS and (noise_direction is not None or noise_type == "targeted"):
+        raise ValueError(f"noise_direction is {noise_direction!r}; it must be one of {', '.join(DIRECTIONS)}")
+    for scale in torch.as_tensor(noise_scale, dtype=torch.float32).flatten().tolist():
+        if noise_type == "snr" and math.isnan(scale):
+            raise ValueError(f"noise_scale is {scale}; a signal-to-noise ratio must be a number")
+        if noise_type != "snr" and not (scale >= 0 and math.isfinite(scale)):
+            raise ValueError(f"noise_scale is {scale:g}; it must be finite and not negative")
+
+
+def _scale_per_row(noise_scale: Scales, hidden_states: Tensor) -> Tensor:
+    """The scales as float32, shaped to multiply hidden states (B, ..., D)."""
+    scale = torch.as_tensor(noise_scale, dtype=torch.float32).to(hidden_states.device)
+    if scale.dim() == 0:
+        return scale
+    if scale.dim() > 1 or hidden_states.dim() < 2 or len(scale) != len(hidden_states):
+        raise ValueError(f"scales of shape {tuple(scale.shape)} for hidden states of shape {tuple(hidden_states.shape)}")
+    return scale.view(-1, *(1 for _ in hidden_states.shape[1:]))
+
+
+def _perturbation(hidden: Tensor, scale: Tensor, noise_type: str, noise_direction: str | None, generator: Generators) -> Tensor:
+    """What a noise type adds to float32 hidden states."""
+    if noise_type == "targeted":
+        return scale * hidden if noise_direction == "same" else -scale * hidden
+    if noise_type in FROM_NORMAL_DRAW:
+        return FROM_NORMAL_DRAW[noise_type](hidden, scale, _draw(torch.randn, hidden, generator))
+    return FROM_UNIFORM_DRAW[noise_type](hidden, scale, _draw(torch.rand, hidden, generator))
+
+
+def _draw(distribution: Callable[..., Tensor], like: Tensor, generator: Generators) -> Tensor:
+    """Random numbers in the shape of a tensor, from one generator or each row from its own, on the generators' device."""
+    if generator is None or isinstance(generator, torch.Generator):
+        device = like.device if generator is None else generator.device
+        return distribution(like.shape, generator=generator, device=device, dtype=torch.float32).to(like.device)
+    if len(generator) != len(like):
+        raise ValueError(f"{len(generator)} generators for {len(like)} rows")
+    shape = (1, *like.shape[1:])
+    rows = [distribution(shape, generator=one, device=one.device, dtype=torch.float32) for one in generator]
+    return torch.cat(rows).to(like.device)
+
+
+def _describe(
+    original: Tensor,
+    perturbed: Tensor,
+    noise_scale: Scales,
+    noise_type: str,
+    noise_direction: str | None,
+) -> dict[str, Any]:
+    """The description that `apply_noise_to_hidden_states` returns, from float32 states before and after."""
+    by_row = torch.as_tensor(noise_scale).dim() == 1
+
+    def mean(values: Tensor) -> Tensor:
+        return values.flatten(1).mean(dim=1) if by_row else values.mean()
+
+    noise = perturbed - original
+    signal_norm, noise_norm, perturbed_norm = (mean(_length(states)) for states in (original, noise, perturbed))
+    floor = signal_norm.clamp(min=SMALLEST_NORM)
+    measured = {
+        "original_norm": signal_norm,
+        "noise_norm": noise_norm,
+        "perturbed_norm": perturbed_norm,
+        "norm_change_ratio": perturbed_norm / floor,
+        "scale_ratio": noise_norm / floor,
+    }
+    if noise_type == "snr":
+        actual = (signal_norm / noise_norm).where(signal_norm > 0, 0.0)
+        measured |= {"actual_snr": actual, "signal_power": signal_norm, "noise_power": noise_norm}
+    if noise_type == "orthogonal":
+        measured["orthogonality"] = mean(F.cosine_similarity(noise, original, dim=-1).abs()[..., None])
+    if not by_row:
+        measured = dict(zip(measured, torch.stack([*measured.values()]).tolist(), strict=True))
+    scale = torch.as_tensor(noise_scale, dtype=torch.float64) if by_row else float(noise_scale)  # type: ignore[arg-type]
+    given: dict[str, dict[str, Any]] = {
+        "snr": {"target_snr": scale},
+        "dropout": {"dropout_prob": scale.clamp(max=1) if isinstance(scale, Tensor) else min(scale, 1.0)},
+        "targeted": {"direction": noise_direction},
+    }
+    return {"noise_type": noise_type, "noise_scale": scale, **measured, **given.get(noise_type, {})}
+
+
+def schedule_factor(schedule: str, step: int, steps: int, norms: Sequence[float] = ()) -> float:
+    """The share of its scale that noise keeps in a pass after the first noisy one.
+
+    With t = `step`, counted from 0 at the first pass after the first noisy one, and T = `steps` such passes:
+    none 0; constant 1; linear 1 - t/T; cosine (1 + cos(pi t/T))/2; exponential exp(-t/2); adaptive: exponential times
+    the thought's norm by the running mean of the norms so far, m(0) = n(0), m(t) = 0.9 m(t-1) + 0.1 n(t).
+
+    Args:
+        norms: of the thoughts n(0) ... n(t) before their noise; read by the adaptive schedule alone.
+
+    Raises:
+        ValueError: an unknown schedule; a step outside 0 ... T - 1; norms missing.
+    """
+    check_schedule(schedule)
+    if not 0 <= step < steps:
+        raise ValueError(f"step is {step}; it must be in 0 ... {steps - 1}")
+    if schedule == "adaptive":
+        if len(norms) != step + 1:
+            raise ValueError(f"{len(norms)} norms for step {step}; the adaptive schedule needs {step + 1}")
+        return math.exp(-DECAY * step) * _by_running_mean(norms)
+    factors = {
+        "none": 0.0,
+        "constant": 1.0,
+        "linear": 1 - step / steps,
+        "cosine": (1 + math.cos(math.pi * step / steps)) / 2,
+        "exponential": math.exp(-DECAY * step),
+    }
+    return factors[schedule]
+
+
+def check_schedule(schedule: str) -> None:
+    """Raise ValueError if there is no such schedule, naming the valid ones."""
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule is {schedule!r}; it must be one of {', '.join(SCHEDULES)}")
+
+
+def _by_running_mean(norms: Sequence[float]) -> float:
+    """The last norm divided by the running mean that already contains it; 1 where all are 0."""
+    mean = norms[0]
+    for norm in norms[1:]:
+        mean = MOMENTUM * mean + (1 - MOMENTUM) * norm
+    return norms[-1] / mean if mean > 0 else 1.0
+
+
+def scheduled_scale(noise_scale: float, factor: float, noise_type: str) -> float:
+    """The scale that gives `factor` times the noise: the product; for snr, where less noise is a larger scale, the quotient."""
+    if noise_type != "snr":
+        return noise_scale * factor
+    ratio = noise_scale if noise_scale > 0 else OVERWHELMING_SNR
+    return ratio / factor if factor > 0 else math.inf
+
+
+def noise_generator(seed: int, question_index: int, branch: int, latent_pass: int) -> torch.Generator:
+    """The source of the noise of one question, branch and latent pass (counted from 1), see `derived_generator`."""
+    return derived_generator("noise", seed, question_index, branch, latent_pass)
+
+
+def sampling_generator(seed: int, question_index: int, branch: int) -> torch.Generator:
+    """The source of the token samples of one question and branch, see `derived_generator`."""
+    return derived_generator("sampling", seed, question_index, branch)
+
+
+def derived_generator(*key: int | str) -> torch.Generator:
+    """A generator on the CPU that depends on its key alone: not on the batch, the order, the process or the device.
+
+    Its seed is the first 8 bytes, big-endian, of the SHA-256 digest of the key's parts joined by "/". The scale is no part
+    of any key, so a sweep perturbs a question in the same direction at every scale. torch's CPU generator keeps the lower
+    32 bits of a seed: among millions of keys a few share their numbers.
+    """
+    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
+
+
+@dataclass
+class ThoughtNoise:
+    """The noise in the latent passes of one batch; made anew for each batch, as it records what it did.
+
+    Args:
+        latent: (B, T) bool, where the rows hold latents. A row's passes are numbered by its own latents, from 1: pass p
+            produces the thought that its p-th latent is given.
+        scales: one for each row. noise_type, noise_direction: as in `apply_noise_to_hidden_states`.
+        questions, branches: of each row; with `seed` and the number of the pass they decide the draws.
+        first_pass: the pass whose thought is perturbed first. schedule: what later passes get, see `schedule_factor`.
+
+    Attributes:
+        infos: for each row the descriptions of its perturbed thoughts, in order, with the number of the pass as "pass".
+    """
+
+    latent: Tensor
+    scales: Sequence[float]
+    questions: Sequence[int]
+    branches: Sequence[int]
+    noise_type: str = "gaussian"
+    noise_direction: str | None = None
+    seed: int = 0
+    first_pass: int = 1
+    schedule: str = "none"
+    infos: list[list[dict[str, Any]]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        check_noise(self.scales, self.noise_type, self.noise_direction)
+        check_schedule(self.schedule)
+        if self.first_pass < 1:
+            raise ValueError(f"the first noisy pass is {self.first_pass}; passes are counted from 1")
+        for name, values in {"scales": self.scales, "questions": self.questions, "branches": self.branches}.items():
+            if len(values) != len(self.latent):
+                raise ValueError(f"{len(values)} {name} for {len(self.latent)} rows")
+        self._passes = (self.latent.long().cumsum(dim=1) * self.latent).tolist()  # 0 where a row has no latent
+        self._norms: list[list[float]] = [[] for _ in self.scales]  # of the thoughts after the first noisy one
+        self.infos = [[] for _ in self.scales]
+
+    def first_column(self) -> int:
+        """The first column that is fed a perturbed thought in some row; T if there is none."""
+        columns = [passes.index(self.first_pass) for passes in self._passes if self.first_pass in passes]
+        return min(columns, default=self.latent.shape[1])
+
+    def perturb(self, thoughts: Tensor, column: int) -> Tensor:
+        """The thoughts (B, 1, D) that are about to be fed to this column, perturbed in the rows that get noise there."""
+        rows = [row for row, passes in enumerate(self._passes) if self._is_noisy(passes[column])]
+        if not rows:
+            return thoughts
+        index = torch.tensor(rows, device=thoughts.device)
+        chosen = thoughts[index]
+        if self.schedule == "adaptive":
+            self._remember_norms(rows, chosen, column)
+        scales = [self._scale(row, self._passes[row][column]) for row in rows]
+        generators = [
+            noise_generator(self.seed, self.questions[row], self.branches[row], self._passes[row][column]) for row in rows
+        ]
+        perturbed, info = apply_noise_to_hidden_states(chosen, scales, self.noise_type, self.noise_direction, generators)
+        self._record(rows, column, info)
+        return thoughts.index_copy(0, index, perturbed)
+
+    def _is_noisy(self, latent_pass: int) -> bool:
+        return latent_pass == self.first_pass or (latent_pass > self.first_pass and self.schedule != "none")
+
+    def _remember_norms(self, rows: list[int], thoughts: Tensor, column: int) -> None:
+        for row, norm in zip(rows, _length(thoughts.detach().float()).flatten().tolist(), strict=True):
+            if self._passes[row][column] > self.first_pass:
+                self._norms[row].append(norm)
+
+    def _scale(self, row: int, latent_pass: int) -> float:
+        if latent_pass == self.first_pass:
+            return float(self.scales[row])
+        later_passes = max(self._passes[row]) - self.first_pass
+        factor = schedule_factor(self.schedule, latent_pass - self.first_pass - 1, later_passes, self._norms[row])
+        return scheduled_scale(float(self.scales[row]), factor, self.noise_type)
+
+    def _record(self, rows: list[int], column: int, info: dict[str, Any]) -> None:
+        by_row = {key: value.tolist() if isinstance(value, Tensor) else [value] * len(rows) for key, value in info.items()}
+        for place, row in enumerate(rows):
+            values = {key: column_values[place] for key, column_values in by_row.items()}
+            self.infos[row].append({"pass": self._passes[row][column], **values})
+
+
+class PathDiversity(NamedTuple):
+    """How far K paths of thoughts are apart; distances are Euclidean, averaged over steps.
+
+    diversity: D_K, the mean distance of two paths after the branch point; 0 for fewer than two paths or no step there.
+    all_steps: the same over all steps, the perturbed thought and the shared ones before it included.
+    late_half: the same over the later half of the steps after the branch point, the middle one included.
+    normalised: D_K divided by the mean norm of the thoughts after the branch point.
+    pairwise: the distances of the pairs (0, 1), (0, 2), ... (K-2, K-1) after the branch point, whose mean is D_K.
+    """
+
+    diversity: float
+    all_steps: float
+    late_half: float
+    normalised: float
+    pairwise: list[float]
+
+
+def path_diversity(thoughts: Tensor, branch_pass: int) -> PathDiversity:
+    """The diversity of K paths of N thoughts, (K, N, D) of any dtype, that part when thought `branch_pass` is perturbed.
+
+    D_K = 2/(K(K-1)) sum over pairs i < j of (1/T) sum over steps t of |h_t^i - h_t^j|, over the T = N - `branch_pass`
+    thoughts that the model computed after the perturbed one.
+    """
+    states = thoughts.float()
+    first, second = torch.triu_indices(len(states), len(states), offset=1, device=states.device)
+    distances = _length(states[first] - states[second]).squeeze(-1)  # (pairs, N)
+    after = distances[:, branch_pass:]
+    mean_norm = _mean(_length(states[:, branch_pass:]))
+    diversity = _mean(after)
+    return PathDiversity(
+        diversity=diversity,
+        all_steps=_mean(distances),
+        late_half=_mean(after[:, after.shape[1] // 2 :]),
+        normalised=diversity / mean_norm if mean_norm > 0 else 0.0,
+        pairwise=[_mean(pair) for pair in after],
+    )
+
+
+def _mean(values: Tensor) -> float:
+    """0 where there is nothing to average."""
+    return values.mean().item() if values.numel() else 0.0
