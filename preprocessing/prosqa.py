@@ -20,7 +20,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from preprocessing.common import SPLITS, OneLineParser, Record, exit_with, prepare_directory, write_records
-from preprocessing.prosqa_graphs import HOP_COUNTS, Edge, Question, find_matched_questions, find_question
+from preprocessing.prosqa_graphs import Edge, Question, find_matched_questions, find_question
 from preprocessing.prosqa_shortcuts import PUBLISHED, print_table, statistics
 from preprocessing.prosqa_symbolic import HOPS as SYMBOLIC_HOPS
 from preprocessing.prosqa_symbolic import NODES, symbolic_record
@@ -178,8 +178,8 @@ def draw_names(rng: np.random.Generator, edges: Sequence[Edge]) -> list[str]:
 
 def draw_group(rng: np.random.Generator, symbolic: bool = False, matched: bool = False) -> list[Record]:
     """The record over a new graph; with `matched` the two records (see find_matched_questions)."""
-    hops = SYMBOLIC_HOPS if symbolic else tuple(HOP_COUNTS)
-    questions = find_matched_questions(rng, hops) if matched else (find_question(rng, hops),)
+    hops = {"hops": SYMBOLIC_HOPS} if symbolic else {}
+    questions = find_matched_questions(rng, **hops) if matched else (find_question(rng, **hops),)
     edges = questions[0].edges
     if symbolic:
         symbols = draw_words(rng, NODES, 1 + max(itertools.chain(*edges)))

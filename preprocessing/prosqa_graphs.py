@@ -16,6 +16,8 @@ Edge = tuple[int, int]
 MEAN_PARENTS = 1.5  # of the Poisson draw
 POOL_SHARE = 0.35  # probability of each of the two one-sided pools of parents
 HOP_COUNTS = {3: 202, 4: 217, 5: 69, 6: 12}  # shortest paths asked for, in the published test set; there are no others
+# One grown graph in 500 has two answers of 5 hops, one in about 14,000 two of 6: nearly all the time would go to those.
+MATCHED_HOPS = (3, 4, 5)
 # The appendix does not give the number of nodes. 28, less those that end up without any edge, gives 23.1 +- 2.0 nodes;
 # published: 22.8 +- 2.0, at most 28.
 DRAWN_NODES = 28
@@ -102,7 +104,7 @@ def find_question(rng: np.random.Generator, hops: Collection[int] = HOP_COUNTS) 
             return Question(edges, nx.shortest_path(graph, root, target), int(rng.choice(list(sides[1 - root]))))
 
 
-def find_matched_questions(rng: np.random.Generator, hops: Collection[int] = HOP_COUNTS) -> tuple[Question, Question]:
+def find_matched_questions(rng: np.random.Generator, hops: Collection[int] = MATCHED_HOPS) -> tuple[Question, Question]:
     """Two questions over one new graph with the same two options: one asks for root 0, the other for root 1.
 
     Whoever ignores the root gives both the same answer and is right once. Besides, both options are a farthest one-sided
