@@ -160,6 +160,8 @@ def _names_gguf_file(config: RunConfig, key: str) -> bool:
     if name is None or not source.is_dir():
         return name is not None
     path = source / name
+    if key == "model_id" and config.load_model_path is not None and Path(config.load_model_path).is_dir():
+        return True  # a checkpoint has its own weights and tokenizer
     if not path.is_file():
         there = ", ".join(_gguf_files(source)) or "no GGUF file at all"
         raise CheckpointError(f"gguf_file: {path}: no such file; {source} holds {there}")

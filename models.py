@@ -44,7 +44,7 @@ def load_tokenizer(source: str, gguf_file: str | None = None) -> PreTrainedToken
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, TypeError, ... for what it cannot read
         if (Path(source) / "config.json").is_file():
             _config_of(source)  # a vision model has no tokenizer either, and that says more
-        raise UserError(f"{source}: no tokenizer could be loaded: {_first_line(error)}") from None
+        raise UserError(f"{_place(source, gguf_file)}: no tokenizer could be loaded: {_first_line(error)}") from None
     if not tokenizer("a", add_special_tokens=False)["input_ids"]:
         raise UserError(f"{source}: no tokenizer could be loaded: the one there knows no text; are its files missing?")
     if tokenizer.eos_token_id is None:
@@ -55,6 +55,10 @@ def load_tokenizer(source: str, gguf_file: str | None = None) -> PreTrainedToken
 def gguf_of(config: RunConfig, source: str | None) -> str | None:
     """The GGUF file to read from `source`: `gguf_file` belongs to `model_id`; checkpoints are plain directories."""
     return config.gguf_file if source == config.model_id else None
+
+
+def _place(source: str, gguf_file: str | None) -> str:
+    return source if gguf_file is None else f"{source}/{gguf_file} (is the file whole?)"
 
 
 def _options(gguf_file: str | None) -> dict[str, Any]:
@@ -109,8 +113,11 @@ def _base_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase, markers: 
     if Path(path).is_file():
         base = _pretrained(config.model_id, config.gguf_file, attention)
         load_state_dict_file(base, Path(path))
-        # The published code sizes the embeddings to the tokenizer once it adds the markers, and only then.
-        base.config.coconut_markers = list(markers) if embedding_weight(base).shape[0] == len(tokenizer) else []
+        # The published code sizes the embeddings to the tokenizer once it adds the markers, and only then. More rows than
+        # that may be padding: what is evaluated was trained with its markers, what is trained further perhaps without.
+        rows = embedding_weight(base).shape[0]
+        trained = rows == len(tokenizer) or (config.only_eval and rows > len(tokenizer))
+        base.config.coconut_markers = list(markers) if trained else []
         return base
     check_same_family(config, path)
     return _pretrained(path, gguf_of(config, path), attention)
@@ -138,7 +145,8 @@ def _pretrained(source: str, gguf_file: str | None, attention: str | None) -> Pr
             source, dtype=torch.float32, attn_implementation=attention, **_options(None)
         )
     except Exception as error:  # as in load_tokenizer
-        raise UserError(f"{source}: no causal language model could be loaded: {_first_line(error)}") from None
+        place = _place(source, gguf_file)
+        raise UserError(f"{place}: no causal language model could be loaded: {_first_line(error)}") from None
 
 
 def _from_gguf(source: str, gguf_file: str, attention: str | None) -> PreTrainedModel:
@@ -165,7 +173,7 @@ def _config_of(source: str, gguf_file: str | None = None) -> Any:
             raise UserError(
                 f"{source}: the model brings its own code, which is never run; choose one that transformers knows itself"
             ) from None
-        raise UserError(f"{source}: no model configuration could be loaded: {_first_line(error)}") from None
+        raise UserError(f"{_place(source, gguf_file)}: no model configuration could be loaded: {_first_line(error)}") from None
     if type(found) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(f"{source}: a model of family {found.model_type!r} is not a causal language model, which is needed")
     return found
@@ -177,16 +185,15 @@ def _check_usable(model: Coconut, source: str) -> None:
     was_training = model.training
     model.eval()  # without dropout
     try:
+        if not _is_causal(model):
+            raise ValueError(f"family {family!r} reads in both directions (an encoder); a causal language model is needed")
         model.verify_projection()
-        causal = _is_causal(model)
         model.generate(torch.tensor([[model.eos_token_id]]), max_new_tokens=2)
     except ValueError as error:
         raise UserError(f"{source}: {error}") from None
     except Exception as error:  # families with other inputs or caches raise TypeError, AttributeError, RuntimeError, ...
         raise UserError(f"{source}: model family {family!r} cannot be used for latent thoughts: {_first_line(error)}") from None
     model.train(was_training)
-    if not causal:
-        raise UserError(f"{source}: family {family!r} reads in both directions (an encoder); a causal language model is needed")
 
 
 def _warn_of_scaled_thoughts(base: PreTrainedModel) -> None:
@@ -217,6 +224,9 @@ def check_same_family(config: RunConfig, checkpoint: str) -> None:
     if checkpoint == config.model_id:
         return
     model_id = config.model_id
+    if config.gguf_file is not None and Path(model_id).is_dir() and not (Path(model_id) / config.gguf_file).is_file():
+        get_logger().info(f"{model_id}: {config.gguf_file} is no longer there; {checkpoint} needs it no more")
+        return
     expected, found = (one.get_text_config() for one in (_config_of(model_id, config.gguf_file), _config_of(checkpoint)))
     for key in IDENTITY_KEYS:
         if getattr(expected, key, None) != getattr(found, key, None):

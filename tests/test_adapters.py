@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import read_rows
+from conftest import ROOT, read_rows
 from safetensors.torch import load_file
 from tiny_models import tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -156,3 +158,20 @@ def test_adapters_of_a_checkpoint_are_copied_not_shared(tmp_path: Path) -> None:
             weight.add_(1)
     load_adapter_state(base, state)
     assert all(torch.equal(weight, state["weights"][name]) for name, weight in adapter_weights(base).items())
+
+
+def test_two_processes_train_the_adapters_of_one(lora_arguments: list[str], tmp_path: Path) -> None:
+    more = ["lr=1e-3", "num_epochs=2"]
+    start(lora_arguments, *more, "name=one", "batch_size_training=4")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "run.py")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    subprocess.run(
+        [*command, *lora_arguments, *more, "name=two", "batch_size_training=2"], cwd=ROOT, env=environment, check=True
+    )
+    losses = [
+        [row["loss"] for row in read_rows(tmp_path / "checkpoints" / name / "metrics.jsonl", "step")] for name in ("one", "two")
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    one, two = (load_file(tmp_path / "checkpoints" / name / "checkpoint_2" / "model.safetensors") for name in ("one", "two"))
+    for key, weight in one.items():
+        torch.testing.assert_close(weight, two[key], rtol=1e-2, atol=1e-3)

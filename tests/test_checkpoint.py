@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import pytest
 import torch
 from conftest import read_rows
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import checkpoint
 import run
@@ -203,3 +205,57 @@ def test_random_states_survive_the_file(tmp_path: Path) -> None:
     expected = (random.random(), np.random.rand(), torch.rand(1).item())
     checkpoint._set_rng_state(torch.load(tmp_path / "rng.pt", weights_only=True))
     assert (random.random(), np.random.rand(), torch.rand(1).item()) == expected
+
+
+# --- converting published single-file checkpoints ---
+
+
+@pytest.fixture
+def published(run_arguments: list[str], save_dir: Path, model_directory: Path, tmp_path: Path) -> Path:
+    """A trained model as the published code saves it: one file, with the prefix; the base model's weights beside its config."""
+    start(run_arguments)
+    state = weights(save_dir / "run" / "checkpoint_3")
+    torch.save({f"base_causallm.{key}": value for key, value in state.items()}, tmp_path / "checkpoint_33")
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_directory)).save_pretrained(model_directory)
+    return tmp_path / "checkpoint_33"
+
+
+def convert(*arguments: Any) -> None:
+    checkpoint.main.__wrapped__(["convert", *map(str, arguments)])
+
+
+def test_a_published_checkpoint_becomes_a_directory(
+    run_arguments: list[str], save_dir: Path, published: Path, model_directory: Path, tmp_path: Path
+) -> None:
+    target = tmp_path / "converted"
+    convert(published, target, "--model-id", model_directory, "--stage", 2, "--max-latent-stage", 2, "--epoch", 33)
+    for key, value in weights(save_dir / "run" / "checkpoint_3").items():
+        assert torch.equal(weights(target)[key], value), key
+    original, facts = (checkpoint.read_facts(path) for path in (save_dir / "run" / "checkpoint_3", target))
+    assert facts == dataclasses.replace(original, epoch=33, accuracy=None)
+    start(run_arguments, "name=again", "from_scratch=false", "only_eval=true", f"load_model_path={target}", "resume=99")
+    row = read_rows(save_dir / "again" / "metrics.jsonl", "evaluation")[0]
+    assert row["loss"] == pytest.approx(read_rows(save_dir / "run" / "metrics.jsonl", "epoch")[-1]["val_loss"], abs=1e-6)
+    start(run_arguments, "name=further", "from_scratch=false", f"load_model_path={target}", "num_epochs=1")  # training goes on
+
+
+def test_what_cannot_be_converted_is_one_line_and_leaves_nothing(
+    published: Path, model_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    target = tmp_path / "converted"
+    with pytest.raises(UserError, match="nowhere.pt: no such file; a state dict in one file is needed"):
+        convert(tmp_path / "nowhere.pt", target, "--stage", 1)
+    with pytest.raises(UserError, match="--stage"):
+        convert(published, target)
+    with pytest.raises(UserError, match="expected a whole number that is not negative, got '-1'"):
+        convert(published, target, "--stage=-1")
+    with pytest.raises(UserError, match="is there already: choose another directory"):
+        convert(published, model_directory, "--stage", 1)
+    torch.save({"a": torch.ones(1)}, tmp_path / "other.pt")
+    monkeypatch.setattr("sys.argv", ["checkpoint.py", "convert", str(tmp_path / "other.pt"), str(target), "--stage", "1"])
+    monkeypatch.setattr("sys.argv", [*sys.argv, "--model-id", str(model_directory)])
+    with pytest.raises(SystemExit) as caught:
+        checkpoint.main()
+    assert caught.value.code == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    assert not target.exists()

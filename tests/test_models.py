@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
+import transformers
+from conftest import write_json
+from naive import naive_generate
+from tiny_models import tiny_model
+from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
+from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, PreTrainedTokenizerFast
 
+import checkpoint
+from checkpoint import Facts, TrainingState
 from coconut import Coconut
-from dataset import END_LATENT, LATENT, START_LATENT
-from models import build_model, initialise_markers, latent_ids, load_tokenizer
+from dataset import END_LATENT, LATENT, START_LATENT, MyCollator, get_cot_latent_dataset, get_dataset
+from models import LatentIds, build_model, initialise_markers, latent_ids, load_tokenizer
 from utils import RunConfig, UserError
 
 WORDS = {"<unk>": 0, "<eos>": 1, "<<": 2, "a": 3, "b": 4}
@@ -188,3 +195,205 @@ def test_from_scratch_is_seeded_and_has_rows_for_the_markers(model_directory: Pa
 def test_pure_bfloat16_casts_the_weights(saved: Path) -> None:
     assert build(configuration(saved, bf16="pure")).base_causallm.transformer.wte.weight.dtype == torch.bfloat16
     assert build(configuration(saved, bf16=True)).base_causallm.transformer.wte.weight.dtype == torch.float32
+
+
+# --- families ---
+
+RECORDS = [
+    {"question": "Tom has 2 apples and buys 3. How many?", "steps": ["<<2+3=5>>"], "answer": "5"},
+    {"question": "Half of 8, and 1 more?", "steps": ["<<8/2=4>>", "<<4+1=5>>"], "answer": "5"},
+    {"question": "3 times 3?", "steps": ["<<3*3=9>>"], "answer": "9"},
+]
+TEMPLATE = (
+    "{% for message in messages %}<|user|>{{ message['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+class Family(NamedTuple):
+    """A tiny model with the traits of a family: its tokenizer's special tokens, "<<" as one token or not, tied or not."""
+
+    model: str
+    overrides: dict[str, Any]
+    bos: bool = False
+    pad: bool = False
+    calculator_sign: bool = True
+    template: bool = False
+
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+ROPE = {"rope_scaling" if transformers.__version__.startswith("4.") else "rope_parameters": LLAMA3_ROPE}
+CASES = {
+    "GPT-2": Family("gpt2", {}),
+    "Llama 2": Family("llama", {"tie_word_embeddings": False}, bos=True, calculator_sign=False),
+    "Llama 3.2": Family("llama", {"tie_word_embeddings": True, **ROPE}, bos=True),
+    "Qwen2": Family("qwen2", {"tie_word_embeddings": True}, pad=True, template=True),
+    "Qwen3": Family("qwen3", {"tie_word_embeddings": False}, pad=True, template=True),
+    "DeepSeek-R1-Distill-Qwen": Family("qwen2", {"tie_word_embeddings": False}, bos=True, pad=True, template=True),
+    "Mistral": Family("mistral", {"tie_word_embeddings": False}, bos=True, calculator_sign=False),
+    "Gemma": Family("gemma", {}, bos=True, pad=True),
+    "Gemma 2": Family("gemma2", {}, bos=True, pad=True, calculator_sign=False),
+    "Gemma 3": Family("gemma3_text", {}, bos=True, pad=True),
+    "Phi": Family("phi", {}),
+    "Phi 3": Family("phi3", {}, bos=True, pad=True),
+    "gpt-oss": Family("gpt_oss", {}, pad=True, template=True),
+}
+
+
+def byte_tokenizer(family: Family) -> PreTrainedTokenizerFast:
+    """Byte-level BPE, whose one merge is "<<"."""
+    words = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    merges = [("<", "<")] if family.calculator_sign else []
+    words |= {"".join(merge): len(words) for merge in merges}
+    inner = Tokenizer(BPE(words, merges))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = decoders.ByteLevel()
+    special = {"eos_token": "<eos>"} | ({"bos_token": "<bos>"} if family.bos else {})
+    special |= {"pad_token": "<pad>"} if family.pad else {}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, **special)
+    if family.bos:
+        bos = ("<bos>", tokenizer.bos_token_id)
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[bos])
+    tokenizer.chat_template = TEMPLATE if family.template else None
+    return tokenizer
+
+
+def saved_family(name: str, directory: Path) -> RunConfig:
+    family = CASES[name]
+    tokenizer = byte_tokenizer(family)
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    sizes = {"vocab_size": len(tokenizer), "n_positions" if name == "GPT-2" else "max_position_embeddings": 128}
+    base, _ = tiny_model(family.model, **{**sizes, **ids, **family.overrides})
+    base.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return configuration(directory, max_latent_stage=2, c_thought=2)
+
+
+def stage_batch(config: RunConfig, tokenizer: PreTrainedTokenizerFast, ids: LatentIds, path: Path) -> dict[str, torch.Tensor]:
+    """The three records at stage 1, as training sees them."""
+    examples = get_cot_latent_dataset(1, get_dataset(path, tokenizer), config, ids.start, ids.latent, ids.end)
+    batch = MyCollator(tokenizer, ids.latent)(examples.__getitems__([0, 1, 2]))
+    del batch["idx"]
+    return batch
+
+
+def assert_new_rows_start_as_designed(model: Coconut, ids: LatentIds, tokenizer: Any, family: Family) -> None:
+    like = tokenizer.encode("<<", add_special_tokens=False)
+    assert (len(like) == 1) == family.calculator_sign
+    base = model.base_causallm
+    for weight in (base.get_input_embeddings().weight, base.get_output_embeddings().weight):
+        expected = weight[like[0]] if family.calculator_sign else weight[: ids.start].mean(dim=0)
+        for row in (ids.start, ids.end, ids.latent):
+            torch.testing.assert_close(weight[row], expected)
+
+
+def trained_losses(model: Coconut, batch: dict[str, torch.Tensor], ids: LatentIds, steps: int = 4) -> list[float]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    losses = []
+    for _ in range(steps):
+        loss = model(**batch, labelled_only=True).loss
+        optimizer.zero_grad()
+        loss.backward()
+        gradient = model.base_causallm.get_input_embeddings().weight.grad
+        assert gradient[ids.start].any()
+        assert gradient[ids.end].any()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_family_trains_generates_and_survives_a_checkpoint(name: str, tmp_path: Path) -> None:
+    """New tokens, steps of training, greedy tokens of the naive reference, and the logits of a saved and loaded model."""
+    config, family = saved_family(name, tmp_path / "base"), CASES[name]
+    tokenizer = load_tokenizer(config.model_id)
+    ids = latent_ids(tokenizer, config.method)
+    model = build_model(config, tokenizer, ids)
+    assert tokenizer.convert_ids_to_tokens([ids.start, ids.end, ids.latent]) == [START_LATENT, END_LATENT, LATENT]
+    assert (tokenizer.bos_token_id is not None, tokenizer.pad_token_id is not None) == (family.bos, family.pad)
+    assert_new_rows_start_as_designed(model, ids, tokenizer, family)
+    batch = stage_batch(config, tokenizer, ids, write_json(tmp_path / "data.json", RECORDS))
+    if family.bos:  # once, before the question; not again before steps and answer
+        assert (batch["input_ids"] == tokenizer.bos_token_id).sum(dim=1).tolist() == [1, 1, 1]
+    losses = trained_losses(model, batch, ids)
+    assert losses[-1] < losses[0]
+
+    model.eval()
+    prompt = torch.tensor([[*tokenizer("1 and 2?\n")["input_ids"], ids.start, ids.latent, ids.latent, ids.end]])
+    generated = model.generate(prompt, max_new_tokens=4)
+    assert torch.equal(generated, naive_generate(model.base_causallm, ids, prompt, 4))
+
+    facts = Facts("coconut", 1, 2, 2, True, 1, None, ids.start, ids.end, ids.latent, ids.eos)
+    checkpoint.save(tmp_path / "saved", model, torch.optim.AdamW(model.parameters()), tokenizer, facts, TrainingState())
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
+    with torch.no_grad():
+        assert torch.equal(again(generated).logits, model.base_causallm(generated).logits)
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "saved")) == len(tokenizer)
+    loaded = build(configuration(tmp_path / "base", load_model_path=str(tmp_path / "saved")))
+    assert torch.equal(loaded(prompt).logits, model(prompt).logits)  # the markers' rows are not made anew
+
+
+def test_a_chat_template_wraps_the_question_once(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer(CASES["DeepSeek-R1-Distill-Qwen"])
+    path = write_json(tmp_path / "data.json", RECORDS)
+    row, plain = get_dataset(path, tokenizer, chat_template=True)[0], get_dataset(path, tokenizer)[0]
+    assert tokenizer.decode(row["question_tokenized"]) == f"<|user|>{RECORDS[0]['question']}<|end|><|assistant|>"
+    assert tokenizer.decode(plain["question_tokenized"]) == f"<bos>{RECORDS[0]['question']}\n"
+    assert (row["steps_tokenized"], row["answer_tokenized"]) == (plain["steps_tokenized"], plain["answer_tokenized"])
+    tokenizer.chat_template = None
+    with pytest.raises(UserError, match="has no chat template; set chat_template: False"):
+        get_dataset(path, tokenizer, chat_template=True)
+
+
+# --- what is no causal language model ---
+
+
+def test_encoders_vision_models_and_others_are_one_line(tmp_path: Path) -> None:
+    tiny = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    bert = transformers.BertConfig(vocab_size=5, max_position_embeddings=16, **tiny)
+    transformers.BertForMaskedLM(bert).save_pretrained(tmp_path / "bert")
+    vit = transformers.ViTConfig(image_size=8, patch_size=4, **tiny)
+    transformers.ViTForImageClassification(vit).save_pretrained(tmp_path / "vit")
+    transformers.T5Config(vocab_size=5, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=1).save_pretrained(tmp_path / "t5")
+    for name in ("bert", "t5"):
+        make_tokenizer(WORDS).save_pretrained(tmp_path / name)
+    for name, message in {
+        "bert": "family 'bert' reads in both directions .an encoder.; a causal language model is needed",
+        "vit": "a model of family 'vit' is not a causal language model, which is needed",
+        "t5": "a model of family 't5' is not a causal language model, which is needed",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            build(configuration(tmp_path / name))
+
+
+def test_directories_that_lack_a_part_or_bring_code_are_one_line(saved: Path, tmp_path: Path) -> None:
+    make_tokenizer(WORDS).save_pretrained(tmp_path / "words")
+    with pytest.raises(UserError, match="words holds neither a model .config.json. nor a whole checkpoint_<epoch>"):
+        checkpoint.resolve_paths(configuration(tmp_path / "words"))
+    gpt2(5).save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match="model: no tokenizer could be loaded"):
+        load_tokenizer(str(tmp_path / "model"))
+    config = json.loads((saved / "config.json").read_text())
+    write_json(saved / "config.json", {**config, "model_type": "foo"})
+    with pytest.raises(UserError, match="base: .*foo"):
+        build(configuration(saved))
+    code = {"AutoConfig": "modeling.Config", "AutoModelForCausalLM": "modeling.Model"}
+    write_json(saved / "config.json", {**config, "model_type": "foo", "auto_map": code})
+    with pytest.raises(UserError, match="the model brings its own code, which is never run"):
+        build(configuration(saved))
+
+
+def test_a_family_without_a_key_value_cache_is_refused(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
+    config = transformers.AutoConfig.for_model("mamba", vocab_size=5, **sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    make_tokenizer(WORDS).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="keeps no key-value cache|cannot be used for latent thoughts"):
+        build(configuration(tmp_path))
