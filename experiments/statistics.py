@@ -1,0 +1,155 @@
+"""Accuracies with intervals, paired comparisons, and how accuracy decays with noise. Accuracies are fractions 0..1.
+
+The 95% interval of one accuracy is `evaluation.interval`. Run modules of this package with `python -m`: a script started by its
+path would put this file in the place of the standard library's statistics.
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy.optimize import OptimizeWarning, curve_fit
+from scipy.stats import binomtest
+
+GOOD, DEGRADED = 0.6, 0.2
+
+
+def status(accuracy: float) -> str:
+    """ "Good" from 60%, "Degraded" from 20%, else "Broken"."""
+    return "Good" if accuracy >= GOOD else "Degraded" if accuracy >= DEGRADED else "Broken"
+
+
+# --- paired comparisons ---
+
+
+class McNemar(NamedTuple):
+    """Questions that only the first, or only the second, got right; two-sided p of the exact test."""
+
+    only_first: int
+    only_second: int
+    p_value: float
+
+
+def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> McNemar:
+    """Exact test (McNemar 1947) of two systems on the same questions; p is 1 where they never differ.
+
+    ValueError: different numbers of questions.
+    """
+    only_first = sum(one and not other for one, other in zip(first, second, strict=True))
+    only_second = sum(other and not one for one, other in zip(first, second, strict=True))
+    differing = only_first + only_second
+    return McNemar(only_first, only_second, float(binomtest(only_first, differing).pvalue) if differing else 1.0)
+
+
+class Difference(NamedTuple):
+    """Accuracy of the second minus that of the first, with the bounds of its interval."""
+
+    difference: float
+    low: float
+    high: float
+
+
+def paired_difference(
+    first: Sequence[bool], second: Sequence[bool], seed: int = 0, resamples: int = 10_000, confidence: float = 0.95
+) -> Difference:
+    """Percentile bootstrap over questions (Efron 1979), both systems drawn together.
+
+    A question's difference is -1, 0 or 1, so how often each is drawn, from a multinomial, says all about a resample.
+    ValueError: no questions, or different numbers of them.
+    """
+    differences = np.array([int(other) - int(one) for one, other in zip(first, second, strict=True)])
+    if not differences.size:
+        raise ValueError("a difference needs at least one question")
+    shares = [np.mean(differences == value) for value in (-1, 0, 1)]
+    counts = np.random.default_rng(seed).multinomial(differences.size, shares, size=resamples)  # (resamples, 3)
+    means = (counts[:, 2] - counts[:, 0]) / differences.size
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Difference(float(differences.mean()), float(low), float(high))
+
+
+# --- decay with noise ---
+
+
+class Decay(NamedTuple):
+    """A fitted curve: its parameters in the order of the formula; R² is None where all accuracies are equal."""
+
+    formula: str
+    parameters: tuple[float, ...]
+    r_squared: float | None
+
+    def at(self, scales: Sequence[float]) -> list[float]:
+        """Accuracies that the curve gives at these scales."""
+        return [float(value) for value in CURVES[self.formula](np.asarray(scales, dtype=float), *self.parameters)]
+
+
+EXPONENTIAL, HYPERBOLIC, LINEAR = "a exp(-b x)", "a / (1 + b x^c)", "a - b x"
+CURVES: dict[str, Callable[..., np.ndarray]] = {
+    EXPONENTIAL: lambda x, a, b: a * np.exp(-b * x),
+    HYPERBOLIC: lambda x, a, b, c: a / (1 + b * x**c),
+    LINEAR: lambda x, a, b: a - b * x,
+}
+_BOUNDS = {
+    EXPONENTIAL: ([0, 0], [np.inf, np.inf]),
+    HYPERBOLIC: ([0, 0, 0.05], [np.inf, np.inf, 20]),
+    LINEAR: ([-np.inf, -np.inf], [np.inf, np.inf]),
+}
+
+
+def fit_decays(scales: Sequence[float], accuracies: Sequence[float]) -> dict[str, Decay | None]:
+    """The three decays by least squares, under their formulas; see `fit_decay`."""
+    return {formula: fit_decay(formula, scales, accuracies) for formula in CURVES}
+
+
+def fit_decay(formula: str, scales: Sequence[float], accuracies: Sequence[float]) -> Decay | None:
+    """One of CURVES by least squares. None: fewer different scales than parameters, a value that is not finite, or no fit.
+
+    Larger scales must mean more noise: for `snr` give 1 / scale.
+    ValueError: not one accuracy for each scale, or a negative scale.
+    """
+    x, y = _points(scales, accuracies)
+    if len(np.unique(x)) < len(_BOUNDS[formula][0]) or not np.isfinite([*x, *y]).all():
+        return None
+    half = half_scale(scales, accuracies) or float(x.max())
+    start = {
+        EXPONENTIAL: [max(y.max(), 1e-3), np.log(2) / half],
+        HYPERBOLIC: [max(y.max(), 1e-3), 1 / half, 1],
+        LINEAR: [y.max(), 0],
+    }
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", OptimizeWarning)  # of the covariance, which is not used
+            found, _ = curve_fit(CURVES[formula], x, y, p0=start[formula], bounds=_BOUNDS[formula], method="trf", max_nfev=2000)
+    except (RuntimeError, ValueError, FloatingPointError):
+        return None
+    return Decay(formula, tuple(float(value) for value in found), _r_squared(y, CURVES[formula](x, *found)))
+
+
+def _points(scales: Sequence[float], accuracies: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    if len(scales) != len(accuracies):
+        raise ValueError(f"{len(scales)} scales, but {len(accuracies)} accuracies")
+    if any(scale < 0 for scale in scales):
+        raise ValueError("scales must be at least 0")
+    return np.asarray(scales, dtype=float), np.asarray(accuracies, dtype=float)
+
+
+def _r_squared(y: np.ndarray, fitted: np.ndarray) -> float | None:
+    total = float(((y - y.mean()) ** 2).sum())
+    return 1 - float(((y - fitted) ** 2).sum()) / total if total > 1e-15 else None
+
+
+def half_scale(scales: Sequence[float], accuracies: Sequence[float]) -> float | None:
+    """The scale where accuracy first falls below half of that at the smallest scale, interpolated linearly.
+
+    None: it never does. ValueError: as `fit_decay`.
+    """
+    _points(scales, accuracies)
+    points = sorted(zip(scales, accuracies, strict=True))
+    half = points[0][1] / 2 if points else 0.0
+    for (x, y), (next_x, next_y) in itertools.pairwise(points):
+        if next_y < half <= y:
+            return x + (next_x - x) * (y - half) / (y - next_y)
+    return None
