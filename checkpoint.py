@@ -399,12 +399,13 @@ def convert(source: Path, target: Path, model_id: str, facts: dict[str, Any]) ->
     tokenizer = load_run_tokenizer(resolve_paths(config))
     ids = latent_ids(tokenizer, config.method)
     base = build_model(config, tokenizer, ids).base_causallm
-    known = Facts(accuracy=None, **_id_facts(ids), **facts)
+    known = Facts(accuracy=None, **id_facts(ids), **facts)
     _write_whole(target, lambda partial: _fill_model(partial, base, None, tokenizer, known))
     get_logger().info(f"{target}: {known.method}, stage {known.stage}; load it with load_model_path={target}")
 
 
-def _id_facts(ids: LatentIds) -> dict[str, int]:
+def id_facts(ids: LatentIds) -> dict[str, Any]:
+    """The entries of `Facts` for token ids."""
     return {
         "start_latent_id": ids.start,
         "end_latent_id": ids.end,

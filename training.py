@@ -281,11 +281,8 @@ class Trainer:
             pad_latent_to_max=config.pad_latent_to_max,
             epoch=epoch,
             accuracy=accuracy,
-            start_latent_id=ids.start,
-            end_latent_id=ids.end,
-            latent_token_id=ids.latent,
-            eos_token_id=ids.eos,
             chat_template=config.chat_template,
+            **checkpoint.id_facts(ids),
         )
         checkpoint.save(config.save_dir / name, self.model, self.optimizer, self.tokenizer, facts, state)
         distributed.run_on_main(lambda: checkpoint.remove_old(config.save_dir, config.keep_last, state.best_checkpoint))

@@ -22,7 +22,7 @@ import checkpoint
 import run
 import training
 from checkpoint import CheckpointError
-from utils import UserError
+from utils import RunConfig, UserError
 
 
 def start(arguments: list[str], *more: str) -> None:
@@ -205,6 +205,20 @@ def test_random_states_survive_the_file(tmp_path: Path) -> None:
     expected = (random.random(), np.random.rand(), torch.rand(1).item())
     checkpoint._set_rng_state(torch.load(tmp_path / "rng.pt", weights_only=True))
     assert (random.random(), np.random.rand(), torch.rand(1).item()) == expected
+
+
+@pytest.mark.parametrize("known", [True, None])
+def test_evaluation_uses_the_chat_template_of_the_training(tmp_path: Path, known: bool | None) -> None:
+    facts = dataclasses.asdict(checkpoint.Facts("coconut", 1, 2, 3, True, 4, None, 5, 6, 7, 8, chat_template=True))
+    if known is None:  # checkpoints of version 0.1 do not say
+        del facts["chat_template"]
+    (tmp_path / "coconut.json").write_text(json.dumps(facts))
+    asked = RunConfig(
+        name="x", model_id="m", method="coconut", val_path="v", only_eval=True, load_model_path=str(tmp_path), lora_r=4
+    )
+    config, stage, epoch = checkpoint.evaluation_config(asked)
+    assert (config.chat_template, stage, epoch) == (known is True, 1, 4)
+    assert config.lora_r is None  # merged already
 
 
 # --- converting published single-file checkpoints ---
