@@ -26,7 +26,7 @@ SETTINGS = {
     "snr": {"noise_scale": 2.0, "schedule": "cosine", "noise_type": "snr"},
     "shared": {"noise_scale": 0.5, "shared_noise": True, "schedule": "constant", "temperature": 1.0},
     "opposite": {"noise_scale": 0.5, "noise_type": "targeted", "noise_direction": "opposite", "temperature": 1.0},
-    "scales": {"noise_scale": [0.0, 0.5, 2.0], "schedule": "exponential", "temperature": 1.0},
+    "scales": {"noise_scale": [0.1, 0.5, 2.0], "schedule": "exponential", "temperature": 1.0, "top_p": 0.8},
 }
 
 
