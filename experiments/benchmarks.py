@@ -94,7 +94,7 @@ def _hub_rows(benchmark: str, subset: str | None, split: str | None) -> tuple[st
     import datasets
 
     source = SOURCES[benchmark]
-    names = [source.hub, *([subset or source.subset] if subset or source.subset else [])]
+    names = [name for name in (source.hub, subset or source.subset) if name]
     try:
         rows = datasets.load_dataset(*names, split=split or source.split)
     except Exception as error:  # whatever goes wrong between here and the hub

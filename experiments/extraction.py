@@ -7,6 +7,7 @@ explains it. Without a statement the end of the text is read. All of it takes ti
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, TypeVar
@@ -14,6 +15,8 @@ from typing import NamedTuple, TypeVar
 from experiments.expressions import Number, canonical_latex, find_numbers, plain_numbers
 
 WINDOW = 400  # characters in which a statement must end
+MOST_STATEMENTS = 100  # that are looked at, from the end
+END = 8000  # characters that are read where nothing is stated
 Reader = Callable[[str], str | None]
 Item = TypeVar("Item")
 
@@ -43,7 +46,7 @@ _OPENING = re.compile(r"(?:[\s*_:>]|\\[\[(])*")
 def last_statement(text: str, readers: Readers, statement: re.Pattern[str] = _STATEMENT) -> str | None:
     """The answer of the last statement that holds one."""
     closing = _closing_braces(text)
-    for match in reversed(list(statement.finditer(text))):
+    for match in itertools.islice(reversed(list(statement.finditer(text))), MOST_STATEMENTS):
         window = text[match.end() : match.end() + WINDOW]
         if match["box"]:
             answer = readers.box(_box(text, match.end(), closing))
@@ -111,7 +114,7 @@ def _last(items: Iterable[Item]) -> Item | None:
 
 _CLAUSE_END = re.compile(r"[,;](?=\s)|\s\(|\b(?:because|since|as|which|where|if|when|given)\b", re.IGNORECASE)
 _REMARK = re.compile(
-    r"\W*(?:correct|consistent|reasonable|right|wrong|verified|confirmed|the same|not)\b(?! (?:at|for)\b)", re.IGNORECASE
+    r"\W*(?:correct|consistent|reasonable|right|wrong|verified|confirmed|the same)\b(?! (?:at|for)\b)", re.IGNORECASE
 )
 _DENIED = re.compile(r"(?:\bnot|n['’]t|\bthan|\binstead of)\s+(?:equal to\s+|be\s+)?[^\w\s]{0,4}$", re.IGNORECASE)
 _CONTEXT = re.compile(
@@ -133,6 +136,7 @@ def extract_number(text: str) -> str | None:
     found = last_statement(text, Readers(_stated_number, _number_line, lambda window: _told_number(_linked(window))))
     if found is not None:
         return found
+    text = text[-END:]
     last = _last(find_numbers(text))
     return None if last is None else _concluded_number(_sentence_around(text, last.start, last.end))
 
@@ -145,7 +149,7 @@ def _number_line(line: str) -> str | None:
 
 
 def _told_number(sentence: str) -> str | None:
-    return None if _REMARK.match(sentence) and not _DENIED.search(sentence[:12]) else _stated_number(sentence)
+    return None if _REMARK.match(sentence) else _stated_number(sentence)
 
 
 def _stated_number(statement: str) -> str | None:
@@ -196,8 +200,8 @@ _LETTER_STATEMENT = _statements(
     r"(?:is|must be|would be) (?:the |clearly )?(?:correct|right|best|answer)))",
 )
 _OPTION = re.compile(r"(?<![A-Za-z\d'’])(?:\((?P<bracketed>[A-Da-d])\)|(?P<bare>[A-D])(?![A-Za-z\d'’-]))")
-_ALONE = re.compile(r"[^\w\\]*(?:\\text\w*\s*\{)?[^\w\\]*([A-Da-d])[^\w\\]*")
-_LETTER_FIRST = re.compile(r"[^\w\\]*(?:\\text\w*\s*\{)?[^\w\\]*(?-i:[A-D])(?![\w'’-])")
+_ALONE = re.compile(r"[^\w\\]*(?:\\text\w*\s*\{[^\w\\]*)?([A-Da-d])[^\w\\]*")
+_LETTER_FIRST = re.compile(r"[^\w\\]*(?:\\text\w*\s*\{[^\w\\]*)?(?-i:[A-D])(?![\w'’-])")
 _NOT_AN_ARTICLE = re.compile(
     r"\s+(?:is|was|because|since|as|and|or|but|not|which|with|for|due|from|based|over|rather|instead|would|must|can|has)\b",
     re.IGNORECASE,
@@ -222,7 +226,7 @@ _OPTION_LINE = re.compile(r"^[^\w\n]{0,4}([A-D])(?:[^\w\n ]|[^\w\n]{0,9}$)", re.
 def extract_letter(text: str) -> str | None:
     """The letter A to D that a text gives as its answer."""
     found = last_statement(text, Readers(_stated_letter, _letter_line, _told_letter), _LETTER_STATEMENT)
-    return found or _letter_on_its_line(text) or _mentioned_letter(text[-5 * WINDOW :])
+    return found or _letter_on_its_line(text) or _mentioned_letter(text[-END:])
 
 
 def canonical_letter(text: str) -> str | None:
@@ -300,7 +304,7 @@ def extract_latex(text: str) -> str | None:
         found = last_statement(text, Readers(_whole_latex, _latex_line, told))
         if found is not None:
             return found
-    inline = _last(_INLINE.finditer(text))
+    inline = _last(_INLINE.finditer(text[-END:]))
     sides = _inline_content(inline).split("=") if inline else []
     return _whole_latex(sides[-1]) if sides else extract_number(text)
 
@@ -355,8 +359,8 @@ def extract_truth(text: str) -> str | None:
     """ "True" or "False"."""
     text = _ECHO.sub("", text)
     found = last_statement(text, Readers(_stated_truth, _truth_line, _told_truth), _TRUTH_STATEMENT)
-    last = _last(_TRUTH.finditer(text))
-    return found or (_truth(text, last) if last else None)
+    last = _last(_TRUTH.finditer(text[-END:]))
+    return found or (_truth(text[-END:], last) if last else None)
 
 
 def canonical_truth(text: str) -> str | None:
@@ -397,7 +401,7 @@ _SMALL = {"a", "an", "the", "that", "is", "it", "not", "but", "correct", "theref
 def extract_concept(text: str) -> str | None:
     """ "Tom is a lempus.", or the concept alone where only that is given."""
     found = last_statement(text, Readers(_stated_concept, _stated_concept, _told_concept))
-    return found or _last(_sentences(text))
+    return found or _last(_sentences(text[-END:]))
 
 
 def canonical_concept(text: str) -> str | None:

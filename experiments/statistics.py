@@ -92,7 +92,7 @@ CURVES: dict[str, Callable[..., np.ndarray]] = {
     HYPERBOLIC: lambda x, a, b, c: a / (1 + b * x**c),
     LINEAR: lambda x, a, b: a - b * x,
 }
-_BOUNDS = {
+_BOUNDS: dict[str, tuple[list[float], list[float]]] = {
     EXPONENTIAL: ([0, 0], [np.inf, np.inf]),
     HYPERBOLIC: ([0, 0, 0.05], [np.inf, np.inf, 20]),
     LINEAR: ([-np.inf, -np.inf], [np.inf, np.inf]),

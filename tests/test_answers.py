@@ -107,12 +107,15 @@ NUMBERS = {
     "The answer is 18%.": "18",
     "The answer is £1,250.75 in all.": "1250.75",
     "The answer is USD 18.": "18",
+    "The answer is USD18.": "18",
     "The answer is 18. This answer is consistent with the 9 eggs.": "18",
     "The answer is 18.\nThis answer matches our 2 checks.": "18",
     # no marker at all
     "18": "18",
     "-18": "-18",
     "She makes **18** dollars from 9 eggs.": "18",
+    "She makes **18** dollars with 9 eggs.": "18",
+    "#### about 18 eggs": "18",
     "So she has 16 - 3 - 4 = 9 eggs and makes 9 * $2 = $18 every day.": "18",
     "So she made $18 from the 9 eggs.": "18",
     "She earns 18 dollars in 4 weeks.": "18",
@@ -178,6 +181,8 @@ LETTERS = {
     "First I thought that the answer is A. After checking, the answer is C.": "C",
     "I would go with D, since A, B and C fail.": "D",
     "So it must be option D": "D",
+    "It must be option A given the data": "A",
+    "So B it is, as A is wrong.": "B",
     "The answer is (C) Vitamin A": "C",
     "The answer is E": NO_ANSWER,
     "The answer is either A or B.": NO_ANSWER,
@@ -412,7 +417,7 @@ HOSTILE = {
 @pytest.mark.parametrize("piece", HOSTILE.values(), ids=HOSTILE)
 def test_hostile_texts_end(benchmark: str, piece: str) -> None:
     text = (piece * (100_000 // len(piece) + 1))[:100_000]
-    for hostile in (text, "\\boxed{" + text + "}", "#### " + text, "The answer is " + text, text + " 7"):
+    for hostile in (text, "\\boxed{" + text + "}", "The answer is " + text + " 7"):
         extract_answer(benchmark, hostile)
 
 
