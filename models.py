@@ -39,6 +39,8 @@ def load_tokenizer(source: str, gguf_file: str | None = None) -> PreTrainedToken
 
     Raises UserError if there is none, none with an EOS token, or one that knows no text.
     """
+    if gguf_file is not None and transformers.__version__.startswith("4."):
+        raise UserError("gguf_file needs transformers 5: version 4 takes the wrong token of such files for the end of a text")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **_options(gguf_file))
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, TypeError, ... for what it cannot read

@@ -397,3 +397,11 @@ def test_a_family_without_a_key_value_cache_is_refused(tmp_path: Path) -> None:
     make_tokenizer(WORDS).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="keeps no key-value cache|cannot be used for latent thoughts"):
         build(configuration(tmp_path))
+
+
+def test_gguf_files_are_refused_where_transformers_reads_their_special_tokens_wrongly(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.__version__", "4.56.0")
+    with pytest.raises(UserError, match="gguf_file needs transformers 5"):
+        load_tokenizer(str(saved), "tiny.gguf")
