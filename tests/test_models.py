@@ -402,6 +402,6 @@ def test_a_family_without_a_key_value_cache_is_refused(tmp_path: Path) -> None:
 def test_gguf_files_are_refused_where_transformers_reads_their_special_tokens_wrongly(
     saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("transformers.__version__", "4.56.0")
+    monkeypatch.setattr(models.transformers, "__version__", "4.56.0")
     with pytest.raises(UserError, match="gguf_file needs transformers 5"):
         load_tokenizer(str(saved), "tiny.gguf")
