@@ -18,6 +18,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, PreTrainedTokenizerFast
 
 import checkpoint
+import models
 from checkpoint import Facts, TrainingState
 from coconut import Coconut
 from dataset import END_LATENT, LATENT, START_LATENT, MyCollator, get_cot_latent_dataset, get_dataset
