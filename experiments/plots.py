@@ -73,7 +73,7 @@ def method_bars(accuracies: dict[str, list[float]], chance: float, path: Path, t
     axes.axhline(100 * chance, color="grey", linestyle=":", label="chance and depth shortcut")
     axes.set(ylabel="test accuracy in %", ylim=(0, 103), title=title)
     axes.tick_params(axis="x", rotation=25)
-    axes.legend(fontsize=8, loc="lower right")
+    axes.legend(fontsize=8, loc="upper right")
     _save(figure, path)
 
 
