@@ -12,6 +12,7 @@ Noise goes into a thought right before it is fed back; the hidden states and the
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any, NamedTuple, cast
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel
 
-from noise import Scales, ThoughtNoise, path_diversity, sampling_generator
+from noise import Intervention, Scales, ThoughtInterventions, count_passes, path_diversity, sampling_generator
 
 IGNORE_INDEX = -100  # label of positions that carry no loss, as in torch.nn.functional.cross_entropy
 MAX_N_LATENT = 8  # latents a model tried without training gets between its two markers; a default, not a limit
@@ -60,9 +61,8 @@ class Prompt(NamedTuple):
     mask: Tensor
     positions: Tensor
 
-    def repeat(self, copies: int) -> Prompt:
-        """Every row `copies` times, copies beside each other."""
-        return Prompt(*(values.repeat_interleave(copies, dim=0) for values in self))
+    def select(self, rows: Tensor) -> Prompt:
+        return Prompt(*(values[rows] for values in self))
 
 
 class Details(NamedTuple):
@@ -94,6 +94,45 @@ class Branches(NamedTuple):
     steps: Tensor
     diversity: list[Any]  # of PathDiversity
     noise: list[Any]
+
+
+class BranchPoint(NamedTuple):
+    """B questions, thought through up to the first column that some branch may be fed a changed thought.
+
+    prompt, embeds: of the whole prompts; embeds (B, T, D) without thoughts. column: the first one not yet computed, T if no
+    question has so many latents. thinking: of the columns before it. bounds: of all passes.
+    """
+
+    prompt: Prompt
+    embeds: Tensor
+    column: int
+    thinking: Thinking
+    bounds: list[tuple[int, int]]
+
+
+class Branch(NamedTuple):
+    """One row to be generated from a branch point.
+
+    row: of the question in the branch point. question: its index in the data set. branch: its number; with the seed and the
+    question it decides the samples. noise_branch: the same for the noise, so that branches may share it.
+    """
+
+    row: int
+    question: int
+    branch: int = 0
+    noise_branch: int = 0
+    intervention: Intervention = Intervention()
+
+
+class Generated(NamedTuple):
+    """What `Coconut.generate_from` returns for R branches: tokens, lengths, log_probabilities (R, new) and thoughts (R, N, D)
+    as in `Branches`; noise: for each branch the descriptions of its perturbed thoughts."""
+
+    tokens: Tensor
+    lengths: Tensor
+    log_probabilities: Tensor
+    thoughts: Tensor
+    noise: list[list[dict[str, Any]]]
 
 
 class Sampling(NamedTuple):
@@ -199,7 +238,7 @@ class Coconut(nn.Module):
             raise ValueError("labelled_only needs labels")
         schedule = "constant" if apply_noise_to_all_passes else "none"
         noise = self._noise(input_ids, noise_scale, noise_type, noise_direction, schedule, seed, question_index)
-        thinking = self.think(input_ids, attention_mask, position_ids, noise=noise)
+        thinking = self.think(input_ids, attention_mask, position_ids, interventions=noise)
         outputs = self._outputs(thinking, labels, labelled_only, num_items_in_batch)
         return (outputs, self._details(input_ids, thinking, noise)) if return_details else outputs
 
@@ -227,14 +266,14 @@ class Coconut(nn.Module):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         keep_cache: bool = False,
-        noise: ThoughtNoise | None = None,
+        interventions: ThoughtInterventions | None = None,
     ) -> Thinking:
         """All latent passes of (B, T) tokens, without the language-model head."""
         prompt = self._prompt(input_ids, attention_mask, position_ids)
         bounds = pass_bounds(prompt.latent, prompt.mask)
         idle = self.max_over_ranks(len(bounds)) - len(bounds)  # agreed on before the first pass gathers anything
         cache = DynamicCache() if keep_cache or len(bounds) > 1 else None
-        thinking = self._passes(self.embedding(input_ids), prompt, bounds, cache, noise=noise)
+        thinking = self._passes(self.embedding(input_ids), prompt, bounds, cache, interventions=interventions)
         return thinking._replace(hidden=thinking.hidden + self._idle_passes(idle)) if idle else thinking
 
     def _prompt(self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None = None) -> Prompt:
@@ -249,13 +288,13 @@ class Coconut(nn.Module):
         bounds: list[tuple[int, int]],
         cache: DynamicCache | None,
         thought: Tensor | None = None,
-        noise: ThoughtNoise | None = None,
+        interventions: ThoughtInterventions | None = None,
     ) -> Thinking:
         """One pass for each of the bounds; embeds (B, T, D) of their columns alone, thought (B, 1, D) of the column before."""
         hidden, filled = [], []
         for (start, end), segment in zip(bounds, embeds.split([end - start for start, end in bounds], dim=1), strict=True):
             if thought is not None:
-                fed_back = thought if noise is None else noise.perturb(thought, start)
+                fed_back = thought if interventions is None else interventions.apply(thought, start)
                 is_latent = prompt.latent[:, start, None, None]  # (B, 1, 1)
                 first = torch.where(is_latent, fed_back.to(segment.dtype), segment[:, :1])
                 segment = torch.cat([first, segment[:, 1:]], dim=1)
@@ -274,24 +313,24 @@ class Coconut(nn.Module):
         schedule: str,
         seed: int | None,
         question_index: int | Sequence[int] | None,
-    ) -> ThoughtNoise | None:
+    ) -> ThoughtInterventions | None:
         """The noise of a batch without branches: each row is branch 0 of its question."""
         if noise_scale is None:
             return None
         scale = torch.as_tensor(noise_scale, dtype=torch.float64)
         rows = len(input_ids)
-        return ThoughtNoise(
+        if scale.dim() and scale.shape != (rows,):
+            raise ValueError(f"{scale.numel()} scales for {rows} rows")
+        scales = (scale.expand(rows) if scale.dim() == 0 else scale).tolist()
+        return ThoughtInterventions(
             latent=input_ids == self.latent_token_id,
-            scales=(scale.expand(rows) if scale.dim() == 0 else scale).tolist(),
+            rows=[Intervention(one, noise_type, noise_direction, schedule=schedule) for one in scales],
             questions=question_indices(question_index, rows),
             branches=[0] * rows,
-            noise_type=noise_type,
-            noise_direction=noise_direction,
             seed=seed or 0,
-            schedule=schedule,
         )
 
-    def _details(self, input_ids: Tensor, thinking: Thinking, noise: ThoughtNoise | None) -> Details:
+    def _details(self, input_ids: Tensor, thinking: Thinking, noise: ThoughtInterventions | None) -> Details:
         latent = input_ids == self.latent_token_id
         infos = [[] for _ in latent] if noise is None else noise.infos
         return Details(gather_thoughts(thinking.inputs_embeds, latent), latent.sum(dim=1), infos)
@@ -393,7 +432,7 @@ class Coconut(nn.Module):
         noise = self._noise(ids, noise_scale, noise_type, noise_direction, schedule, seed, question_index)
         if seed is not None and generator is None:
             generator = [sampling_generator(seed, index, 0) for index in question_indices(question_index, len(ids))]
-        thinking = self.think(ids, mask, keep_cache=True, noise=noise)
+        thinking = self.think(ids, mask, keep_cache=True, interventions=noise)
         sampling = Sampling(temperature, top_p, generator)
         new = self._decode(thinking.hidden[:, -1], thinking.cache, mask, max_new_tokens, sampling, synced_gpus).tokens
         tokens = torch.cat([input_ids, new], dim=1)
@@ -449,57 +488,102 @@ class Coconut(nn.Module):
         Raises:
             ValueError: padding on the right, more positions than the model has, a setting out of range.
         """
-        ids, mask = self._insert(input_ids, attention_mask, inserted_latents)
-        self._check_generate(mask, max_new_tokens, temperature, top_p)
         scale = torch.as_tensor(noise_scale, dtype=torch.float64)
-        shape = torch.Size([len(ids), *scale.shape, num_branches])  # (B, K) or (B, S, K)
+        shape = torch.Size([len(input_ids), *scale.shape, num_branches])  # (B, K) or (B, S, K)
         if shape.numel() < 1:
             raise ValueError(f"there are no branches to generate: questions, scales and branches are {list(shape)}")
-        questions = question_indices(question_index, len(ids))
-        rows = list(product(questions, scale.flatten().tolist(), range(num_branches)))
-        prompt = self._prompt(ids, mask)
-        branched = prompt.repeat(len(rows) // len(ids))
-        noise = ThoughtNoise(
-            latent=branched.latent,
-            scales=[scale for _, scale, _ in rows],
-            questions=[question for question, _, _ in rows],
-            branches=[0 if shared_noise else branch for _, _, branch in rows],
-            noise_type=noise_type,
-            noise_direction=noise_direction,
-            seed=seed,
-            first_pass=noise_at_step,
-            schedule=schedule,
-        )
-        hidden, cache, thoughts = self._think_in_branches(self.embedding(ids), prompt, branched, noise)
-        generators = [sampling_generator(seed, question, branch) for question, _, branch in rows] if temperature else None
-        sampling = Sampling(temperature, top_p, generators)
-        decoded = self._decode(hidden, cache, branched.mask, max_new_tokens, sampling, synced_gpus, return_details, True)
+        questions = question_indices(question_index, len(input_ids))
+        rows = [
+            Branch(
+                row=row,
+                question=questions[row],
+                branch=branch,
+                noise_branch=0 if shared_noise else branch,
+                intervention=Intervention(one, noise_type, noise_direction, noise_at_step, schedule),
+            )
+            for row, one, branch in product(range(len(input_ids)), scale.flatten().tolist(), range(num_branches))
+        ]
+        rows[0].intervention.check()
+        point = self.branch_point(input_ids, attention_mask, noise_at_step, inserted_latents)
+        generated = self.generate_from(point, rows, max_new_tokens, temperature, top_p, seed, synced_gpus, return_details)
         if not return_details:
-            return decoded.tokens.unflatten(0, shape)
-        return gather_branches(decoded, thoughts, prompt.latent.sum(dim=1), noise, shape)
+            return generated.tokens.unflatten(0, shape)
+        return gather_branches(generated, point.prompt.latent.sum(dim=1), noise_at_step, shape)
 
-    def _think_in_branches(
-        self, embeds: Tensor, prompt: Prompt, branched: Prompt, noise: ThoughtNoise
-    ) -> tuple[Tensor, DynamicCache, Tensor]:
-        """Last hidden states (R, D), cache and thoughts (R, N, D) of R = B * copies rows, from the embeddings (B, T, D)."""
+    @torch.no_grad()
+    def branch_point(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        noise_at_step: int = 1,
+        inserted_latents: int | None = None,
+    ) -> BranchPoint:
+        """Think up to where thought `noise_at_step` (from 1) is fed back: what all branches of a question have in common.
+
+        input_ids, attention_mask, inserted_latents: as in `generate`, which raises the same errors.
+        """
+        ids, mask = self._insert(input_ids, attention_mask, inserted_latents)
+        prompt = self._prompt(ids, mask)
         bounds = pass_bounds(prompt.latent, prompt.mask)
-        idle = self.max_over_ranks(len(bounds)) - len(bounds)
-        column, copies = noise.first_column(), len(branched.mask) // len(prompt.mask)
+        columns = [passes.index(noise_at_step) for passes in count_passes(prompt.latent) if noise_at_step in passes]
+        column = min(columns, default=ids.shape[1])
+        embeds = self.embedding(ids)
         shared = [(start, end) for start, end in bounds if start < column]
-        cache = DynamicCache()
-        thinking = self._passes(embeds[:, :column], prompt, shared, cache)
-        cache.batch_repeat_interleave(copies)
-        hidden, thought = (states.repeat_interleave(copies, dim=0) for states in (thinking.hidden[:, -1], thinking.thought))
+        thinking = self._passes(embeds[:, :column], prompt, shared, DynamicCache())
+        return BranchPoint(prompt, embeds, column, thinking, bounds)
+
+    @torch.no_grad()
+    def generate_from(
+        self,
+        point: BranchPoint,
+        branches: Sequence[Branch],
+        max_new_tokens: int = 16,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        synced_gpus: bool = False,
+        score: bool = True,
+    ) -> Generated:
+        """Think and decode on from a branch point, which stays as it is: all branches, of any questions, as rows of one batch.
+
+        score: also compute the log-probabilities. Raises ValueError as `generate`, or if a thought before the branch point
+        is to be changed.
+        """
+        self._check_generate(point.prompt.mask, max_new_tokens, temperature, top_p)
+        index = torch.tensor([branch.row for branch in branches], device=point.embeds.device)
+        prompt = point.prompt.select(index)
+        interventions = ThoughtInterventions(
+            latent=prompt.latent,
+            rows=[branch.intervention for branch in branches],
+            questions=[branch.question for branch in branches],
+            branches=[branch.noise_branch for branch in branches],
+            seed=seed,
+        )
+        hidden, cache, thoughts = self._think_on(point, index, prompt, interventions)
+        generators = [sampling_generator(seed, branch.question, branch.branch) for branch in branches] if temperature else None
+        sampling = Sampling(temperature, top_p, generators)
+        decoded = self._decode(hidden, cache, prompt.mask, max_new_tokens, sampling, synced_gpus, score, True)
+        return Generated(*decoded, thoughts, interventions.infos)
+
+    def _think_on(
+        self, point: BranchPoint, index: Tensor, prompt: Prompt, interventions: ThoughtInterventions
+    ) -> tuple[Tensor, DynamicCache, Tensor]:
+        """Last hidden states (R, D), cache and thoughts (R, N, D) of R rows, whose questions are `index` (R,)."""
+        column = point.column
+        if interventions.first_column() < column:
+            raise ValueError(f"the branch point is column {column}, but a thought fed to an earlier one is to be changed")
+        cache = select_cache(cast("DynamicCache", point.thinking.cache), index)
+        hidden, thought = point.thinking.hidden[index, -1], point.thinking.thought[index]
         # Of the shared part only the columns with latents are copied: a long prompt has few.
-        has_latent = prompt.latent.any(dim=0)
-        fed_back = [thinking.inputs_embeds[:, has_latent[:column]].repeat_interleave(copies, dim=0)]
-        if column < embeds.shape[1]:
-            rest = embeds[:, column:].repeat_interleave(copies, dim=0)
-            thinking = self._passes(rest, branched, bounds[len(shared) :], cache, thought, noise)
+        has_latent = point.prompt.latent.any(dim=0)
+        fed_back = [point.thinking.inputs_embeds[:, has_latent[:column]][index]]
+        if column < point.embeds.shape[1]:
+            bounds = [(start, end) for start, end in point.bounds if start >= column]
+            thinking = self._passes(point.embeds[index, column:], prompt, bounds, cache, thought, interventions)
             hidden = thinking.hidden[:, -1]
             fed_back.append(thinking.inputs_embeds[:, has_latent[column:]])
-        self._idle_passes(idle)
-        return hidden, cache, gather_thoughts(torch.cat(fed_back, dim=1), branched.latent[:, has_latent])
+        self._idle_passes(self.max_over_ranks(len(point.bounds)) - len(point.bounds))
+        return hidden, cache, gather_thoughts(torch.cat(fed_back, dim=1), prompt.latent[:, has_latent])
 
     def _decode(
         self,
@@ -645,20 +729,28 @@ def gather_thoughts(inputs_embeds: Tensor, latent: Tensor) -> Tensor:
     return thoughts.masked_fill(missing[..., None], 0)
 
 
-def gather_branches(decoded: Decoded, thoughts: Tensor, steps: Tensor, noise: ThoughtNoise, shape: torch.Size) -> Branches:
+def gather_branches(generated: Generated, steps: Tensor, noise_at_step: int, shape: torch.Size) -> Branches:
     """Brings what is known of each row into `shape`, (B, K) or (B, S, K), and compares the paths of each group of K."""
-    groups = thoughts.unflatten(0, (-1, shape[-1]))  # (B * S, K, N, D)
+    groups = generated.thoughts.unflatten(0, (-1, shape[-1]))  # (B * S, K, N, D)
     counts = steps.repeat_interleave(len(groups) // len(steps)).tolist()
-    diversity = [path_diversity(paths[:, :n], noise.first_pass) for paths, n in zip(groups, counts, strict=True)]
+    diversity = [path_diversity(paths[:, :n], noise_at_step) for paths, n in zip(groups, counts, strict=True)]
     return Branches(
-        tokens=decoded.tokens.unflatten(0, shape),
-        lengths=decoded.lengths.unflatten(0, shape),
-        log_probabilities=decoded.log_probabilities.unflatten(0, shape),
-        thoughts=thoughts.unflatten(0, shape),
+        tokens=generated.tokens.unflatten(0, shape),
+        lengths=generated.lengths.unflatten(0, shape),
+        log_probabilities=generated.log_probabilities.unflatten(0, shape),
+        thoughts=generated.thoughts.unflatten(0, shape),
         steps=steps,
         diversity=nested(diversity, shape[:-1]),
-        noise=nested(noise.infos, shape),
+        noise=nested(generated.noise, shape),
     )
+
+
+def select_cache(cache: DynamicCache, rows: Tensor) -> DynamicCache:
+    """A cache of these rows (R,) of another one, which stays as it is."""
+    selected = copy.copy(cache)
+    selected.layers = [copy.copy(layer) for layer in cache.layers]
+    selected.batch_select_indices(rows)
+    return selected
 
 
 def nested(values: list[Any], shape: Sequence[int]) -> list[Any]:
@@ -678,13 +770,29 @@ def sample(
     """Next token (B,) from logits (B, V): argmax at temperature 0, else nucleus sampling (arXiv 1904.09751)."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    probabilities, order = (logits.float() / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
-    before = probabilities.cumsum(dim=-1) - probabilities  # mass of the tokens ranked higher
-    cumulative = probabilities.masked_fill(before >= top_p, 0).cumsum(dim=-1)
-    draw = uniform(len(logits), generator, logits.device)[:, None] * cumulative[:, -1:]
-    rank = torch.searchsorted(cumulative, draw, right=True).clamp(max=logits.shape[-1] - 1)  # (B, 1)
-    kept = (before < top_p).sum(dim=-1, keepdim=True)
-    return order.gather(1, torch.minimum(rank, kept - 1)).squeeze(1)
+    probabilities = nucleus((logits.float() / temperature).softmax(dim=-1), top_p)
+    cumulative = probabilities.cumsum(dim=-1)
+    total = cumulative[:, -1:].contiguous()
+    draw = uniform(len(logits), generator, logits.device)[:, None] * total
+    last = torch.searchsorted(cumulative, total)  # the last token with any mass: a draw may be rounded up to the total
+    return torch.minimum(torch.searchsorted(cumulative, draw, right=True), last).squeeze(1)
+
+
+def nucleus(probabilities: Tensor, top_p: float, likely: int = 512) -> Tensor:
+    """Probabilities (B, V) with 0 outside the smallest set of tokens whose mass reaches `top_p` (arXiv 1904.09751).
+
+    Tokens as likely as the least likely one of the set stay too. Only the `likely` first are sorted where they are enough: a
+    whole vocabulary takes longer to sort than a small model to compute.
+    """
+    if top_p == 1:
+        return probabilities
+    size = min(likely, probabilities.shape[-1])
+    ranked = probabilities.topk(size, dim=-1).values
+    before = ranked.cumsum(dim=-1) - ranked  # mass of the tokens ranked higher
+    if size < probabilities.shape[-1] and not (before[:, -1] >= top_p).all():
+        return nucleus(probabilities, top_p, likely=probabilities.shape[-1])
+    least = ranked.masked_fill(before >= top_p, 1).amin(dim=-1, keepdim=True)
+    return probabilities.masked_fill(probabilities < least, 0)
 
 
 def uniform(rows: int, generator: torch.Generator | Sequence[torch.Generator] | None, device: torch.device) -> Tensor:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -267,86 +268,140 @@ def derived_generator(*key: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
 
 
+class Intervention(NamedTuple):
+    """What is done to the thoughts of one row.
+
+    noise_scale: None is no noise. noise_type, noise_direction: as in `apply_noise_to_hidden_states`.
+    first_pass: the pass whose thought is perturbed first. schedule: what later passes get, see `schedule_factor`.
+    replacements: thoughts (D,) under the numbers of the passes whose own thoughts they displace; noise comes on top.
+    """
+
+    noise_scale: float | None = None
+    noise_type: str = "gaussian"
+    noise_direction: str | None = None
+    first_pass: int = 1
+    schedule: str = "none"
+    replacements: Mapping[int, Tensor] = MappingProxyType({})
+
+    def is_noisy(self, latent_pass: int) -> bool:
+        if self.noise_scale is None:
+            return False
+        return latent_pass == self.first_pass or (latent_pass > self.first_pass and self.schedule != "none")
+
+    def changes(self, latent_pass: int) -> bool:
+        return latent_pass in self.replacements or self.is_noisy(latent_pass)
+
+    def check(self) -> None:
+        """Raise ValueError if a setting is out of range, naming the valid ones."""
+        check_noise(0.0 if self.noise_scale is None else self.noise_scale, self.noise_type, self.noise_direction)
+        check_schedule(self.schedule)
+        if self.first_pass < 1:
+            raise ValueError(f"the first noisy pass is {self.first_pass}; passes are counted from 1")
+
+
 @dataclass
-class ThoughtNoise:
-    """The noise in the latent passes of one batch; made anew for each batch, as it records what it did.
+class ThoughtInterventions:
+    """What is done to the thoughts in the latent passes of one batch; made anew for each batch, as it records what it did.
 
     Args:
         latent: (B, T) bool, where the rows hold latents. A row's passes are numbered by its own latents, from 1: pass p
             produces the thought that its p-th latent is given.
-        scales: one for each row. noise_type, noise_direction: as in `apply_noise_to_hidden_states`.
+        rows: one intervention for each row.
         questions, branches: of each row; with `seed` and the number of the pass they decide the draws.
-        first_pass: the pass whose thought is perturbed first. schedule: what later passes get, see `schedule_factor`.
 
     Attributes:
         infos: for each row the descriptions of its perturbed thoughts, in order, with the number of the pass as "pass".
     """
 
     latent: Tensor
-    scales: Sequence[float]
+    rows: Sequence[Intervention]
     questions: Sequence[int]
     branches: Sequence[int]
-    noise_type: str = "gaussian"
-    noise_direction: str | None = None
     seed: int = 0
-    first_pass: int = 1
-    schedule: str = "none"
     infos: list[list[dict[str, Any]]] = field(init=False)
 
     def __post_init__(self) -> None:
-        check_noise(self.scales, self.noise_type, self.noise_direction)
-        check_schedule(self.schedule)
-        if self.first_pass < 1:
-            raise ValueError(f"the first noisy pass is {self.first_pass}; passes are counted from 1")
-        for name, values in {"scales": self.scales, "questions": self.questions, "branches": self.branches}.items():
+        for settings in {row[:-1] for row in self.rows}:
+            Intervention(*settings).check()
+        for name, values in {"interventions": self.rows, "questions": self.questions, "branches": self.branches}.items():
             if len(values) != len(self.latent):
                 raise ValueError(f"{len(values)} {name} for {len(self.latent)} rows")
-        self._passes = (self.latent.long().cumsum(dim=1) * self.latent).tolist()  # 0 where a row has no latent
-        self._norms: list[list[float]] = [[] for _ in self.scales]  # of the thoughts after the first noisy one
-        self.infos = [[] for _ in self.scales]
+        self._passes = count_passes(self.latent)
+        self._norms: list[list[float]] = [[] for _ in self.rows]  # of the thoughts after the first noisy one
+        self.infos = [[] for _ in self.rows]
 
     def first_column(self) -> int:
-        """The first column that is fed a perturbed thought in some row; T if there is none."""
-        columns = [passes.index(self.first_pass) for passes in self._passes if self.first_pass in passes]
-        return min(columns, default=self.latent.shape[1])
-
-    def perturb(self, thoughts: Tensor, column: int) -> Tensor:
-        """The thoughts (B, 1, D) that are about to be fed to this column, perturbed in the rows that get noise there."""
-        rows = [row for row, passes in enumerate(self._passes) if self._is_noisy(passes[column])]
-        if not rows:
-            return thoughts
-        index = torch.tensor(rows, device=thoughts.device)
-        chosen = thoughts[index]
-        if self.schedule == "adaptive":
-            self._remember_norms(rows, chosen, column)
-        scales = [self._scale(row, self._passes[row][column]) for row in rows]
-        generators = [
-            noise_generator(self.seed, self.questions[row], self.branches[row], self._passes[row][column]) for row in rows
+        """The first column that is fed a changed thought in some row; T if there is none."""
+        columns = [
+            next((column for column, latent_pass in enumerate(passes) if latent_pass and row.changes(latent_pass)), None)
+            for row, passes in zip(self.rows, self._passes, strict=True)
         ]
-        perturbed, info = apply_noise_to_hidden_states(chosen, scales, self.noise_type, self.noise_direction, generators)
-        self._record(rows, column, info)
+        return min((column for column in columns if column is not None), default=self.latent.shape[1])
+
+    def apply(self, thoughts: Tensor, column: int) -> Tensor:
+        """The thoughts (B, 1, D) that are about to be fed to this column, changed where their rows want it."""
+        thoughts = self._replace(thoughts, column)
+        alike: dict[tuple[str, str | None], list[int]] = {}  # rows that can be perturbed in one go
+        for number, row in enumerate(self.rows):
+            if row.is_noisy(self._passes[number][column]):
+                alike.setdefault((row.noise_type, row.noise_direction), []).append(number)
+        for (noise_type, noise_direction), numbers in alike.items():
+            thoughts = self._perturb(thoughts, column, numbers, noise_type, noise_direction)
+        return thoughts
+
+    def _replace(self, thoughts: Tensor, column: int) -> Tensor:
+        found = {
+            number: row.replacements[self._passes[number][column]]
+            for number, row in enumerate(self.rows)
+            if self._passes[number][column] in row.replacements
+        }
+        if not found:
+            return thoughts
+        index = torch.tensor([*found], device=thoughts.device)
+        return thoughts.index_copy(0, index, torch.stack([*found.values()])[:, None].to(thoughts))
+
+    def _perturb(
+        self, thoughts: Tensor, column: int, numbers: list[int], noise_type: str, noise_direction: str | None
+    ) -> Tensor:
+        index = torch.tensor(numbers, device=thoughts.device)
+        chosen = thoughts[index]
+        self._remember_norms(numbers, chosen, column)
+        scales = [self._scale(number, self._passes[number][column]) for number in numbers]
+        generators = [
+            noise_generator(self.seed, self.questions[number], self.branches[number], self._passes[number][column])
+            for number in numbers
+        ]
+        perturbed, info = apply_noise_to_hidden_states(chosen, scales, noise_type, noise_direction, generators)
+        self._record(numbers, column, info)
         return thoughts.index_copy(0, index, perturbed)
 
-    def _is_noisy(self, latent_pass: int) -> bool:
-        return latent_pass == self.first_pass or (latent_pass > self.first_pass and self.schedule != "none")
+    def _remember_norms(self, numbers: list[int], thoughts: Tensor, column: int) -> None:
+        """Only the adaptive schedule looks at them."""
+        if not any(self.rows[number].schedule == "adaptive" for number in numbers):
+            return
+        for number, norm in zip(numbers, _length(thoughts.detach().float()).flatten().tolist(), strict=True):
+            if self._passes[number][column] > self.rows[number].first_pass:
+                self._norms[number].append(norm)
 
-    def _remember_norms(self, rows: list[int], thoughts: Tensor, column: int) -> None:
-        for row, norm in zip(rows, _length(thoughts.detach().float()).flatten().tolist(), strict=True):
-            if self._passes[row][column] > self.first_pass:
-                self._norms[row].append(norm)
+    def _scale(self, number: int, latent_pass: int) -> float:
+        row = self.rows[number]
+        scale = float(cast("float", row.noise_scale))
+        if latent_pass == row.first_pass:
+            return scale
+        later_passes = max(self._passes[number]) - row.first_pass
+        factor = schedule_factor(row.schedule, latent_pass - row.first_pass - 1, later_passes, self._norms[number])
+        return scheduled_scale(scale, factor, row.noise_type)
 
-    def _scale(self, row: int, latent_pass: int) -> float:
-        if latent_pass == self.first_pass:
-            return float(self.scales[row])
-        later_passes = max(self._passes[row]) - self.first_pass
-        factor = schedule_factor(self.schedule, latent_pass - self.first_pass - 1, later_passes, self._norms[row])
-        return scheduled_scale(float(self.scales[row]), factor, self.noise_type)
-
-    def _record(self, rows: list[int], column: int, info: dict[str, Any]) -> None:
-        by_row = {key: value.tolist() if isinstance(value, Tensor) else [value] * len(rows) for key, value in info.items()}
-        for place, row in enumerate(rows):
+    def _record(self, numbers: list[int], column: int, info: dict[str, Any]) -> None:
+        by_row = {key: value.tolist() if isinstance(value, Tensor) else [value] * len(numbers) for key, value in info.items()}
+        for place, number in enumerate(numbers):
             values = {key: column_values[place] for key, column_values in by_row.items()}
-            self.infos[row].append({"pass": self._passes[row][column], **values})
+            self.infos[number].append({"pass": self._passes[number][column], **values})
+
+
+def count_passes(latent: Tensor) -> list[list[int]]:
+    """For each row and column of (B, T) the number of the latent there, from 1; 0 where there is none."""
+    return (latent.long().cumsum(dim=1) * latent).tolist()
 
 
 class PathDiversity(NamedTuple):

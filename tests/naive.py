@@ -92,11 +92,11 @@ def naive_sampler(temperature: float, top_p: float, generator: torch.Generator) 
             if sum(probabilities[nucleus]) < top_p:
                 nucleus.append(token)
         draw = torch.rand(1, generator=generator).item() * sum(probabilities[nucleus]).item()
-        for token in nucleus:
+        for token in sorted(nucleus):
             draw -= probabilities[token].item()
             if draw < 0:
                 return token
-        return nucleus[-1]
+        return max(nucleus)
 
     return choose
 

@@ -20,7 +20,7 @@ from tiny_models import FAMILIES, IDS, POSITIONS, VOCABULARY, WINDOW, tiny_model
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from coconut import MAX_N_LATENT, Coconut, count_positions, sample
+from coconut import MAX_N_LATENT, Coconut, count_positions, nucleus, sample
 
 GOLDEN = Path(__file__).parent / "golden"
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
@@ -591,9 +591,20 @@ def test_nucleus_frequencies(top_p):
 def test_nucleus_holds_at_the_upper_end(monkeypatch):
     """A draw that rounds up to the whole mass still gives the last token of the nucleus."""
     monkeypatch.setattr("coconut.uniform", lambda rows, _generator, _device: torch.ones(rows))
-    logits = torch.tensor([[0.1, 0.4, 0.2, 0.3]]).log()
-    assert sample(logits, 1.0, 0.6, None).tolist() == [3]
-    assert sample(logits, 1.0, 1.0, None).tolist() == [0]
+    logits = torch.tensor([[0.1, 0.4, 0.3, 0.2]]).log()
+    assert sample(logits, 1.0, 0.6, None).tolist() == [2]
+    assert sample(logits, 1.0, 1.0, None).tolist() == [3]
+
+
+@pytest.mark.parametrize("top_p", [0.1, 0.5, 0.95])
+def test_nucleus_of_the_likely_tokens_is_the_nucleus(top_p):
+    """Whether the first few tokens are enough for all rows, for some or for none."""
+    probabilities = (torch.randn(6, 40, generator=torch.Generator().manual_seed(1)) * torch.arange(6)[:, None]).softmax(dim=-1)
+    assert torch.equal(nucleus(probabilities, top_p, likely=4), nucleus(probabilities, top_p, likely=40))
+    masses = nucleus(probabilities, top_p).sum(dim=-1)
+    assert (masses >= top_p - 1e-6).all()
+    for row, mass in zip(nucleus(probabilities, top_p), masses, strict=True):
+        assert mass - row[row > 0].min() < top_p
 
 
 def test_impossible_tokens_are_never_sampled():

@@ -21,7 +21,8 @@ from noise import (
     NOISE_TYPES,
     RECOMMENDED_SCALES,
     SCHEDULES,
-    ThoughtNoise,
+    Intervention,
+    ThoughtInterventions,
     apply_noise_to_hidden_states,
     noise_generator,
     path_diversity,
@@ -474,8 +475,8 @@ def test_noise_reaches_the_fed_back_position_alone():
     model.base_causallm.base_model.register_forward_hook(
         lambda _module, _args, outputs: cached.append(outputs.past_key_values.layers[0].keys.clone())
     )
-    noise = ThoughtNoise(batch["input_ids"] == IDS.latent, [5.0], [0], [0])
-    noisy = model.think(batch["input_ids"], keep_cache=True, noise=noise)
+    noise = ThoughtInterventions(batch["input_ids"] == IDS.latent, [Intervention(5.0)], [0], [0])
+    noisy = model.think(batch["input_ids"], keep_cache=True, interventions=noise)
     first = LAYOUTS["single row"][0].index("L")
     changed = (noisy.inputs_embeds != clean.inputs_embeds).any(dim=-1)[0]
     assert changed.nonzero().flatten().tolist() == [first, first + 1, first + 2]
