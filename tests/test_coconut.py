@@ -599,7 +599,9 @@ def test_nucleus_holds_at_the_upper_end(monkeypatch):
 @pytest.mark.parametrize("top_p", [0.1, 0.5, 0.95])
 def test_nucleus_of_the_likely_tokens_is_the_nucleus(top_p):
     """Whether the first few tokens are enough for all rows, for some or for none."""
-    probabilities = (torch.randn(6, 40, generator=torch.Generator().manual_seed(1)) * torch.arange(6)[:, None]).softmax(dim=-1)
+    probabilities = (torch.randn(6, 40, generator=torch.Generator().manual_seed(1)) * torch.arange(1, 7)[:, None]).softmax(
+        dim=-1
+    )
     assert torch.equal(nucleus(probabilities, top_p, likely=4), nucleus(probabilities, top_p, likely=40))
     masses = nucleus(probabilities, top_p).sum(dim=-1)
     assert (masses >= top_p - 1e-6).all()
