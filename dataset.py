@@ -140,6 +140,12 @@ def get_dataset(
     return dataset
 
 
+def question_ids(tokenizer: PreTrainedTokenizerBase, questions: list[str], chat_template: bool = False) -> list[list[int]]:
+    """The tokens of questions as they stand before the thoughts, see `get_dataset`."""
+    tokenize = _Tokenize(tokenizer, chat_template)
+    return tokenize.prompt_ids([tokenize.prompt(question) for question in questions])
+
+
 @dataclass
 class _Tokenize:
     """Batched map function: text columns to token columns."""
@@ -151,7 +157,7 @@ class _Tokenize:
         steps = [step + "\n" for row in rows["steps"] for step in row]
         step_ids = iter(self._ids(steps, special=False))
         return {
-            "question_tokenized": self.prompt_ids([self.prompt(question) for question in rows["question"]]),
+            "question_tokenized": question_ids(self.tokenizer, rows["question"], self.chat_template),
             "steps_tokenized": [[next(step_ids) for _ in row] for row in rows["steps"]],
             "answer_tokenized": [
                 [*ids, self.tokenizer.eos_token_id]

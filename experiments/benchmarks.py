@@ -25,13 +25,15 @@ Row = dict[str, Any]
 @dataclass(frozen=True)
 class BenchmarkQuestion:
     """index: place in the whole data set. gold: canonical (see answers). choices: the options in the order of their letters,
-    empty where there are none or where the question's text holds them."""
+    empty where there are none or where the question's text holds them. steps: how many reasoning steps its record has, None if
+    it has no such field."""
 
     benchmark: str
     index: int
     question: str
     gold: str
     choices: tuple[str, ...] = ()
+    steps: int | None = None
 
 
 class Source(NamedTuple):
@@ -135,7 +137,17 @@ def _question(benchmark: str, index: int, row: object, seed: int) -> BenchmarkQu
     if not isinstance(row, dict):
         raise ValueError("expected an object")
     question, gold, choices = _READERS[benchmark](row, np.random.default_rng((seed, index)))
-    return BenchmarkQuestion(benchmark, index, question, canonical_answer(benchmark, gold), tuple(choices))
+    return BenchmarkQuestion(benchmark, index, question, canonical_answer(benchmark, gold), tuple(choices), _steps(row))
+
+
+def _steps(row: Row) -> int | None:
+    """As `dataset` counts them: an empty rationale is no step."""
+    steps = row.get("steps")
+    if steps is None:
+        return None
+    if not isinstance(steps, list) or not all(isinstance(step, str) for step in steps):
+        raise ValueError("field 'steps': expected a list of texts")
+    return sum(bool(step.strip()) for step in steps)
 
 
 Parts = tuple[str, str, list[str]]  # question, bare gold answer, options

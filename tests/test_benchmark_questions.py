@@ -54,7 +54,8 @@ def test_rows_of_both_forms(
 ) -> None:
     path = tmp_path / "questions.json"
     path.write_text(json.dumps(row) + "\n\n" + json.dumps(row) if lines else json.dumps([row, row]), encoding="utf-8")
-    expected = [BenchmarkQuestion(benchmark, index, question, gold, tuple(choices)) for index in (0, 1)]
+    steps = len(row["steps"]) if "steps" in row else None
+    expected = [BenchmarkQuestion(benchmark, index, question, gold, tuple(choices), steps) for index in (0, 1)]
     assert load_questions(benchmark, path) == expected
     assert load_questions(benchmark, path, limit=1) == expected[:1]
 
