@@ -10,6 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 STAGE_COLOURS = ("#e8eef7", "#cddcee", "#b2cae6", "#97b8dd", "#7ca6d4")
 
@@ -36,7 +37,7 @@ def epoch_curves(runs: dict[str, list[dict[str, Any]]], path: Path, title: str) 
     below.set(ylabel="validation accuracy in %", xlabel="epochs trained", ylim=(0, 108))
     above.legend(fontsize=8)
     below.legend(fontsize=8, loc="lower right")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _shade_stages(axes: Axes, rows: list[dict[str, Any]]) -> None:
@@ -59,7 +60,7 @@ def accuracy_bars(bars: dict[str, tuple[float, float, float]], chance: float, pa
     axes.axhline(100 * chance, color="grey", linestyle=":", label="chance")
     axes.set(ylabel="test accuracy in %", ylim=(0, 103), title=title)
     axes.legend(fontsize=8)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def method_bars(accuracies: dict[str, list[float]], chance: float, path: Path, title: str) -> None:
@@ -74,10 +75,11 @@ def method_bars(accuracies: dict[str, list[float]], chance: float, path: Path, t
     axes.set(ylabel="test accuracy in %", ylim=(0, 103), title=title)
     axes.tick_params(axis="x", rotation=25)
     axes.legend(fontsize=8, loc="upper right")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure to a file, whose directory is made, and close it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.optimize import OptimizeWarning, curve_fit
 from scipy.stats import binomtest
+from statsmodels.stats.multitest import multipletests
 
 GOOD, DEGRADED = 0.6, 0.2
 
@@ -43,6 +44,11 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> McNemar:
     only_second = sum(other and not one for one, other in zip(first, second, strict=True))
     differing = only_first + only_second
     return McNemar(only_first, only_second, float(binomtest(only_first, differing).pvalue) if differing else 1.0)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values of a family of tests, corrected step by step (Holm 1979); in the order given."""
+    return [float(value) for value in multipletests(p_values, method="holm")[1]] if p_values else []
 
 
 class Difference(NamedTuple):

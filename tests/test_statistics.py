@@ -20,6 +20,7 @@ from experiments.statistics import (
     fit_decay,
     fit_decays,
     half_scale,
+    holm,
     mcnemar,
     paired_difference,
     status,
@@ -57,6 +58,12 @@ def test_mcnemar_by_hand(first: int, second: int, p: float) -> None:
 def test_mcnemar_needs_the_same_questions() -> None:
     with pytest.raises(ValueError, match="zip"):
         mcnemar([True], [True, False])
+
+
+def test_holm_by_hand() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([3 * 0.01, 2 * 0.03, 2 * 0.03, 4 * 0.005])
+    assert holm([0.7, 0.6]) == [1, 1]
+    assert holm([]) == []
 
 
 def test_the_paired_bootstrap_agrees_with_scipy() -> None:
