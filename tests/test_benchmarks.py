@@ -62,6 +62,27 @@ def test_generate_reports_different_tokens(load, tmp_path, monkeypatch):
         run(generate, tmp_path / "generate.json", "--batch-size", "2")
 
 
+def test_noise_sweep(load, tmp_path, monkeypatch, capsys):
+    noise_sweep = load("noise_sweep")
+    monkeypatch.setattr(noise_sweep.common, "peak_memories", lambda *_: {})  # the way there is that of the other benchmarks
+    sizes = ["--batch-size", "2", "--scales", "0", "1", "5", "--branches", "2", "--new-tokens", "4", "--repeats", "6"]
+    result = run(noise_sweep, tmp_path / "sweep.json", *sizes)
+    seconds, sweep = result["seconds_per_branch"], result["seconds_per_sweep"]
+    assert set(seconds) == set(noise_sweep.VARIANTS)
+    assert result["branches_per_sweep"] == 2 * 3 * 2
+    assert sweep["naive"] == pytest.approx(12 * seconds["naive"])
+    assert result["ratios"]["naive / batch"] == pytest.approx(seconds["naive"] / seconds["batch"])
+    output = capsys.readouterr().out
+    assert "6 of 12 branches were decoded" in output
+    assert "branches compared: 12, different: 0" in output
+    monkeypatch.setattr(noise_sweep, "naive_branch", lambda *_: torch.full((4,), 7))
+    with pytest.raises(SystemExit, match="do not give the same tokens"):
+        run(noise_sweep, tmp_path / "sweep.json", *sizes, "--temperature", "0")
+    monkeypatch.setattr(noise_sweep.common, "clock", lambda _: next(clock))
+    clock = iter([5.0, 29.0])
+    assert noise_sweep.timed(lambda _: torch.zeros(2, 3, 2, 4), None, 0)[0] == 24 / 12
+
+
 def test_train_step_refuses_another_loss(load, tmp_path, monkeypatch):
     train_step = load("train_step")
     monkeypatch.setattr(train_step.common, "peak_memories", lambda *_: {})
