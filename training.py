@@ -291,7 +291,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def _stop_on_signals(self) -> Iterator[None]:
-        """SIGTERM, SIGUSR1 (SLURM preemption) and Ctrl-C finish the step in progress; a second one ends at once."""
+        """SIGTERM, SIGUSR1 (SLURM preemption) and Ctrl-C finish the step in progress; a second Ctrl-C ends at once."""
         before = {number: signal.signal(number, self._request_stop) for number in STOP_SIGNALS}
         try:
             yield
@@ -300,6 +300,6 @@ class Trainer:
                 signal.signal(number, handler)
 
     def _request_stop(self, number: int, frame: Any) -> None:
-        if self.stop_requested:
+        if self.stop_requested and number == signal.SIGINT:  # the others come twice: from SLURM and through torchrun
             raise KeyboardInterrupt
         self.stop_requested = True
