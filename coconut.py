@@ -114,7 +114,8 @@ class Branch(NamedTuple):
     """One row to be generated from a branch point.
 
     row: of the question in the branch point. question: its index in the data set. branch: its number; with the seed and the
-    question it decides the samples. noise_branch: the same for the noise, so that branches may share it.
+    question it decides the samples. noise_branch: the same for the noise, so that branches may share it. temperature: of the
+    samples, 0 is greedy.
     """
 
     row: int
@@ -122,6 +123,7 @@ class Branch(NamedTuple):
     branch: int = 0
     noise_branch: int = 0
     intervention: Intervention = Intervention()
+    temperature: float = 0.0
 
 
 class Generated(NamedTuple):
@@ -138,12 +140,14 @@ class Generated(NamedTuple):
 class Sampling(NamedTuple):
     """How tokens are chosen, see `sample`."""
 
-    temperature: float
+    temperature: float | Tensor
     top_p: float
     generator: torch.Generator | Sequence[torch.Generator] | None
 
     def select(self, rows: list[int]) -> Sampling:
         """The same for some rows of the batch."""
+        if isinstance(self.temperature, Tensor):
+            self = self._replace(temperature=self.temperature[rows])
         if self.generator is None or isinstance(self.generator, torch.Generator):
             return self
         return self._replace(generator=[self.generator[row] for row in rows])
@@ -500,12 +504,13 @@ class Coconut(nn.Module):
                 branch=branch,
                 noise_branch=0 if shared_noise else branch,
                 intervention=Intervention(one, noise_type, noise_direction, noise_at_step, schedule),
+                temperature=temperature,
             )
             for row, one, branch in product(range(len(input_ids)), scale.flatten().tolist(), range(num_branches))
         ]
         rows[0].intervention.check()
         point = self.branch_point(input_ids, attention_mask, noise_at_step, inserted_latents)
-        generated = self.generate_from(point, rows, max_new_tokens, temperature, top_p, seed, synced_gpus, return_details)
+        generated = self.generate_from(point, rows, max_new_tokens, top_p, seed, synced_gpus, return_details)
         if not return_details:
             return generated.tokens.unflatten(0, shape)
         return gather_branches(generated, point.prompt.latent.sum(dim=1), noise_at_step, shape)
@@ -538,7 +543,6 @@ class Coconut(nn.Module):
         point: BranchPoint,
         branches: Sequence[Branch],
         max_new_tokens: int = 16,
-        temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
         synced_gpus: bool = False,
@@ -549,7 +553,8 @@ class Coconut(nn.Module):
         score: also compute the log-probabilities. Raises ValueError as `generate`, or if a thought before the branch point
         is to be changed.
         """
-        self._check_generate(point.prompt.mask, max_new_tokens, temperature, top_p)
+        temperatures = [branch.temperature for branch in branches]
+        self._check_generate(point.prompt.mask, max_new_tokens, min(temperatures), top_p)
         index = torch.tensor([branch.row for branch in branches], device=point.embeds.device)
         prompt = point.prompt.select(index)
         interventions = ThoughtInterventions(
@@ -560,8 +565,11 @@ class Coconut(nn.Module):
             seed=seed,
         )
         hidden, cache, thoughts = self._think_on(point, index, prompt, interventions)
-        generators = [sampling_generator(seed, branch.question, branch.branch) for branch in branches] if temperature else None
-        sampling = Sampling(temperature, top_p, generators)
+        if any(temperatures):
+            generators = [sampling_generator(seed, branch.question, branch.branch) for branch in branches]
+            sampling = Sampling(torch.tensor(temperatures, device=hidden.device), top_p, generators)
+        else:
+            sampling = Sampling(0.0, top_p, None)
         decoded = self._decode(hidden, cache, prompt.mask, max_new_tokens, sampling, synced_gpus, score, True)
         return Generated(*decoded, thoughts, interventions.infos)
 
@@ -763,11 +771,19 @@ def nested(values: list[Any], shape: Sequence[int]) -> list[Any]:
 
 def sample(
     logits: Tensor,
-    temperature: float,
+    temperature: float | Tensor,
     top_p: float,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
 ) -> Tensor:
-    """Next token (B,) from logits (B, V): argmax at temperature 0, else nucleus sampling (arXiv 1904.09751)."""
+    """Next token (B,) from logits (B, V): argmax at temperature 0, else nucleus sampling (arXiv 1904.09751).
+
+    temperature: one for all rows, or (B,) one for each. A draw walks the nucleus in the order of the vocabulary, which does
+    not depend on which of two almost equally likely tokens comes out ahead.
+    """
+    if isinstance(temperature, Tensor):
+        greedy = temperature == 0
+        sampled = sample(logits / temperature.masked_fill(greedy, 1)[:, None], 1.0, top_p, generator)
+        return torch.where(greedy, logits.argmax(dim=-1), sampled)
     if temperature == 0:
         return logits.argmax(dim=-1)
     probabilities = nucleus((logits.float() / temperature).softmax(dim=-1), top_p)

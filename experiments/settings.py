@@ -1,0 +1,121 @@
+"""Configuration of the noise experiments: test.py, run_noisy_experiment.py, full_test.py and experiments.ablation."""
+
+from __future__ import annotations
+
+from pathlib import Path, PurePath
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from experiments.answers import answer_kind
+from noise import NOISE_TYPES, RECOMMENDED_SCALES, Intervention, check_noise
+from utils import Config, NonNegative, OptionalText, Positive
+
+NoiseType = Literal["gaussian", "gaussian_scaled", "snr", "orthogonal", "uniform", "dropout", "targeted"]
+Schedule = Literal["none", "constant", "linear", "cosine", "exponential", "adaptive"]
+Control = Literal["zero", "mean", "other", "pause"]
+Setting = tuple[str, str | None]  # noise type and direction
+
+
+def _null(value: Any) -> Any:
+    return None if value == "None" else value
+
+
+def _listed(value: Any) -> Any:
+    """One value stands for a list of it; "None" and "all" as in the other configurations."""
+    if value == "None":
+        return None
+    if value == "all":
+        return list(NOISE_TYPES)
+    return value if isinstance(value, list) or value is None else [value]
+
+
+class SweepConfig(Config):
+    """Keys of the noise experiments; accuracy against noise, greedy and without branches, is the default."""
+
+    # general
+    name: str
+    results_path: str = "results"
+    seed: NonNegative = 0
+    fresh: bool = False  # forget what an earlier run of this name has done
+    # who answers: a checkpoint of this project, or any causal language model without training
+    model_id: OptionalText = None
+    load_model_path: OptionalText = None
+    gguf_file: OptionalText = None
+    attn_implementation: OptionalText = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    hidden_layer_idx: Annotated[int | None, BeforeValidator(_null)] = None
+    n_latents: Annotated[int | None, Field(ge=1), BeforeValidator(_null)] = None
+    # questions
+    benchmark: str
+    data_path: OptionalText = None
+    subset: OptionalText = None
+    split: OptionalText = None
+    num_questions: Annotated[int | None, Field(ge=1), BeforeValidator(_null)] = None
+    # noise
+    noise_type: Annotated[list[NoiseType], Field(min_length=1), BeforeValidator(_listed)] = Field(default=["gaussian"])
+    noise_direction: Annotated[Literal["same", "opposite"] | None, BeforeValidator(_null)] = None
+    noise_scales: Annotated[list[float] | None, Field(min_length=1), BeforeValidator(_listed)] = None
+    noise_at_step: Positive = 1
+    apply_noise_to_all_passes: bool = False
+    schedule: Schedule = "none"
+    shared_noise: bool = False
+    controls: Annotated[list[Control], BeforeValidator(lambda value: _listed(value) or [])] = Field(default=[])
+    # branches
+    num_branches: Positive = 1
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    self_consistency_temperature: Annotated[float, Field(gt=0)] = 0.7
+    max_new_tokens: Positive = 64
+    # running
+    batch_size: Positive = 64  # branches decoded at once; what a question is answered does not depend on it
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SweepConfig:
+        answer_kind(self.benchmark)
+        if self.model_id is None and self.load_model_path is None:
+            raise ValueError("model_id or load_model_path is missing: a model without training, or a trained checkpoint")
+        if self.apply_noise_to_all_passes and self.schedule not in ("none", "constant"):
+            raise ValueError("apply_noise_to_all_passes and schedule contradict each other: set one of them")
+        if not self.name or PurePath(self.name).is_absolute() or ".." in PurePath(self.name).parts:
+            raise ValueError(f"name: {self.name!r} must be a folder below results_path")
+        for key in ("noise_type", "noise_scales", "controls"):
+            values = getattr(self, key) or []
+            if len(set(values)) < len(values):
+                raise ValueError(f"{key}: {values} holds something twice")
+        for noise_type, direction in self.settings():
+            for scale in self.scales(noise_type, direction):
+                check_noise(scale, noise_type, direction)
+        return self
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.results_path) / self.name
+
+    def settings(self) -> list[Setting]:
+        """Noise types with their directions; targeted noise without one goes in both."""
+        directions = [self.noise_direction] if self.noise_direction else ["same", "opposite"]
+        return [
+            (noise_type, direction)
+            for noise_type in self.noise_type
+            for direction in (directions if noise_type == "targeted" else [None])
+        ]
+
+    def scales(self, noise_type: str, direction: str | None) -> list[float]:
+        """Those of the configuration, or the recommended ones."""
+        if self.noise_scales is not None:
+            return [float(scale) for scale in self.noise_scales]
+        return list(RECOMMENDED_SCALES[noise_type, direction])
+
+    def intervention(self, noise_type: str, direction: str | None, scale: float) -> Intervention:
+        schedule = "constant" if self.apply_noise_to_all_passes else self.schedule
+        return Intervention(scale, noise_type, direction, self.noise_at_step, schedule)
+
+
+class BranchConfig(SweepConfig):
+    """The same keys with the defaults of run_noisy_experiment.py: five noisy branches vote (NoisyCoconut, arXiv 2605.08221)."""
+
+    num_branches: Positive = 5
+    temperature: Annotated[float, Field(ge=0)] = 0.7
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+    max_new_tokens: Positive = 256

@@ -1,0 +1,138 @@
+"""Who answers the questions of a noise experiment: a trained checkpoint, or any causal language model without training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+import checkpoint
+from coconut import MAX_N_LATENT, BranchPoint, Coconut
+from dataset import MyCollator, question_ids, stage_shape
+from experiments.answers import build_prompt, user_message
+from experiments.benchmarks import BenchmarkQuestion
+from experiments.settings import SweepConfig
+from models import LatentIds, build_model, latent_ids
+from utils import RunConfig, UserError
+
+WITH_THOUGHTS = ("coconut", "no_curriculum")  # methods whose latents are fed thoughts
+
+
+@dataclass
+class Subject:
+    """A model with its prompts.
+
+    source: the checkpoint or the model. curriculum, stage: how the checkpoint was trained; None for a model without training.
+    n_latents: so many for every question; None is as it was trained.
+    """
+
+    model: Coconut
+    tokenizer: PreTrainedTokenizerBase
+    ids: LatentIds
+    device: torch.device
+    source: str
+    curriculum: RunConfig | None
+    stage: int
+    n_latents: int | None
+
+    def prompt(self, question: BenchmarkQuestion) -> list[int]:
+        """Token ids of the question, the markers and the latents. UserError: it holds any, or does not say how many."""
+        if self.curriculum is None:
+            message = user_message(question.benchmark, question.question, question.choices)
+            return build_prompt(self.tokenizer, self.ids, message, self.n_latents or MAX_N_LATENT)
+        latents = [self.ids.latent] * (self.n_latents or self._trained_latents(question))
+        [tokens] = question_ids(self.tokenizer, [question.question], self.curriculum.chat_template)
+        return [*tokens, self.ids.start, *latents, self.ids.end]
+
+    def _trained_latents(self, question: BenchmarkQuestion) -> int:
+        curriculum = self.curriculum
+        assert curriculum is not None
+        if question.steps is None and not curriculum.pad_latent_to_max:
+            raise UserError(
+                f"question {question.index}: {self.source} was trained with as many thoughts as steps (pad_latent_to_max: "
+                "False), but the record has no steps: add them, or set n_latents"
+            )
+        return stage_shape(curriculum, self.stage, question.steps or 0).thoughts
+
+    def branch_point(self, prompts: Sequence[list[int]], noise_at_step: int) -> BranchPoint:
+        """The prompts as one batch, thought through up to where this thought is fed back."""
+        collator = MyCollator(self.tokenizer, self.ids.latent, align_end=True)
+        batch = collator(
+            [
+                {"input_ids": ids, "attention_mask": [1] * len(ids), "position_ids": range(len(ids)), "idx": row}
+                for row, ids in enumerate(prompts)
+            ]
+        )
+        return self.model.branch_point(
+            batch["input_ids"].to(self.device), batch["attention_mask"].to(self.device), noise_at_step
+        )
+
+    def text(self, tokens: list[int]) -> str:
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+
+    def describe(self) -> dict[str, Any]:
+        """For the results: model family, width, layers, and how it was trained."""
+        config = self.model.base_causallm.config.get_text_config()
+        trained = None
+        if self.curriculum is not None:
+            trained = {"method": self.curriculum.method, "stage": self.stage, "c_thought": self.curriculum.c_thought}
+        return {
+            "model": self.source,
+            "family": config.model_type,
+            "width": config.hidden_size,
+            "layers": config.num_hidden_layers,
+            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "trained": trained,
+            "hidden_layer_idx": self.model.hidden_layer_idx,
+        }
+
+
+def load_subject(config: SweepConfig, device: torch.device) -> Subject:
+    """The model that a configuration names, in evaluation mode. Raises UserError with one line if it cannot be used."""
+    run = _run_config(config)
+    source = str(run.load_model_path)
+    facts = checkpoint.read_facts(Path(source))
+    curriculum, stage = None, 0
+    if facts is not None:
+        run, stage, _ = checkpoint.evaluation_config(run)
+        curriculum = run
+        if curriculum.method not in WITH_THOUGHTS:
+            raise UserError(f"{source} was trained with method {curriculum.method}, which has no thoughts to put noise into")
+        if stage == 0 and config.n_latents is None:
+            raise UserError(f"{source} is of stage 0, which has no thoughts yet: take a later checkpoint, or set n_latents")
+    tokenizer = checkpoint.load_run_tokenizer(run)
+    ids = latent_ids(tokenizer, run.method)
+    model = build_model(run, tokenizer, ids).eval().to(device=device, dtype=getattr(torch, config.dtype))
+    layers = model.base_causallm.config.get_text_config().num_hidden_layers
+    layer = config.hidden_layer_idx if config.hidden_layer_idx is not None else -1 if facts is None else facts.hidden_layer_idx
+    if not -1 <= layer <= layers:
+        raise UserError(f"hidden_layer_idx is {layer}; {source} has {layers} layers: use -1, or 0 to {layers}")
+    model.hidden_layer_idx = layer
+    return Subject(model, tokenizer, ids, device, source, curriculum, stage, config.n_latents)
+
+
+def _run_config(config: SweepConfig) -> RunConfig:
+    """The loading half of a run's configuration, its paths resolved."""
+    source = config.load_model_path or config.model_id
+    if Path(str(source)).is_file() and Path(str(source)).suffix != ".gguf":
+        raise UserError(
+            f"{source} does not say how it was trained: `python checkpoint.py convert {source} DIR` makes a checkpoint of it"
+        )
+    run = RunConfig(
+        name=config.name,
+        val_path="",
+        only_eval=True,
+        method="coconut",
+        model_id=str(config.model_id or source),
+        load_model_path=source,
+        gguf_file=config.gguf_file,
+        attn_implementation=config.attn_implementation,
+    )
+    resolved = checkpoint.resolve_paths(run)
+    if config.model_id is None:
+        resolved = resolved.model_copy(update={"model_id": resolved.load_model_path})
+    return resolved

@@ -1,0 +1,434 @@
+"""The runner of the noise experiments: every question under every condition, many branches at once, resumable.
+
+A condition is one way to treat the thoughts; its key is written as in `summary`. K branches, N thoughts, D width.
+
+Questions are cut into chunks that depend on the configuration alone; a chunk is what is computed at once, saved at once and
+given to a process. So a run that was killed, or is split over other processes, computes every number in the same way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib.metadata
+import math
+import signal
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import distributed
+from coconut import Branch, BranchPoint, Generated
+from experiments.answers import extract_answer as extract
+from experiments.answers import majority_vote, noise_weighted_vote, probability_vote, same_answer
+from experiments.benchmarks import BenchmarkQuestion, load_questions
+from experiments.progress import Progress, Record, open_progress
+from experiments.settings import SweepConfig
+from experiments.subjects import Subject, load_subject
+from experiments.summary import CLEAN, GREEDY, SELF_CONSISTENCY, condition_key
+from noise import Intervention, path_diversity
+from utils import UserError, get_logger, is_main_process
+
+PLACES = ("all", "first", "after")  # which thoughts a control displaces, see `Thoughts`
+WITHOUT_INFLUENCE = ("results_path", "fresh", "batch_size")  # keys that may differ when a run goes on
+DIGITS = 6  # significant ones of recorded numbers
+
+
+class Preempted(BaseException):
+    """A signal asked the run to stop. No Exception, so that it is not recorded as a question's failure."""
+
+
+class Condition(NamedTuple):
+    """key: its name in the results. branches: K. temperature: of the samples, 0 is greedy.
+
+    noise: what is done to the thoughts; None for a control, which displaces them by `control` at `place`.
+    distinct: how many branches differ: without noise and samples of their own all K are one, or 0 if that is the greedy one.
+    """
+
+    key: str
+    branches: int
+    temperature: float
+    noise: Intervention | None = Intervention()
+    control: str | None = None
+    place: str | None = None
+    distinct: int = 1
+
+
+def conditions(config: SweepConfig) -> list[Condition]:
+    """All conditions of a configuration, the baselines first. Scale 0 of every type is the condition `clean`."""
+    k, temperature = config.num_branches, config.temperature
+    found = [Condition(GREEDY, 1, 0.0), Condition(CLEAN, k, temperature, distinct=k if temperature else 0)]
+    if k > 1 and temperature == 0:
+        found.append(Condition(SELF_CONSISTENCY, k, config.self_consistency_temperature, distinct=k))
+    for noise_type, direction in config.settings():
+        for scale in config.scales(noise_type, direction):
+            if scale != (math.inf if noise_type == "snr" else 0):
+                alike = temperature == 0 and (config.shared_noise or noise_type == "targeted")
+                noise = config.intervention(noise_type, direction, scale)
+                key = condition_key(noise_type, direction, scale)
+                found.append(Condition(key, k, temperature, noise, distinct=1 if alike else k))
+    for control in config.controls:
+        found += [Condition(f"{control}/{place}", 1, 0.0, None, control, place) for place in PLACES]
+    return found
+
+
+# --- controls ---
+
+
+@dataclass
+class Thoughts:
+    """The clean thoughts of all questions, and what the controls put in their stead (FACTS.md, looking inside the thoughts).
+
+    all: every thought is displaced. first: the first one is, later ones are computed from it. after: the first one is, once
+    all were computed; later ones stay as they were.
+
+    paths: the thoughts (N, D) of each question, float32, on the CPU, by its index. pause: (D,), the embedding of `<|latent|>`.
+    """
+
+    paths: dict[int, Tensor]
+    pause: Tensor
+    seed: int
+    mean: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        longest = max(len(path) for path in self.paths.values())
+        columns = [torch.stack([path[step] for path in self.paths.values() if len(path) > step]) for step in range(longest)]
+        self.mean = torch.stack([column.mean(dim=0) for column in columns])  # (N, D)
+
+    def replacements(self, index: int, control: str, place: str) -> dict[int, Tensor]:
+        """Thoughts (D,) by the number of the pass that they displace."""
+        own = self.paths[index]
+        stead = self._stead(index, control)
+        if place == "first":
+            return {1: stead[0]}
+        if place == "after":
+            return {1: stead[0], **{number: own[number - 1] for number in range(2, len(own) + 1)}}
+        return {number: stead[number - 1] for number in range(1, len(own) + 1)}
+
+    def _stead(self, index: int, control: str) -> Tensor:
+        own = self.paths[index]
+        return {
+            "zero": lambda: torch.zeros_like(own),
+            "mean": lambda: self.mean[: len(own)],
+            "other": lambda: self.paths[self.other(index)],
+            "pause": lambda: self.pause.expand_as(own),
+        }[control]()
+
+    def other(self, index: int) -> int:
+        """Another question, drawn from those with as many thoughts, or with more where there are none."""
+        count = len(self.paths[index])
+        others = [one for one in sorted(self.paths) if one != index]
+        alike = [one for one in others if len(self.paths[one]) == count] or [
+            one for one in others if len(self.paths[one]) > count
+        ]
+        if not alike:
+            raise UserError(f"control 'other': no other question has {count} thoughts, as question {index} has")
+        return alike[int(np.random.default_rng((self.seed, index)).integers(len(alike)))]
+
+
+def clean_thoughts(subject: Subject, questions: Sequence[BenchmarkQuestion], batch_size: int, seed: int) -> Thoughts:
+    """Think about all questions, spread over all processes. Questions that cannot be thought about are left out."""
+    mine: dict[int, Tensor] = {}
+    for chunk in _cut(questions, batch_size)[distributed.rank() :: distributed.world_size()]:
+        with contextlib.suppress(UserError, ValueError):  # said when the question itself is answered
+            prompts = [subject.prompt(question) for question in chunk]
+            point = subject.branch_point(prompts, 1)
+            generated = subject.model.generate_from(point, [Branch(row, q.index) for row, q in enumerate(chunk)], 1)
+            steps = point.prompt.latent.sum(dim=1).tolist()
+            for question, path, count in zip(chunk, generated.thoughts.float().cpu(), steps, strict=True):
+                mine[question.index] = path[:count]
+    paths = {index: path for part in distributed.gather_objects(mine) for index, path in part.items()}
+    if not paths or not all(len(path) for path in paths.values()):
+        raise UserError("the controls displace thoughts, but there are questions without any: set n_latents")
+    pause = subject.model.embedding.weight[subject.ids.latent].detach().float().cpu()
+    return Thoughts(paths, pause, seed)
+
+
+# --- answering ---
+
+
+class Answer(NamedTuple):
+    """One branch of one condition: its text, log-probabilities of its tokens, description of its first noise, its thoughts."""
+
+    text: str
+    log_probabilities: list[float]
+    noise: dict[str, Any] | None
+    thoughts: Tensor
+
+
+@dataclass
+class Answerer:
+    """Answers questions under all conditions, a chunk at a time."""
+
+    config: SweepConfig
+    subject: Subject
+    conditions: list[Condition]
+    thoughts: Thoughts | None
+
+    @property
+    def chunk_size(self) -> int:
+        return max(1, self.config.batch_size // sum(condition.distinct for condition in self.conditions))
+
+    def answer(self, questions: Sequence[BenchmarkQuestion]) -> list[Record]:
+        """The records of some questions. One that fails takes no other with it."""
+        began = time.perf_counter()
+        try:
+            records = self._answer(questions)
+        except Exception as error:  # whatever goes wrong with one question, the others are to be answered
+            if len(questions) > 1:
+                return [record for question in questions for record in self.answer([question])]
+            reason = " ".join(str(error).split())
+            get_logger().warning(f"question {questions[0].index} failed: {type(error).__name__}: {reason}")
+            records = [_record(questions[0], f"{type(error).__name__}: {reason}")]
+        seconds = (time.perf_counter() - began) / len(questions)
+        return [{**record, "seconds": round(seconds, 3)} for record in records]
+
+    def _answer(self, questions: Sequence[BenchmarkQuestion]) -> list[Record]:
+        prompts = [self.subject.prompt(question) for question in questions]
+        first_change = 1 if self.thoughts else self.config.noise_at_step
+        point = self.subject.branch_point(prompts, first_change)
+        answers = self._branches(point, questions)
+        latents = point.prompt.latent.sum(dim=1).tolist()
+        return [
+            {
+                **_record(question, None),
+                "n_latents": latents[row],
+                "prompt_tokens": len(prompts[row]),
+                "conditions": {
+                    condition.key: self._judge(
+                        question, condition, answers[row, condition.key if condition.distinct else GREEDY]
+                    )
+                    for condition in self.conditions
+                },
+            }
+            for row, question in enumerate(questions)
+        ]
+
+    def _branches(self, point: BranchPoint, questions: Sequence[BenchmarkQuestion]) -> dict[tuple[int, str], list[Answer]]:
+        """The answers of every question and condition, `batch_size` branches at a time."""
+        answers: dict[tuple[int, str], list[Answer]] = {}
+        wanted = [
+            (row, condition, branch)
+            for row in range(len(questions))
+            for condition in self.conditions
+            for branch in range(condition.distinct)
+        ]
+        for part in _cut(wanted, self.config.batch_size):
+            rows = [self._row(questions[row], row, condition, branch) for row, condition, branch in part]
+            for (row, condition, _), answer in zip(part, self._generate(point, rows), strict=True):
+                answers.setdefault((row, condition.key), []).append(answer)
+        return answers
+
+    def _row(self, question: BenchmarkQuestion, row: int, condition: Condition, branch: int) -> Branch:
+        noise_branch = 0 if self.config.shared_noise else branch
+        intervention = condition.noise
+        if intervention is None:
+            replacements = cast("Thoughts", self.thoughts).replacements(
+                question.index, str(condition.control), str(condition.place)
+            )
+            intervention = Intervention(replacements=replacements)
+        return Branch(row, question.index, branch, noise_branch, intervention, condition.temperature)
+
+    def _generate(self, point: BranchPoint, rows: list[Branch]) -> Iterator[Answer]:
+        config = self.config
+        generated: Generated = self.subject.model.generate_from(point, rows, config.max_new_tokens, config.top_p, config.seed)
+        tokens, lengths = generated.tokens.tolist(), generated.lengths.tolist()
+        scores, thoughts = generated.log_probabilities.tolist(), generated.thoughts.float().cpu()
+        for row in range(len(rows)):
+            new = tokens[row][: lengths[row]]
+            text = self.subject.text(new[:-1] if new[-1:] == [self.subject.ids.eos] else new)
+            noise = next(iter(generated.noise[row]), None)
+            yield Answer(text, scores[row][: lengths[row]], noise, thoughts[row])
+
+    def _judge(self, question: BenchmarkQuestion, condition: Condition, found: list[Answer]) -> dict[str, Any]:
+        """What the K branches say, each and together."""
+        given = found * condition.branches if len(found) < condition.branches else found
+        same = functools.cache(functools.partial(same_answer, question.benchmark))
+        answers = [extract(question.benchmark, answer.text) for answer in given]
+        scores = [[min(score, 0.0) for score in answer.log_probabilities] for answer in given]
+        ratios = [0.0 if answer.noise is None else float(answer.noise["scale_ratio"]) for answer in given]
+        votes = {
+            "majority": majority_vote(answers, same),
+            "probability": probability_vote(answers, scores, same=same),
+            "probability_sum": probability_vote(answers, scores, length_normalised=False, same=same),
+            "noise_weighted": noise_weighted_vote(answers, ratios, same),
+        }
+        return {
+            "branches": [
+                {
+                    "text": answer.text,
+                    "answer": said,
+                    "correct": same(said, question.gold),
+                    "new_tokens": len(score),
+                    "log_probability": _rounded(math.fsum(score)),
+                }
+                for answer, said, score in zip(given, answers, scores, strict=True)
+            ],
+            "votes": dict(Counter(answers)),
+            **{
+                name: {
+                    "answer": vote.answer,
+                    "votes": vote.votes,
+                    "confidence": _rounded(vote.confidence),
+                    "correct": same(vote.answer, question.gold),
+                }
+                for name, vote in votes.items()
+            },
+            "noise_ratio": [_rounded(ratio) for ratio in ratios] if given[0].noise is not None else None,
+            "diversity": self._diversity(given),
+        }
+
+    def _diversity(self, given: list[Answer]) -> dict[str, float] | None:
+        if len(given) < 2:
+            return None
+        measured = path_diversity(torch.stack([answer.thoughts for answer in given]), self.config.noise_at_step)
+        return {name: _rounded(value) for name, value in measured._asdict().items() if name != "pairwise"}
+
+
+def _record(question: BenchmarkQuestion, error: str | None) -> Record:
+    return {"index": question.index, "question": question.question, "gold": question.gold, "error": error}
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else 0.0
+
+
+def _cut(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+# --- the run ---
+
+
+class Sweep(NamedTuple):
+    """A finished run: what was asked for, facts about it, and one record for each question in their order."""
+
+    config: SweepConfig
+    info: dict[str, Any]
+    records: list[Record]
+
+
+def run_sweep(config: SweepConfig, device: torch.device) -> Sweep | None:
+    """Answer all questions under all conditions, going on where an earlier run stopped; None if a signal stopped this one.
+
+    Called by all processes, which share the questions. Raises UserError for whatever the user can put right.
+    """
+    questions = load_questions(
+        config.benchmark, config.data_path, config.subset, config.split, config.num_questions, config.seed
+    )
+    subject = load_subject(config, device)
+    progress = open_progress(config.directory, _influences(config, subject, questions), config.fresh)
+    try:
+        with _signals():
+            records = _run(config, subject, questions, progress)
+    except Preempted as stop:
+        done = sum(record["error"] is None for record in progress.records())
+        get_logger().info(f"stopped by {stop}: {done} of {len(questions)} questions done; the same command goes on from there")
+        return None
+    if all(record["error"] is not None for record in records):
+        raise UserError(f"all {len(records)} questions failed; the first with {records[0]['error']}")
+    return Sweep(config, _information(config, subject, records, progress), records)
+
+
+def _run(config: SweepConfig, subject: Subject, questions: list[BenchmarkQuestion], progress: Progress) -> list[Record]:
+    done = {record["index"] for record in progress.records() if record["error"] is None}
+    distributed.barrier()  # nobody appends before everybody has read
+    wanted = conditions(config)
+    if config.controls and len(done) < len(questions):
+        thoughts = clean_thoughts(subject, questions, config.batch_size, config.seed)
+    else:
+        thoughts = None
+    answerer = Answerer(config, subject, wanted, thoughts)
+    by_length = sorted(questions, key=lambda question: (len(question.question), question.index))  # little padding
+    chunks = _cut(by_length, answerer.chunk_size)
+    left = [chunk for chunk in chunks if not {question.index for question in chunk} <= done]
+    branches = sum(condition.distinct for condition in wanted)
+    title = f"{config.name}: {branches} branches a question"
+    bar = tqdm(total=len(questions), initial=len(done), desc=title, unit="question", disable=not is_main_process())
+    for number, chunk in enumerate(left):
+        if number % distributed.world_size() == distributed.rank():
+            progress.append(answerer.answer(chunk))
+        bar.update(len(chunk))
+    bar.close()
+    distributed.barrier()
+    return progress.records()
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[None]:
+    """SIGTERM, SIGUSR1 (SLURM) and Ctrl-C end the run at once: what is not saved yet is computed again."""
+
+    def stop(number: int, _frame: object) -> None:
+        raise Preempted(signal.Signals(number).name)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _influences(config: SweepConfig, subject: Subject, questions: list[BenchmarkQuestion]) -> dict[str, Any]:
+    """Everything that the answers depend on: settings, weights by their place, questions by their content."""
+    values = config.model_dump(mode="json", exclude=set(WITHOUT_INFLUENCE))
+    content = hashlib.sha256(repr([(one.index, one.question, one.choices, one.gold) for one in questions]).encode())
+    return {**_jsonable(values), "model": subject.source, "questions_sha256": content.hexdigest()}
+
+
+def _jsonable(values: dict[str, Any]) -> dict[str, Any]:
+    """Infinite scales, which JSON does not know, as text."""
+    scales = values["noise_scales"]
+    return {**values, "noise_scales": scales and [scale if math.isfinite(scale) else str(scale) for scale in scales]}
+
+
+def _information(config: SweepConfig, subject: Subject, records: list[Record], progress: Progress) -> dict[str, Any]:
+    """experiment_info of the result files."""
+    return {
+        "timestamp": progress.timestamp,
+        "benchmark": config.benchmark,
+        "data_path": config.data_path,
+        "questions": len(records),
+        "errors": sum(record["error"] is not None for record in records),
+        **subject.describe(),
+        "checkpoint": config.load_model_path,
+        "n_latents": sorted({record["n_latents"] for record in records if record["error"] is None}),
+        "num_branches": config.num_branches,
+        "temperature": config.temperature,
+        "top_p": config.top_p,
+        "self_consistency_temperature": config.self_consistency_temperature,
+        "max_new_tokens": config.max_new_tokens,
+        "seed": config.seed,
+        "noise_at_step": config.noise_at_step,
+        "schedule": "constant" if config.apply_noise_to_all_passes else config.schedule,
+        "shared_noise": config.shared_noise,
+        "passes": "all" if config.apply_noise_to_all_passes else config.noise_at_step,
+        "dtype": config.dtype,
+        "device": str(subject.device) if subject.device.type == "cpu" else torch.cuda.get_device_name(subject.device),
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy")},
+        "git_commit": git_commit(),
+        "seconds": round(sum(record["seconds"] for record in records), 1),
+    }
+
+
+def git_commit() -> str | None:
+    """The commit of the code, with "+" where files differ from it; None outside a repository."""
+    root = Path(__file__).resolve().parents[1]
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", root, *arguments], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
