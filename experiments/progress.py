@@ -1,7 +1,7 @@
 """What a noise experiment has done so far: one line a question, a file for each process, so that nothing is done twice.
 
-directory/progress/settings.json holds what was asked for, part-<rank>.jsonl the finished questions. A line that a kill tore
-apart is dropped; everything else stays.
+directory/progress/settings.json holds what was asked for, part-<rank>.jsonl the finished questions; `finished` says that they
+are all. A line that a kill tore apart is dropped; everything else stays.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import distributed
 from utils import UserError, append_jsonl, get_logger, read_text, write_jsonl
 
 Record = dict[str, Any]
-FOLDER, SETTINGS = "progress", "settings.json"
+FOLDER, SETTINGS, FINISHED = "progress", "settings.json", "finished"
 TIMESTAMP = "%Y%m%d-%H%M%S"  # of files, UTC
 
 
@@ -32,6 +32,10 @@ class Progress:
     @property
     def folder(self) -> Path:
         return self.directory / FOLDER
+
+    def finish(self) -> None:
+        """All is done: the next experiment of this name may be another one."""
+        (self.folder / FINISHED).touch()
 
     def append(self, records: Iterable[Record]) -> None:
         for record in records:
@@ -50,7 +54,8 @@ class Progress:
 def open_progress(directory: Path, settings: dict[str, Any], fresh: bool) -> Progress:
     """Begin, or go on with, the experiment in a directory; called by all processes, done by rank 0.
 
-    settings: everything that the answers depend on. Raises UserError if the directory holds another experiment.
+    settings: everything that the answers depend on. Raises UserError if the directory holds another one that is not finished;
+    a finished one keeps its result files, and this one begins beside them.
     """
     return distributed.run_on_main(lambda: _open(directory, settings, fresh))
 
@@ -62,8 +67,15 @@ def _open(directory: Path, settings: dict[str, Any], fresh: bool) -> Progress:
     try:
         if not (folder / SETTINGS).is_file():
             return _begin(directory, settings)
-        progress = Progress(directory, _same_settings(folder / SETTINGS, settings))
-        _gather_parts(progress)
+        timestamp, problem = _saved(folder / SETTINGS, settings)
+        if problem is None:
+            progress = Progress(directory, timestamp)
+            _gather_parts(progress)
+        elif (folder / FINISHED).exists():
+            shutil.rmtree(folder)
+            progress = _begin(directory, settings)
+        else:
+            raise UserError(f"{folder / SETTINGS}: {problem}: choose another name, or set fresh: true to start over")
     except OSError as error:
         raise UserError(f"{directory}: cannot be written: {error}") from None
     return progress
@@ -79,21 +91,18 @@ def _begin(directory: Path, settings: dict[str, Any]) -> Progress:
     return Progress(directory, timestamp)
 
 
-def _same_settings(path: Path, settings: dict[str, Any]) -> str:
-    """The timestamp of the experiment that is there. Raises UserError if it is another one."""
+def _saved(path: Path, settings: dict[str, Any]) -> tuple[str, str | None]:
+    """The timestamp of the experiment that is there, and why it is another one, if it is."""
     try:
         saved = json.loads(read_text(path))
-        timestamp, known = saved["timestamp"], saved["settings"]
+        timestamp, known = str(saved["timestamp"]), saved["settings"]
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: not the settings of an experiment; set fresh: true to start over") from None
+        return "", "not the settings of an experiment"
     current = json.loads(json.dumps(settings))
-    for key in current.keys() | known.keys():
+    for key in [*current, *known]:
         if current.get(key) != known.get(key):
-            raise UserError(
-                f"{path}: the experiment there has {key} {known.get(key)!r}, this one {current.get(key)!r}: "
-                "choose another name, or set fresh: true to start over"
-            )
-    return str(timestamp)
+            return timestamp, f"the experiment there has {key} {known.get(key)!r}, this one {current.get(key)!r}"
+    return timestamp, None
 
 
 def _gather_parts(progress: Progress) -> None:

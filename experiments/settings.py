@@ -119,3 +119,16 @@ class BranchConfig(SweepConfig):
     temperature: Annotated[float, Field(ge=0)] = 0.7
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
     max_new_tokens: Positive = 256
+
+
+class FullConfig(SweepConfig):
+    """The same keys for full_test.py: all noise types and controls greedily, then branches with the keys about branches."""
+
+    noise_type: Annotated[list[NoiseType], Field(min_length=1), BeforeValidator(_listed)] = Field(default=list(NOISE_TYPES))
+    controls: Annotated[list[Control], BeforeValidator(lambda value: _listed(value) or [])] = Field(
+        default=["zero", "mean", "other", "pause"]
+    )
+    branch_noise_type: NoiseType = "gaussian_scaled"
+    num_branches: Positive = 5
+    temperature: Annotated[float, Field(ge=0)] = 0.7
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95

@@ -361,6 +361,7 @@ def _run(config: SweepConfig, subject: Subject, questions: list[BenchmarkQuestio
         bar.update(len(chunk))
     bar.close()
     distributed.barrier()
+    distributed.run_on_main(progress.finish)
     return progress.records()
 
 

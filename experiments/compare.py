@@ -1,0 +1,50 @@
+"""Paired tests of any two conditions of a noise experiment: `python -m experiments.compare DIRECTORY FIRST SECOND`.
+
+DIRECTORY is that of the experiment (results/NAME), FIRST and SECOND are keys of conditions as in its tables: greedy, clean,
+gaussian@0.5, zero/all. Without keys they are listed. McNemar's exact test and the bootstrap interval of the difference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from experiments.progress import Progress
+from experiments.summary import compare, condition_keys
+from utils import UserError, get_logger
+
+
+def report(directory: Path, keys: list[str]) -> str:
+    """One line. Raises UserError if there is no such experiment or condition."""
+    records = Progress(directory, "").records()
+    if not records:
+        raise UserError(f"{directory}: no questions of an experiment there (progress/part-*.jsonl)")
+    known = condition_keys(records)
+    for key in keys:
+        if key not in known:
+            raise UserError(f"{directory}: no condition {key!r}; there are {', '.join(known)}")
+    if len(keys) != 2:
+        return "\n".join(known)
+    found = compare(records, *keys)
+    return (
+        f"{keys[1]} minus {keys[0]}: {found['difference']:+.1f} points (95% {found['low']:+.1f} to {found['high']:+.1f}), "
+        f"right only in the first {found['only_first']}, only in the second {found['only_second']} of {found['questions']} "
+        f"questions, McNemar p = {found['p_value']:.2g}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("keys", nargs="*", help="two conditions")
+    arguments = parser.parse_args()
+    try:
+        get_logger().info(report(arguments.directory, arguments.keys))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""The files of a finished noise experiment: results for each noise setting, controls, one table of everything, figures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from experiments import sweep_plots
+from experiments.answers import BENCHMARKS, CONCEPT, LETTER, TRUTH
+from experiments.summary import (
+    CLEAN,
+    GREEDY,
+    SELF_CONSISTENCY,
+    condition_key,
+    condition_keys,
+    condition_result,
+    condition_summary,
+    coverage_table,
+    setting_name,
+    setting_result,
+    summarise,
+    summary_table,
+)
+from experiments.sweep import Sweep
+from reporting import show
+from utils import get_logger, save_config
+
+BASELINES = (GREEDY, CLEAN, SELF_CONSISTENCY)
+CHANCE = {id(LETTER): 25.0, id(CONCEPT): 50.0, id(TRUTH): 50.0}  # in %, of benchmarks whose questions name the options
+
+
+def chance(benchmark: str) -> float | None:
+    """Accuracy in % of a guess among the options; None where the answer is free."""
+    return CHANCE.get(id(BENCHMARKS[benchmark]))
+
+
+def write_results(sweep: Sweep) -> dict[str, dict[str, Any]]:
+    """Write everything into the experiment's directory, show the tables, and return the summary of every condition."""
+    directory, records = sweep.config.directory, sweep.records
+    save_config(sweep.config, directory / "config.yaml")
+    present = condition_keys(records)
+    baselines = {key: condition_summary(records, key) for key in BASELINES if key in present}
+    settings: dict[str, dict[str, Any]] = {}
+    for noise_type, direction in sweep.config.settings():
+        scales = sweep.config.scales(noise_type, direction)
+        name = setting_name(noise_type, direction)
+        settings[name] = setting_result(records, noise_type, direction, scales)
+        info = {**sweep.info, "noise_type": noise_type, "noise_direction": direction, "scales": [*settings[name]["results"]]}
+        keys = [
+            key for key in present if key in BASELINES or key in {condition_key(noise_type, direction, one) for one in scales}
+        ]
+        _write(sweep, name, {"experiment_info": info, **settings[name], "baselines": baselines}, keys)
+        _setting_figures(sweep, name, noise_type, settings[name], baselines)
+    controls = {key: condition_result(records, key) for key in present if "/" in key}
+    if controls:
+        _write(
+            sweep, "controls", {"experiment_info": sweep.info, "results": controls, "baselines": baselines}, [*controls, GREEDY]
+        )
+    summary = summarise(records)
+    _write(sweep, "summary", {"experiment_info": sweep.info, "conditions": summary})
+    _figures(sweep, settings, controls, baselines)
+    _tables(sweep, summary)
+    return summary
+
+
+def _write(sweep: Sweep, name: str, content: dict[str, Any], keys: list[str] | None = None) -> None:
+    """One JSON file, whole or not at all; with keys also the records, with these conditions of each."""
+    if keys is not None:
+        content["questions"] = [
+            {**record, "conditions": {key: one for key, one in record.get("conditions", {}).items() if key in keys}}
+            for record in sweep.records
+        ]
+    path = sweep.config.directory / f"{name}_{sweep.info['timestamp']}.json"
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def _title(sweep: Sweep, what: str) -> str:
+    answered = sweep.info["questions"] - sweep.info["errors"]
+    return f"{what}: {sweep.config.benchmark}, {answered} questions"
+
+
+def _setting_figures(
+    sweep: Sweep, name: str, noise_type: str, setting: dict[str, Any], baselines: dict[str, dict[str, Any]]
+) -> None:
+    directory, clean = sweep.config.directory, baselines[CLEAN]
+    guess = chance(sweep.config.benchmark)
+    greedy = baselines[GREEDY]["accuracy"] if sweep.config.temperature else None  # without samples it is the clean one
+    sweep_plots.accuracy_by_scale(setting, noise_type, directory / f"{name}.png", _title(sweep, name), clean, greedy, guess)
+    if sweep.config.num_branches > 1:
+        curves = {key: one["coverage"] for key, one in baselines.items() if key in (CLEAN, SELF_CONSISTENCY)}
+        curves |= {f"scale {scale}": one["coverage"] for scale, one in setting["results"].items() if one["noise_ratio"]}
+        emphasised = [key for key in (CLEAN, SELF_CONSISTENCY) if key in curves]
+        title = _title(sweep, f"Branches that agree, {name}")
+        sweep_plots.coverage_curves(curves, directory / f"coverage_{name}.png", title, emphasised)
+
+
+def _figures(sweep: Sweep, settings: dict[str, Any], controls: dict[str, Any], baselines: dict[str, dict[str, Any]]) -> None:
+    directory, guess = sweep.config.directory, chance(sweep.config.benchmark)
+    if len(settings) > 1:
+        title = _title(sweep, "Noise types by what they add")
+        sweep_plots.noise_types(settings, directory / "noise_types.png", title, baselines[CLEAN], guess)
+    if sweep.config.num_branches > 1:
+        title = _title(sweep, "How far branches part, and accuracy")
+        sweep_plots.diversity_scatter(settings, directory / "diversity.png", title, chance=guess)
+    if controls:
+        title = _title(sweep, "Thoughts displaced")
+        sweep_plots.control_bars(controls, directory / "controls.png", title, baselines[GREEDY], guess)
+
+
+def _tables(sweep: Sweep, summary: dict[str, dict[str, Any]]) -> None:
+    """On the terminal, and as text in table.txt."""
+    tables = [summary_table(summary, _title(sweep, sweep.config.name))]
+    if sweep.config.num_branches > 1:
+        tables.append(coverage_table(summary, "Answered only where so many branches agree"))
+    for table in tables:
+        show(table)
+    _write_tables(sweep.config.directory / "table.txt", tables)
+    if errors := sweep.info["errors"]:
+        get_logger().warning(f"{errors} questions failed and are counted nowhere; the same command tries them again")
+    get_logger().info(f"results and figures: {sweep.config.directory}")
+
+
+def _write_tables(path: Path, tables: list[Table]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        console = Console(file=file, width=140, highlight=False)
+        for table in tables:
+            console.print(table)

@@ -1,0 +1,27 @@
+"""A whole benchmark with noisy branches that vote: `python run_noisy_experiment.py [args/X.yaml] [key=value ...]`.
+
+Under torchrun the processes share the questions. The same command goes on where a run was stopped or killed.
+"""
+
+from __future__ import annotations
+
+import distributed
+from experiments.settings import BranchConfig
+from experiments.sweep import run_sweep
+from experiments.sweep_results import write_results
+from reporting import print_config
+from utils import entry_point, load_config
+
+
+@entry_point
+def main(arguments: list[str]) -> None:
+    config = load_config(BranchConfig, arguments)
+    with distributed.process_group() as device:
+        print_config(config)
+        sweep = run_sweep(config, device)
+        if sweep is not None:
+            distributed.run_on_main(lambda: write_results(sweep))
+
+
+if __name__ == "__main__":
+    main()

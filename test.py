@@ -1,0 +1,24 @@
+"""Accuracy against noise in the thoughts: `python test.py args/noise_sweep.yaml [key=value ...]`, alone or under torchrun."""
+
+from __future__ import annotations
+
+import distributed
+from experiments.settings import SweepConfig
+from experiments.sweep import run_sweep
+from experiments.sweep_results import write_results
+from reporting import print_config
+from utils import entry_point, load_config
+
+
+@entry_point
+def main(arguments: list[str]) -> None:
+    config = load_config(SweepConfig, arguments)
+    with distributed.process_group() as device:
+        print_config(config)
+        sweep = run_sweep(config, device)
+        if sweep is not None:
+            distributed.run_on_main(lambda: write_results(sweep))
+
+
+if __name__ == "__main__":
+    main()
