@@ -78,8 +78,11 @@ def method_bars(accuracies: dict[str, list[float]], chance: float, path: Path, t
     save_figure(figure, path)
 
 
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure to a file, whose directory is made, and close it."""
+def save_figure(figure: Figure, path: Path) -> Figure:
+    """Write a figure to a file, whose directory is made, and close it. Another name first, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    partial = path.with_name(f".partial-{path.name}")
+    figure.savefig(partial, dpi=150)
+    partial.replace(path)
     plt.close(figure)
+    return figure

@@ -238,24 +238,29 @@ def summarise(records: Sequence[Record], seed: int = 0) -> dict[str, dict[str, A
 
 
 def summary_table(summary: dict[str, dict[str, Any]], title: str) -> Table:
-    """One row for each condition of a `summarise`."""
-    columns = ("right", "accuracy", "95% interval", "status", "agreement", "diversity", "p against clean", "p (Holm)", "errors")
-    table = _table(title, "condition", *columns)
+    """One row for each condition of a `summarise`; narrow enough for 100 columns."""
+    table = _table(title, "condition", "accuracy", "95%\ninterval", "status", "agree", "diversity", "p vs\nclean", "p\n(Holm)")
     for key, row in summary.items():
         versus = row["versus_clean"] or {"p_value": None, "p_holm": None}
         table.add_row(
             key,
-            f"{row['correct']}/{row['total']}",
             _text(row["accuracy"], "{:.1f}%"),
-            "" if row["low"] is None else f"{row['low']:.1f} to {row['high']:.1f}%",
+            "" if row["low"] is None else f"{row['low']:.1f}-{row['high']:.1f}",
             row["status"] or "",
             _text(row["agreement"], "{:.2f}"),
             _text(row["diversity"], "{:.3g}"),
             _probability(versus["p_value"]),
             _probability(versus["p_holm"]),
-            str(row["errors"]),
         )
+    table.caption = _caption(summary)
+    table.caption_justify = "left"
     return table
+
+
+def _caption(summary: dict[str, dict[str, Any]]) -> str:
+    questions, failed = (max((row[name] for row in summary.values()), default=0) for name in ("total", "errors"))
+    failures = f"; {failed} more failed and are not counted" if failed else ""
+    return f"{questions} questions{failures}. agree: mean confidence of the majority; p: exact McNemar test."
 
 
 def coverage_table(summary: dict[str, dict[str, Any]], title: str) -> Table:
@@ -279,7 +284,7 @@ def coverage_table(summary: dict[str, dict[str, Any]], title: str) -> Table:
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left")
     for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left")
+        table.add_column(column, justify="right" if number else "left", no_wrap=not number)
     return table
 
 
@@ -288,4 +293,4 @@ def _text(value: float | None, form: str) -> str:
 
 
 def _probability(value: float | None) -> str:
-    return "" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
+    return "" if value is None else "<0.001" if value < 0.001 else f"{value:.3f}"
