@@ -5,15 +5,21 @@ A record is {"question": str, "answer": str, "steps": [str, ...]}; further field
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
+import shutil
+import signal
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import datasets
 import numpy as np
+import tokenizers
 import torch
 from datasets import Dataset, disable_progress_bars
 from transformers import PreTrainedTokenizerBase
@@ -23,6 +29,7 @@ from utils import STAGED_METHODS, UserError, get_logger, is_main_process, read_t
 
 START_LATENT, END_LATENT, LATENT, PAUSE = "<|start-latent|>", "<|end-latent|>", "<|latent|>", "<pause>"
 RECORDS_PER_WORKER = 20_000  # below this, starting another tokenising process costs more than it saves
+CACHED_FROM = 2**20  # bytes of a data file: smaller ones are tokenised faster than looked up
 
 
 class Curriculum(Protocol):
@@ -57,8 +64,12 @@ class DataError(UserError):
 
 def load_records(path: str | Path) -> list[dict[str, Any]]:
     """The validated records of a JSON file. Raises DataError naming file, index, field and reason."""
+    return _parse_records(read_text(Path(path)), path)
+
+
+def _parse_records(text: str, path: str | Path) -> list[dict[str, Any]]:
     try:
-        records = json.loads(read_text(Path(path)))
+        records = json.loads(text)
     except json.JSONDecodeError as error:
         raise DataError(f"{path}: not valid JSON: {error}") from None
     except RecursionError:
@@ -123,21 +134,74 @@ def get_dataset(
     tokenizer's special tokens), steps_tokenized [[int]] (each step and newline), answer_tokenized [int] ("### ", answer, EOS).
     chat_template: the question is a user's turn in the tokenizer's chat template instead, up to where the assistant begins.
 
+    The tokens of a large file are kept on disk (`datasets`' cache, HF_DATASETS_CACHE) and mapped into memory, for a restart and
+    for the other processes of the machine: let one come first (`distributed.first_on_each_node`).
+
     Raises DataError naming file, record and field, or that the tokenizer has no chat template.
     """
     if chat_template and not tokenizer.chat_template:
         raise DataError("chat_template: True, but the tokenizer of this model has no chat template; set chat_template: False")
-    records = load_records(path)[:max_size]
     if not is_main_process():
         disable_progress_bars()
-    dataset = Dataset.from_list([_row(index, record) for index, record in enumerate(records)])
-    workers = max(1, min(available_cpus(), len(records) // RECORDS_PER_WORKER))
     tokenize = _Tokenize(tokenizer, chat_template)
-    dataset = dataset.map(
-        tokenize, batched=True, num_proc=workers if workers > 1 else None, desc=f"tokenising {Path(path).name}"
-    )
+    text = read_text(Path(path))
+    cache = _cache_directory(text, tokenize, max_size)
+    dataset = _load_tokens(cache)
+    if dataset is None:
+        dataset = _save_tokens(_tokenised(_parse_records(text, path)[:max_size], tokenize, path), cache)
     _check_tokens(dataset[0], tokenize, path)
     return dataset
+
+
+def _tokenised(records: list[dict[str, Any]], tokenize: _Tokenize, path: str | Path) -> Dataset:
+    dataset = Dataset.from_list([_row(index, record) for index, record in enumerate(records)])
+    workers = max(1, min(_machine_cpus(), len(records) // RECORDS_PER_WORKER))
+    return dataset.map(tokenize, batched=True, num_proc=workers if workers > 1 else None, desc=f"tokenising {Path(path).name}")
+
+
+def _cache_directory(text: str, tokenize: _Tokenize, max_size: int | None) -> Path | None:
+    """Where the tokens of a file's text are kept; None where it is not worth it, or the tokenizer's state cannot be read.
+
+    The name is a hash of all that decides the tokens, this file included; not of paths, so that a run and its continuation
+    from a checkpoint, with the tokenizer saved there, find the same tokens.
+    """
+    tokenizer = tokenize.tokenizer
+    if len(text) < CACHED_FROM or not hasattr(tokenizer, "backend_tokenizer"):
+        return None
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    del state["truncation"], state["padding"]  # as the last call left them
+    python_side = [tokenizer.eos_token_id, tokenizer.special_tokens_map, getattr(tokenizer, "split_special_tokens", False)]
+    template = tokenizer.chat_template if tokenize.chat_template else None
+    parts = [state, python_side, template, max_size, tokenizers.__version__, Path(__file__).read_text(encoding="utf-8"), text]
+    key = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
+    return Path(datasets.config.HF_DATASETS_CACHE) / "coconut" / key.hexdigest()[:32]
+
+
+def _load_tokens(directory: Path | None) -> Dataset | None:
+    """The data set in a cache directory, None where there is no whole one."""
+    if directory is None or not directory.is_dir():
+        return None
+    try:
+        return Dataset.load_from_disk(str(directory))
+    except Exception as error:  # a damaged file can raise anything from pyarrow or json
+        get_logger().warning(f"{directory}: damaged, tokenising again: {' '.join(str(error).split())}")
+        shutil.rmtree(directory, ignore_errors=True)
+        return None
+
+
+def _save_tokens(dataset: Dataset, directory: Path | None) -> Dataset:
+    """Keep a data set on disk, whole or not at all; returns it from there, or as it is where it cannot be kept."""
+    if directory is None:
+        return dataset
+    partial = directory.with_name(f".{uuid.uuid4().hex}.partial")
+    try:
+        dataset.save_to_disk(str(partial))
+        partial.rename(directory)
+    except OSError as error:
+        if not directory.is_dir():  # else another process was faster
+            get_logger().warning(f"{directory}: the tokens cannot be kept: {error}; every process and restart tokenises anew")
+        shutil.rmtree(partial, ignore_errors=True)
+    return _load_tokens(directory) or dataset
 
 
 def question_ids(tokenizer: PreTrainedTokenizerBase, questions: list[str], chat_template: bool = False) -> list[list[int]]:
@@ -193,10 +257,13 @@ def _check_tokens(row: dict[str, Any], tokenize: _Tokenize, path: str | Path) ->
         )
 
 
+def _machine_cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def available_cpus() -> int:
     """CPUs that this process may use, shared among the processes that torchrun started on this machine."""
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, _machine_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 # --- stages ---
@@ -468,6 +535,13 @@ def batch_loader(
         batch_size=None,
         num_workers=min(workers, len(micro_batches)),
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_ignore_stop_signals,
         generator=torch.Generator(),  # else each new loader draws from the generator of dropout, and resuming is not exact
     )
     return iter(loader)
+
+
+def _ignore_stop_signals(worker: int) -> None:
+    """Torchrun, SLURM and Ctrl-C signal all processes of a job; training still needs its batches for the last step."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)

@@ -31,6 +31,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def local_rank() -> int:
+    """The number of this process on its node."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
 @contextlib.contextmanager
 def process_group() -> Iterator[torch.device]:
     """Join the process group that torchrun describes in the environment, if any; yields this process's device.
@@ -38,8 +43,11 @@ def process_group() -> Iterator[torch.device]:
     The device index is the local rank: on several nodes the global rank would name GPUs that do not exist.
     """
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    device = torch.device("cuda", local_rank()) if cuda else torch.device("cpu")
     if cuda:
+        processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+        if processes > gpus:
+            raise UserError(f"{processes} processes on a node with {gpus} GPUs: set --nproc-per-node to {gpus}")
         torch.cuda.set_device(device)
     if "WORLD_SIZE" not in os.environ:
         yield device
@@ -81,6 +89,22 @@ def gather_objects(value: Any) -> list[Any]:
 def barrier() -> None:
     if world_size() > 1:
         dist.barrier()
+
+
+@contextlib.contextmanager
+def first_on_each_node() -> Iterator[None]:
+    """One process of each node runs the block, then the others of the node: they find in files what it has made.
+
+    An error in the first one lets the others go on; bad input is met by each of them.
+    """
+    first = local_rank() == 0
+    if not first:
+        barrier()
+    try:
+        yield
+    finally:
+        if first:
+            barrier()
 
 
 def run_on_main(action: Callable[[], Any]) -> Any:
