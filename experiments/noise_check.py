@@ -1,0 +1,255 @@
+"""Noise on the thoughts of a trained model, against its formulas:
+`python -m experiments.noise_check CHECKPOINT DATA_FILE OUT [--questions N] [--seed S]`.
+
+CHECKPOINT is a checkpoint directory, a run's directory, or a model without training; DATA_FILE a JSON file of records. Every
+type of noise is put on the clean thoughts of the first N questions at every recommended scale, drawn as in the experiments;
+on the first thought of each also in float16 and bfloat16. Writes OUT/noise_check.json and prints a table. Exit code 1 if a
+check fails: a p-value below 1e-4, or what must hold exactly does not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from rich import box
+from rich.table import Table
+from torch import Tensor
+
+from dataset import MyCollator
+from experiments.benchmarks import BenchmarkQuestion, load_questions
+from experiments.noise_laws import SMALLEST_P, measure, measure_below_rounding, measure_zero, recommended_settings
+from experiments.settings import SweepConfig
+from experiments.subjects import Subject, load_subject
+from models import embedding_weight
+from noise import count_passes, noise_generator
+from reporting import show
+from utils import UserError, entry_point, load_config
+
+PROGRAM = "noise_check"
+RESULT = f"{PROGRAM}.json"
+BATCH = 100
+MOST_LINES = 10  # about what is wrong; the file has everything
+COARSE = (torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, *COARSE)
+
+
+class Thoughts(NamedTuple):
+    """Thoughts (N, D) float32, and of which question and pass (from 1) each is."""
+
+    states: Tensor
+    questions: list[int]
+    passes: list[int]
+
+    def firsts(self) -> Thoughts:
+        """The first thought of every question: where noise goes by default."""
+        rows = [row for row, number in enumerate(self.passes) if number == 1]
+        return Thoughts(self.states[rows], [self.questions[row] for row in rows], [1] * len(rows))
+
+    def generators(self, seed: int, branch: int) -> list[torch.Generator]:
+        """The sources that the noise of these thoughts has in an experiment."""
+        return [noise_generator(seed, question, branch, number) for _, question, number in zip(*self, strict=True)]
+
+
+# --- the thoughts ---
+
+
+def load(source: Path, data_file: Path, benchmark: str, limit: int) -> tuple[Subject, list[BenchmarkQuestion]]:
+    """Who thinks, on the CPU in float32, and the first questions of a file. Raises UserError as these two do."""
+    arguments = [f"name={PROGRAM}", f"benchmark={benchmark}", f"load_model_path={source}"]
+    subject = load_subject(load_config(SweepConfig, arguments), torch.device("cpu"))
+    return subject, load_questions(benchmark, data_file, limit=limit)
+
+
+@torch.no_grad()
+def clean_thoughts(subject: Subject, questions: Sequence[BenchmarkQuestion]) -> Thoughts:
+    """The thoughts of all questions, each as it is fed back. Raises UserError if one is zero or not finite."""
+    collator = MyCollator(subject.tokenizer, subject.ids.latent)
+    parts = [_think(subject, collator, questions[at : at + BATCH]) for at in range(0, len(questions), BATCH)]
+    thoughts = Thoughts(
+        torch.cat([part.states for part in parts]),
+        [question for part in parts for question in part.questions],
+        [number for part in parts for number in part.passes],
+    )
+    if not bool((thoughts.states.norm(dim=-1) > 0).all() and thoughts.states.isfinite().all()):
+        raise UserError(f"{subject.source}: a thought is zero or not finite; the weights are damaged")
+    return thoughts
+
+
+def _think(subject: Subject, collator: MyCollator, questions: Sequence[BenchmarkQuestion]) -> Thoughts:
+    prompts = [subject.prompt(question) for question in questions]
+    batch = collator(
+        [
+            {"input_ids": ids, "attention_mask": [1] * len(ids), "position_ids": range(len(ids)), "idx": question.index}
+            for ids, question in zip(prompts, questions, strict=True)
+        ]
+    )
+    latent = batch["input_ids"] == subject.ids.latent  # (B, T)
+    states = subject.model.think(batch["input_ids"], batch["attention_mask"]).inputs_embeds[latent]
+    numbers = batch["idx"][latent.nonzero()[:, 0]].tolist()
+    return Thoughts(states, numbers, torch.tensor(count_passes(latent))[latent].tolist())
+
+
+def norms(thoughts: Thoughts) -> dict[str, Any]:
+    """How long thoughts are: all of them, and those of each pass."""
+    sizes = thoughts.states.double().norm(dim=-1)
+    passes = torch.tensor(thoughts.passes)
+    return {
+        "width": thoughts.states.shape[1],
+        "coordinate": thoughts.states.double().square().mean().sqrt().item(),  # root mean square
+        "mean_inverse_square": sizes.pow(-2).mean().item(),
+        "all": _spread(sizes),
+        "by_pass": {str(number): _spread(sizes[passes == number]) for number in sorted(set(thoughts.passes))},
+    }
+
+
+def _spread(sizes: Tensor) -> dict[str, float]:
+    return {
+        "count": len(sizes),
+        "mean": sizes.mean().item(),
+        "deviation": sizes.std(correction=0).item(),
+        "smallest": sizes.min().item(),
+        "largest": sizes.max().item(),
+    }
+
+
+# --- the checks ---
+
+
+def check_noise_on(thoughts: Thoughts, seed: int) -> dict[str, Any]:
+    """All settings, each with its own draws: on all thoughts in float32, on the first thoughts in 16 bits, and on zeros."""
+    firsts, result = thoughts.firsts(), {}
+    for dtype in DTYPES:
+        chosen = thoughts if dtype == torch.float32 else firsts
+        states = chosen.states.to(dtype)
+        sources = [functools.partial(chosen.generators, seed, branch) for branch in range(len(recommended_settings()) + 1)]
+        rows = [measure(states, *each) for each in zip(recommended_settings(), sources, strict=False)]
+        zeros = [measure_zero(states.shape[1], dtype, setting) for setting in recommended_settings()]
+        result[_name(dtype)] = {"settings": rows, "zero_thoughts": zeros}
+        if dtype in COARSE:
+            result[_name(dtype)]["below_rounding"] = [measure_below_rounding(states, sources[-1])]
+    return result
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def all_rows(checks: dict[str, Any]) -> list[dict[str, Any]]:
+    return [row for kinds in checks.values() for rows in kinds.values() for row in rows]
+
+
+def check(subject: Subject, questions: Sequence[BenchmarkQuestion], seed: int) -> dict[str, Any]:
+    """The content of noise_check.json, without the data file; what is no number is None."""
+    thoughts = clean_thoughts(subject, questions)
+    checks = check_noise_on(thoughts, seed)
+    result = {
+        "model": "/".join(Path(subject.source).parts[-2:]),
+        "questions": len(set(thoughts.questions)),
+        "seed": seed,
+        "smallest_p": SMALLEST_P,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "norms": norms(thoughts) | {"embedding": embedding_weight(subject.model.base_causallm).norm(dim=-1).mean().item()},
+        **checks,
+        "p_values": sum(one["p_value"] is not None for row in all_rows(checks) for one in row["checks"].values()),
+        "failed": sum(not row["passed"] for row in all_rows(checks)),
+        "passed": all(row["passed"] for row in all_rows(checks)),
+    }
+    return json.loads(json.dumps(result), parse_constant=lambda _: None)
+
+
+# --- what is shown ---
+
+
+def result_table(result: dict[str, Any]) -> Table:
+    size, questions = result["norms"]["all"], result["questions"]
+    title = (
+        f"Noise on {size['count']:,} thoughts of {questions:,} questions; |h| = {size['mean']:.2f} ± {size['deviation']:.2f}"
+    )
+    table = Table(title=title, caption=_caption(result), box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    table.title_justify = table.caption_justify = "left"
+    for column in ("noise", "scale", "|n|/|h|", "formula", "cosine", "|h'|/|h|", "lowest p", "of", ""):
+        table.add_column(column, justify="left" if column in ("noise", "of", "") else "right", no_wrap=True)
+    for row in result["float32"]["settings"]:
+        table.add_row(*_cells(row))
+    return table
+
+
+def _caption(result: dict[str, Any]) -> str:
+    """The checks that have no row of their own, counted, and what is wrong."""
+    lines = []
+    for dtype in map(_name, DTYPES):
+        counts = [f"{_words(kind)} {sum(row['passed'] for row in rows)} of {len(rows)}" for kind, rows in result[dtype].items()]
+        lines.append(f"{dtype}: {', '.join(counts)} as they should be")
+    problems = wrong(result)
+    more = [f"and {len(problems) - MOST_LINES} more"] if len(problems) > MOST_LINES else []
+    return "\n".join([*lines, *problems[:MOST_LINES], *more])
+
+
+def wrong(result: dict[str, Any]) -> list[str]:
+    """One line for each setting that fails a check."""
+    lines = []
+    for dtype in map(_name, DTYPES):
+        for kind, row in ((kind, row) for kind, rows in result[dtype].items() for row in rows):
+            if failed := [name for name, check in row["checks"].items() if not check["passed"]]:
+                lines.append(f"wrong: {dtype}, {_words(kind)}, {row['name']} at {row['scale']:g}: {', '.join(failed)}")
+    return lines
+
+
+def _words(kind: str) -> str:
+    return kind.replace("_", " ")
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    numbers = [row[key] for key in ("ratio", "expected_ratio", "cosine", "norm_change")]
+    return [
+        row["name"],
+        f"{row['scale']:g}",
+        *("" if number is None else f"{number:.4g}" for number in numbers),
+        "" if row["p_value"] is None else f"{row['p_value']:.2g}",
+        row["test"] or "",
+        "ok" if row["passed"] else "wrong",
+    ]
+
+
+def write_result(result: dict[str, Any], out: Path) -> None:
+    partial = out / f".{RESULT}.partial"
+    partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    partial.replace(out / RESULT)
+
+
+def _arguments(given: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog=f"python -m experiments.{PROGRAM}", description=__doc__)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("data_file", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--questions", type=int, default=500, help="how many, from the first (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
+    parser.add_argument("--benchmark", default="prosqa", help="whose questions they are (default: %(default)s)")
+    return parser.parse_args(given)
+
+
+@entry_point
+def main(given: list[str]) -> None:
+    arguments = _arguments(given)
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{arguments.out}: results cannot be written there: {error.strerror}") from None
+    subject, questions = load(arguments.checkpoint, arguments.data_file, arguments.benchmark, arguments.questions)
+    result = {"data_file": arguments.data_file.name, **check(subject, questions, arguments.seed)}
+    write_result(result, arguments.out)
+    show(result_table(result))
+    sys.exit(not result["passed"])
+
+
+if __name__ == "__main__":
+    main()
