@@ -1,0 +1,491 @@
+"""The runner of the noise experiments: answers against the naive model, the same however they are batched, split or killed."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, chain_records, write_json
+from naive import naive_decode, naive_perturb, naive_sampler
+
+from checkpoint import Facts, id_facts
+from coconut import MAX_N_LATENT
+from dataset import get_dataset, get_question_latent_dataset
+from experiments import sweep, sweep_results
+from experiments.benchmarks import load_questions
+from experiments.compare import report
+from experiments.progress import open_progress
+from experiments.settings import BranchConfig, SweepConfig
+from experiments.subjects import load_subject
+from experiments.sweep import Preempted, conditions, run_sweep
+from experiments.sweep_results import write_results
+from models import build_model, latent_ids, load_tokenizer
+from noise import noise_generator, sampling_generator
+from utils import RunConfig, UserError
+
+CPU = torch.device("cpu")
+QUESTIONS = 7
+TIMES = ("seconds", "timestamp", "git_commit")
+
+
+@pytest.fixture
+def trained(model_directory: Path, tmp_path: Path) -> Path:
+    """A checkpoint directory as run.py leaves it: as many thoughts as steps, at most three."""
+    config = RunConfig(
+        name="x", val_path="v", train_path="t", model_id=str(model_directory), from_scratch=True, method="coconut"
+    )
+    tokenizer = load_tokenizer(str(model_directory))
+    ids = latent_ids(tokenizer, "coconut")
+    torch.manual_seed(0)
+    base = build_model(config, tokenizer, ids).base_causallm
+    directory = tmp_path / "checkpoint"
+    base.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    facts = Facts("coconut", 4, 1, 3, False, 9, 0.5, **id_facts(ids))
+    write_json(directory / "coconut.json", asdict(facts))
+    return directory
+
+
+@pytest.fixture
+def arguments(trained: Path, tmp_path: Path) -> dict[str, Any]:
+    return {
+        "name": "noise",
+        "results_path": str(tmp_path / "results"),
+        "load_model_path": str(trained),
+        "benchmark": "prosqa",
+        "data_path": str(write_json(tmp_path / "questions.json", chain_records(QUESTIONS))),
+        "max_new_tokens": 5,
+        "batch_size": 16,
+    }
+
+
+BRANCHES = {
+    "num_branches": 3,
+    "temperature": 1.0,
+    "top_p": 0.9,
+    "noise_type": ["gaussian_scaled", "targeted"],
+    "noise_scales": [0, 0.5, 2.0],
+}
+
+
+def run(arguments: dict[str, Any], **changes: Any) -> list[dict[str, Any]]:
+    finished = run_sweep(SweepConfig(**{**arguments, **changes}), CPU)
+    assert finished is not None
+    return finished.records
+
+
+def texts(records: list[dict[str, Any]]) -> dict[tuple[int, str], list[str]]:
+    return {
+        (record["index"], key): [branch["text"] for branch in one["branches"]]
+        for record in records
+        for key, one in record["conditions"].items()
+    }
+
+
+# --- what is asked ---
+
+
+def test_conditions() -> None:
+    needed = {"name": "x", "model_id": "m", "benchmark": "prosqa"}
+    greedy = conditions(SweepConfig(**needed, noise_type=["gaussian", "snr"], noise_scales=[0, 1, math.inf][:2]))
+    assert [one.key for one in greedy] == ["greedy", "clean", "gaussian@1.0", "snr@0.0", "snr@1.0"]
+    assert [one.distinct for one in greedy] == [1, 0, 1, 1, 1]  # the clean answer is the greedy one
+    voting = conditions(SweepConfig(**needed, num_branches=4, noise_type="targeted", noise_scales=[0.5]))
+    keys = ["greedy", "clean", "self_consistency", "targeted-same@0.5", "targeted-opposite@0.5"]
+    assert [(one.key, one.distinct) for one in voting] == list(zip(keys, [1, 0, 4, 1, 1], strict=True))
+    assert [one.temperature for one in voting] == [0, 0, 0.7, 0, 0]
+    sampled = conditions(SweepConfig(**needed, num_branches=4, temperature=0.9, shared_noise=True, noise_scales=0.5))
+    assert [(one.key, one.distinct) for one in sampled] == [("greedy", 1), ("clean", 4), ("gaussian@0.5", 4)]
+    shared = conditions(SweepConfig(**needed, num_branches=4, shared_noise=True, noise_scales=0.5))
+    assert shared[-1].distinct == 1
+    everything = SweepConfig(**needed, noise_type="all", controls="zero")
+    assert len(conditions(everything)) == 2 + 8 + 6 + 10 + 6 + 8 + 6 + 5 + 5 + 3
+    assert [one.key for one in conditions(everything)][-3:] == ["zero/all", "zero/first", "zero/after"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_id": None}, "model_id or load_model_path is missing"),
+        ({"benchmark": "gsm9k"}, "unknown benchmark 'gsm9k'; did you mean 'gsm8k'"),
+        ({"noise_type": "pink"}, "Input should be 'gaussian'"),
+        ({"noise_scales": [-1]}, "noise_scale is -1"),
+        ({"noise_scales": [1, 1.0]}, "holds something twice"),
+        ({"noise_scales": []}, "at least 1 item"),
+        ({"controls": ["zero", "zero"]}, "holds something twice"),
+        ({"name": "../x"}, "must be a folder below results_path"),
+        ({"apply_noise_to_all_passes": True, "schedule": "linear"}, "contradict each other"),
+        ({"noise_scale": 1}, "Extra inputs"),
+    ],
+    ids=str,
+)
+def test_settings_that_do_not_fit(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SweepConfig(**{"name": "x", "model_id": "m", "benchmark": "prosqa", **changes})
+
+
+# --- prompts ---
+
+
+def test_prompts_of_a_checkpoint_are_those_of_the_evaluation(arguments: dict[str, Any]) -> None:
+    subject = load_subject(SweepConfig(**arguments), CPU)
+    data = get_dataset(arguments["data_path"], subject.tokenizer)
+    assert subject.curriculum is not None
+    expected = get_question_latent_dataset(
+        subject.stage, data, subject.curriculum, subject.ids.start, subject.ids.latent, subject.ids.end
+    )
+    questions = load_questions("prosqa", arguments["data_path"])
+    prompts = [subject.prompt(question) for question in questions]
+    assert prompts == [row["input_ids"] for row in expected]
+    assert [prompt.count(subject.ids.latent) for prompt in prompts] == [1 + number % 3 for number in range(QUESTIONS)]
+    forced = load_subject(SweepConfig(**arguments, n_latents=5), CPU)
+    assert {forced.prompt(question).count(subject.ids.latent) for question in questions} == {5}
+
+
+def test_prompts_without_training(arguments: dict[str, Any], model_directory: Path, trained: Path) -> None:
+    (trained / "coconut.json").unlink()
+    subject = load_subject(SweepConfig(**arguments), CPU)
+    assert subject.curriculum is None
+    prompt = subject.prompt(load_questions("prosqa", arguments["data_path"])[0])
+    assert prompt[-MAX_N_LATENT - 2 :] == [subject.ids.start, *[subject.ids.latent] * MAX_N_LATENT, subject.ids.end]
+    [record, *_] = run(arguments, num_questions=1, noise_scales=1)
+    assert record["n_latents"] == MAX_N_LATENT
+
+
+# --- what is answered ---
+
+
+def test_answers_are_those_of_the_naive_model(arguments: dict[str, Any], tmp_path: Path) -> None:
+    """Prompt, thoughts, noise, controls and samples of every condition, one by one and without a cache."""
+    two_of_each = [record for record in chain_records(QUESTIONS) if len(record["steps"]) > 1]
+    few = {
+        "data_path": str(write_json(tmp_path / "few.json", two_of_each)),
+        "num_branches": 2,
+        "noise_scales": [0, 2.0],
+        "max_new_tokens": 3,
+        "seed": 3,
+        "controls": ["zero", "mean", "other", "pause"],
+    }
+    config = SweepConfig(**{**arguments, **BRANCHES, **few})
+    finished = run_sweep(config, CPU)
+    assert finished is not None
+    subject = load_subject(config, CPU)
+    base, ids = subject.model.base_causallm, subject.ids
+    questions = load_questions("prosqa", config.data_path)
+    prompts = {one.index: torch.tensor([subject.prompt(one)]) for one in questions}
+    clean = {}
+    for index, prompt in prompts.items():
+        clean[index] = naive_decode(base, ids, prompt, 1).embeds[0, : prompt.shape[1]][prompt[0] == ids.latent]
+    mean = [torch.stack([path[step] for path in clean.values() if len(path) > step]).mean(dim=0) for step in range(3)]
+    thoughts = sweep.clean_thoughts(subject, questions, 4, 3)
+    checked = 0
+    for record in finished.records:
+        prompt, own = prompts[record["index"]], clean[record["index"]]
+        other = thoughts.other(record["index"])
+        assert other != record["index"]
+        assert len(clean[other]) == len(own)
+        stead = {
+            "zero": [torch.zeros(32)] * 3,
+            "mean": mean,
+            "other": clean[other],
+            "pause": [base.get_input_embeddings().weight[ids.latent].detach()] * 3,
+        }
+        for key, found in record["conditions"].items():
+            for branch, given in enumerate(found["branches"]):
+                sampler = naive_sampler(1.0, 0.9, sampling_generator(3, record["index"], branch))
+                perturb: Any = None
+                if "@" in key:
+                    scale, (kind, _, direction) = float(key.split("@")[1]), key.split("@")[0].partition("-")
+                    perturb = naive_perturb(
+                        lambda number, b=branch, i=record["index"]: noise_generator(3, i, b, number),
+                        scale,
+                        len(own),
+                        kind,
+                        direction or None,
+                    )
+                elif "/" in key:
+                    control, place = key.split("/")
+
+                    def perturb(thought, number, place=place, instead=stead[control], own=own):
+                        if number == 1 or place == "all":
+                            return instead[number - 1]
+                        return own[number - 1] if place == "after" else thought
+
+                greedy = key == "greedy" or "/" in key
+                choose = {} if greedy else {"choose": sampler}
+                expected = naive_decode(base, ids, prompt, 3, perturb, **choose)
+                new = expected.tokens[0, prompt.shape[1] :].tolist()
+                assert given["text"] == subject.text([token for token in new if token != ids.eos]), (record["index"], key)
+                assert given["new_tokens"] == len(new)
+                assert given["log_probability"] == pytest.approx(sum(expected.log_probabilities), rel=1e-3, abs=1e-3)
+                checked += 1
+    assert checked == 4 * (1 + 2 + 2 * 3 + 4 * 3)
+
+
+def test_the_prompt_is_read_once_and_no_scale_twice(arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of the passes over prompts, and rows that are decoded: baselines and scale 0 are not computed again."""
+    points, rows = [], []
+    branch_point = sweep.Subject.branch_point
+
+    def counting_point(self: Any, prompts: Any, at: int) -> Any:
+        points.append(len(prompts))
+        return branch_point(self, prompts, at)
+
+    generate = sweep.Answerer._generate
+
+    def counting_rows(self: Any, point: Any, branches: Any) -> Any:
+        rows.append(len(branches))
+        return generate(self, point, branches)
+
+    monkeypatch.setattr(sweep.Subject, "branch_point", counting_point)
+    monkeypatch.setattr(sweep.Answerer, "_generate", counting_rows)
+    run(arguments, **BRANCHES)
+    assert sum(points) == QUESTIONS
+    assert sum(rows) == QUESTIONS * (1 + 3 + 3 * 3 * 2)
+    assert max(rows) <= 16
+    rows.clear()
+    run(arguments, name="greedy", noise_type="all", noise_scales=[0, 1])
+    assert sum(rows) == QUESTIONS * (1 + 6 + 2 + 1)  # six types, targeted both ways, and snr at 0, which is noise
+
+
+def test_answers_do_not_depend_on_the_batch(arguments: dict[str, Any]) -> None:
+    one, many = (run(arguments, **BRANCHES, name=f"b{size}", batch_size=size, num_questions=3) for size in (1, 16))
+    assert texts(one) == texts(many)
+    for first, second in zip(one, many, strict=True):
+        for key, outcome in first["conditions"].items():
+            same = second["conditions"][key]
+            assert outcome["votes"] == same["votes"]
+            assert outcome["majority"] == same["majority"]
+            for number in ("noise_ratio", "diversity"):
+                if outcome[number] is not None:
+                    assert outcome[number] == pytest.approx(same[number], rel=1e-3, abs=1e-3)
+            assert (outcome["noise_ratio"] is None) == ("@" not in key)
+            assert (outcome["diversity"] is None) == (key == "greedy")
+
+
+def test_low_precision_and_layers_run(arguments: dict[str, Any]) -> None:
+    for number, change in enumerate([{"dtype": "bfloat16"}, {"dtype": "float16"}, {"hidden_layer_idx": 1}]):
+        records = run(arguments, **change, name=str(number), noise_scales=[0.5], num_questions=2)
+        assert [record["error"] for record in records] == [None, None]
+    with pytest.raises(UserError, match="hidden_layer_idx is 7; .* has 2 layers: use -1, or 0 to 2"):
+        run(arguments, hidden_layer_idx=7)
+
+
+# --- failures ---
+
+
+def test_a_question_that_fails_is_counted_apart_and_tried_again(
+    arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clean = run(arguments, noise_scales=1, name="clean")
+    prompt = sweep.Subject.prompt
+
+    def failing(self: Any, question: Any) -> list[int]:
+        if question.index == 3:
+            raise RuntimeError("no\n room")
+        return prompt(self, question)
+
+    monkeypatch.setattr(sweep.Subject, "prompt", failing)
+    finished = run_sweep(SweepConfig(**arguments, noise_scales=1), CPU)
+    assert finished is not None
+    assert [record["error"] for record in finished.records] == [None] * 3 + ["RuntimeError: no room"] + [None] * 3
+    assert finished.info["errors"] == 1
+    summary = write_results(finished)
+    assert (summary["clean"]["total"], summary["clean"]["errors"]) == (6, 1)
+    assert texts(finished.records[:3]) == texts(clean[:3])
+    monkeypatch.setattr(sweep.Subject, "prompt", prompt)
+    assert texts(run(arguments, noise_scales=1)) == texts(clean)
+
+
+def test_when_all_fail_the_first_reason_is_said(arguments: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"all 7 questions failed; the first with ValueError: prompt and new tokens need"):
+        run(arguments, max_new_tokens=500)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stage": 0}, "is of stage 0, which has no thoughts yet"),
+        ({"method": "pause_as_thought"}, "was trained with method pause_as_thought, which has no thoughts to put noise into"),
+    ],
+)
+def test_checkpoints_without_thoughts(arguments: dict[str, Any], trained: Path, change: dict[str, Any], message: str) -> None:
+    facts = json.loads((trained / "coconut.json").read_text())
+    write_json(trained / "coconut.json", {**facts, **change})
+    with pytest.raises(UserError, match=message):
+        run(arguments)
+
+
+def test_records_without_steps_where_their_number_counts(arguments: dict[str, Any], tmp_path: Path) -> None:
+    records = [{key: one[key] for key in ("question", "answer")} for one in chain_records(2)]
+    path = str(write_json(tmp_path / "bare.json", records))
+    with pytest.raises(UserError, match="was trained with as many thoughts as steps"):
+        run(arguments, data_path=path)
+    assert len(run(arguments, data_path=path, n_latents=2)) == 2
+
+
+def test_a_state_dict_file_must_be_converted(arguments: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "weights.pt").write_bytes(b"x")
+    with pytest.raises(UserError, match="checkpoint.py convert .*weights.pt"):
+        run(arguments, load_model_path=str(tmp_path / "weights.pt"))
+
+
+# --- stopping and going on ---
+
+
+def without_times(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: without_times(one) for key, one in value.items() if key not in TIMES}
+    return [without_times(one) for one in value] if isinstance(value, list) else value
+
+
+def result_files(directory: Path) -> dict[str, str]:
+    """Every result file's text but for the times, under its name without the timestamp."""
+    found = {}
+    for path in directory.glob("*.json"):
+        content = json.loads(path.read_text())
+        found[path.name.rsplit("_", 1)[0]] = json.dumps(without_times(content), indent=1)
+    return found
+
+
+def finish(arguments: dict[str, Any], **changes: Any) -> dict[str, str]:
+    """The result files of a whole run, without figures."""
+    config = SweepConfig(**{**arguments, **BRANCHES, "controls": ["zero"], "batch_size": 20, **changes})
+    finished = run_sweep(config, CPU)
+    assert finished is not None
+    with pytest.MonkeyPatch.context() as patch:
+        for figures in ("_figures", "_setting_figures"):
+            patch.setattr(sweep_results, figures, lambda *_: None)
+        write_results(finished)
+    return result_files(config.directory)
+
+
+@pytest.mark.parametrize("after", [0, 4])
+def test_a_stopped_run_goes_on_to_the_same_files(
+    arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    """Stopped in the middle of a chunk, with a torn line left behind."""
+    whole = finish(arguments, name="whole")
+    assert set(whole) == {"gaussian_scaled", "targeted-same", "targeted-opposite", "controls", "summary"}
+    answer, calls = sweep.Answerer._answer, []
+
+    def stopping(self: Any, questions: Any) -> Any:
+        calls.append(len(questions))
+        if len(calls) > after:
+            raise Preempted("SIGTERM")
+        return answer(self, questions)
+
+    monkeypatch.setattr(sweep.Answerer, "_answer", stopping)
+    config = SweepConfig(**{**arguments, **BRANCHES, "controls": ["zero"], "batch_size": 20})
+    assert run_sweep(config, CPU) is None
+    assert not list(config.directory.glob("*.json"))
+    with (config.directory / "progress" / "part-0.jsonl").open("a") as file:
+        file.write('{"index": 6, "er')
+    monkeypatch.setattr(sweep.Answerer, "_answer", answer)
+    assert finish(arguments) == {name: text.replace('"whole"', '"noise"') for name, text in whole.items()}
+    monkeypatch.setattr(sweep.Answerer, "_answer", stopping)
+    assert finish(arguments) == finish(arguments)  # a finished one is only written out again
+
+
+def test_other_settings_are_refused_until_it_is_finished(
+    arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    answer = sweep.Answerer._answer
+    monkeypatch.setattr(sweep.Answerer, "_answer", lambda self, questions: (_ for _ in ()).throw(Preempted("SIGTERM")))
+    assert run_sweep(SweepConfig(**arguments), CPU) is None
+    monkeypatch.setattr(sweep.Answerer, "_answer", answer)
+    for change, key in [
+        ({"seed": 1}, "seed 0, this one 1"),
+        ({"noise_scales": 1}, "noise_scales None"),
+        ({"dtype": "bfloat16"}, "dtype"),
+    ]:
+        with pytest.raises(
+            UserError, match=f"settings.json: the experiment there has {key}.*choose another name, or set fresh"
+        ):
+            run(arguments, **change)
+    write_json(tmp_path / "questions.json", chain_records(QUESTIONS)[::-1])
+    with pytest.raises(UserError, match="the experiment there has questions_sha256"):
+        run(arguments)
+    assert run(arguments, fresh=True)
+    assert run(arguments, batch_size=3)
+    assert run(arguments, seed=1)  # the one before is finished
+
+
+def test_any_two_conditions_are_compared(arguments: dict[str, Any]) -> None:
+    run(arguments, noise_scales=[5.0], controls="zero")
+    directory = Path(arguments["results_path"]) / "noise"
+    line = report(directory, ["clean", "zero/all"])
+    assert "zero/all minus clean" in line
+    assert "McNemar p" in line
+    assert report(directory, []).splitlines() == ["greedy", "clean", "gaussian@5.0", "zero/all", "zero/first", "zero/after"]
+    with pytest.raises(UserError, match="no condition 'gaussian@5'; there are greedy, clean"):
+        report(directory, ["clean", "gaussian@5"])
+    with pytest.raises(UserError, match="no questions of an experiment there"):
+        report(directory / "x", [])
+
+
+def test_progress_of_several_processes(tmp_path: Path) -> None:
+    """Parts are read together; what failed gives way to what came of it later, in whichever part."""
+    progress = open_progress(tmp_path, {"a": 1}, False)
+    assert progress.records() == []
+    lines = [{"index": 4, "error": None}, {"index": 1, "error": "x"}], [{"index": 1, "error": None}, {"index": 0, "error": "y"}]
+    for rank, rows in enumerate(lines):
+        (progress.folder / f"part-{rank}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"ind')
+    assert [(one["index"], one["error"]) for one in progress.records()] == [(0, "y"), (1, None), (4, None)]
+    again = open_progress(tmp_path, {"a": 1}, False)
+    assert again.timestamp == progress.timestamp
+    assert [path.name for path in sorted(progress.folder.glob("part*"))] == ["part-0.jsonl"]
+    assert [one["index"] for one in again.records()] == [1, 4]
+    assert open_progress(tmp_path, {"a": 2}, True).records() == []
+    (progress.folder / "settings.json").write_text("{")
+    with pytest.raises(UserError, match="not the settings of an experiment"):
+        open_progress(tmp_path, {"a": 2}, False)
+
+
+def program(name: str, arguments: dict[str, Any], *, processes: int = 1, **changes: Any) -> list[str]:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    values = [f"{key}={json.dumps(value)}" for key, value in {**arguments, **BRANCHES, **changes}.items()]
+    return [sys.executable, *torchrun, str(ROOT / name), *values]
+
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def test_two_processes_and_a_real_signal(arguments: dict[str, Any]) -> None:
+    """SIGTERM ends the program with 0 and a line; two processes finish what one began, to the same files."""
+    whole = finish(arguments, name="whole", controls=[])
+    slow = {"batch_size": 1, "max_new_tokens": 60}
+    process = subprocess.Popen(program("test.py", arguments, **slow), stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    part = Path(arguments["results_path"]) / "noise" / "progress" / "part-0.jsonl"
+    for _ in range(600):
+        time.sleep(0.05)
+        if part.exists() or process.poll() is not None:
+            break
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert "stopped by SIGTERM" in output
+    subprocess.run(
+        program("test.py", arguments, processes=2, fresh=True, batch_size=20),
+        check=True,
+        env=ENVIRONMENT,
+        capture_output=True,
+        timeout=120,
+    )
+    both = result_files(part.parents[1])
+    assert both == {name: text.replace('"whole"', '"noise"') for name, text in whole.items()}
+
+
+def test_noisy_experiments_have_branches_by_default() -> None:
+    config = BranchConfig(name="x", model_id="m", benchmark="gsm8k")
+    assert (config.num_branches, config.temperature, config.max_new_tokens) == (5, 0.7, 256)
