@@ -323,17 +323,18 @@ def run_sweep(config: SweepConfig, device: torch.device) -> Sweep | None:
 
     Called by all processes, which share the questions. Raises UserError for whatever the user can put right.
     """
-    questions = load_questions(
-        config.benchmark, config.data_path, config.subset, config.split, config.num_questions, config.seed
-    )
-    subject = load_subject(config, device)
-    progress = open_progress(config.directory, _influences(config, subject, questions), config.fresh)
+    progress = None
     try:
         with _signals():
+            questions = load_questions(
+                config.benchmark, config.data_path, config.subset, config.split, config.num_questions, config.seed
+            )
+            subject = load_subject(config, device)
+            progress = open_progress(config.directory, _influences(config, subject, questions), config.fresh)
             records = _run(config, subject, questions, progress)
     except Preempted as stop:
-        done = sum(record["error"] is None for record in progress.records())
-        get_logger().info(f"stopped by {stop}: {done} of {len(questions)} questions done; the same command goes on from there")
+        done = [] if progress is None else [one for one in progress.records() if one["error"] is None]
+        get_logger().info(f"stopped by {stop} after {len(done)} questions; the same command goes on from there")
         return None
     if all(record["error"] is not None for record in records):
         raise UserError(f"all {len(records)} questions failed; the first with {records[0]['error']}")

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# From nothing to a trained Coconut: environment, data, staged training from scratch, a control, evaluation, summary, figures.
+# From nothing to a trained Coconut: environment, data, staged training from scratch, a control, evaluation, noise in the
+# thoughts, summary, figures.
 # Two CPU cores are enough. A rerun goes on where the last one stopped; FRESH=1 starts over.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -13,28 +14,33 @@ save_path=checkpoints data=data/prosqa_quick out=results/quickstart
 if [ -n "${FRESH:-}" ]; then rm -rf "$save_path"/quick-* "$data"_*.json "$out"; fi
 run() { .venv/bin/torchrun --standalone --nproc_per_node "$processes" run.py "$@"; }
 
-echo "== 1/5 data: questions over two chains, made from a seed"
+echo "== 1/6 data: questions over two chains, made from a seed"
 if [ ! -e "${data}_test.json" ]; then
     .venv/bin/python preprocessing/prosqa.py --shape chains --out-prefix "$data" --train 40000 --valid 300 --test 1000 \
         --hops 2 3 --train-hops 1 2 2 3 3 3 --concepts 12 --names 8
 fi
 
-echo "== 2/5 Coconut: all stages, from scratch, $processes processes"
+echo "== 2/6 Coconut: all stages, from scratch, $processes processes"
 run args/prosqa_quick_coconut.yaml
 
 epochs=$(.venv/bin/python -c "
 import json
 print(sum(json.loads(line)['kind'] == 'epoch' for line in open('$save_path/quick-coconut/metrics.jsonl')))")
-echo "== 3/5 control: no chain of thought, the same examples ($epochs epochs)"
+echo "== 3/6 control: no chain of thought, the same examples ($epochs epochs)"
 run args/prosqa_quick_no_cot.yaml num_epochs="$epochs"
 
-echo "== 4/5 evaluation on the test set"
+echo "== 4/6 evaluation on the test set"
 for method in coconut no-cot; do
     rm -rf "$save_path/quick-$method-test"
     run "args/prosqa_quick_${method/-/_}.yaml" name="quick-$method-test" only_eval=true from_scratch=false \
         load_model_path="$save_path/quick-$method" val_path="${data}_test.json" batch_size_eval=250
 done
 
-echo "== 5/5 summary"
+echo "== 5/6 noise in the thoughts, and other thoughts in their place"
+.venv/bin/torchrun --standalone --nproc_per_node "$processes" test.py args/noise_sweep.yaml name=quickstart/noise \
+    load_model_path="$save_path/quick-coconut" data_path="${data}_test.json" num_questions=200 noise_type=gaussian_scaled \
+    controls="[zero, mean, other, pause]"
+
+echo "== 6/6 summary"
 .venv/bin/python -m experiments.quickstart "$save_path" "${data}_test.json" "$out" --seconds $(($(date +%s) - began))
 echo "figures, metrics and predictions: $out"

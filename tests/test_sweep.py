@@ -467,8 +467,8 @@ def test_two_processes_and_a_real_signal(arguments: dict[str, Any]) -> None:
     slow = {"batch_size": 1, "max_new_tokens": 60}
     process = subprocess.Popen(program("test.py", arguments, **slow), stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
     part = Path(arguments["results_path"]) / "noise" / "progress" / "part-0.jsonl"
-    for _ in range(600):
-        time.sleep(0.05)
+    for _ in range(1000):
+        time.sleep(0.1)
         if part.exists() or process.poll() is not None:
             break
     process.send_signal(signal.SIGTERM)
