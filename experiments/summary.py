@@ -71,6 +71,11 @@ def measured_key(noise_type: str, direction: str | None, scale: float) -> str:
     return condition_key(noise_type, direction, scale) if noise_axis(noise_type, scale) else CLEAN
 
 
+def counterpart(key: str) -> str:
+    """The condition with its own thoughts that is decoded alike: GREEDY for controls, which have one branch, else CLEAN."""
+    return GREEDY if "/" in key else CLEAN
+
+
 def condition_keys(records: Iterable[Record]) -> list[str]:
     """Every condition of the records without error, in the order in which they first come."""
     return list(dict.fromkeys(key for record in records for key in _conditions(record)))
@@ -179,9 +184,13 @@ def compare(records: Sequence[Record], first_key: str, second_key: str, seed: in
 
 def compare_all(records: Sequence[Record], baseline_key: str, seed: int = 0) -> dict[str, dict[str, Any]]:
     """Every other condition against the baseline, under its key; p_holm is p_value corrected for all that were tested."""
-    others = [key for key in condition_keys(records) if key != baseline_key]
-    compared = {key: compare(records, baseline_key, key, seed) for key in others}
-    tested = [key for key in others if compared[key]["p_value"] is not None]
+    return _corrected(
+        {key: compare(records, baseline_key, key, seed) for key in condition_keys(records) if key != baseline_key}
+    )
+
+
+def _corrected(compared: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    tested = [key for key, comparison in compared.items() if comparison["p_value"] is not None]
     corrected = dict(zip(tested, holm([compared[key]["p_value"] for key in tested]), strict=True))
     return {key: {**comparison, "p_holm": corrected.get(key)} for key, comparison in compared.items()}
 
@@ -209,8 +218,8 @@ def setting_result(
 
 
 def condition_result(records: Sequence[Record], key: str, seed: int = 0) -> dict[str, Any]:
-    """`condition_summary`, and under versus_clean the comparison with the clean condition."""
-    return {**condition_summary(records, key), "versus_clean": compare(records, CLEAN, key, seed)}
+    """`condition_summary`, and under versus_clean the comparison with its `counterpart`."""
+    return {**condition_summary(records, key), "versus_clean": compare(records, counterpart(key), key, seed)}
 
 
 def decay_fits(scales: Sequence[float], accuracies: Sequence[float], noise_type: str) -> dict[str, Any]:
@@ -232,9 +241,13 @@ def decay_fits(scales: Sequence[float], accuracies: Sequence[float], noise_type:
 
 
 def summarise(records: Sequence[Record], seed: int = 0) -> dict[str, dict[str, Any]]:
-    """Every condition: its `condition_summary`, and under versus_clean its row of `compare_all` (None for clean itself)."""
-    versus = compare_all(records, CLEAN, seed)
-    return {key: {**condition_summary(records, key), "versus_clean": versus.get(key)} for key in condition_keys(records)}
+    """Every condition: its `condition_summary`, and under versus_clean how it compares with its `counterpart`.
+
+    That is None for clean itself; p_holm is corrected for all the others together, as in `compare_all`.
+    """
+    keys = condition_keys(records)
+    versus = _corrected({key: compare(records, counterpart(key), key, seed) for key in keys if key != CLEAN})
+    return {key: {**condition_summary(records, key), "versus_clean": versus.get(key)} for key in keys}
 
 
 def summary_table(summary: dict[str, dict[str, Any]], title: str) -> Table:

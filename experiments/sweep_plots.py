@@ -248,11 +248,11 @@ PARTS = {
 
 
 def control_bars(
-    controls: Mapping[str, Numbers], path: Path, title: str, clean: Numbers | None = None, chance: float | None = None
+    controls: Mapping[str, Numbers], path: Path, title: str, baseline: Numbers | None = None, chance: float | None = None
 ) -> Figure:
     """Accuracy with 95% interval of each control, "zero/all" and so on: a group for what stands in place of the thoughts.
 
-    clean: the condition with the model's own thoughts, drawn as a line with its interval.
+    baseline: the condition with the model's own thoughts, decoded as the controls are; drawn as a line with its interval.
     """
     figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
     measured = {tuple(key.split("/")): one for key, one in controls.items() if one["accuracy"] is not None}
@@ -268,9 +268,9 @@ def control_bars(
         heights = [bar[1] for bar in bars]
         axes.bar([bar[0] for bar in bars], heights, 0.95 * width, color=f"C{number}", alpha=0.75, label=PARTS.get(part, part))
         _with_intervals(axes, bars, color="black", linestyle="none", elinewidth=1)
-    if clean is not None and clean["accuracy"] is not None:
-        axes.axhspan(clean["low"], clean["high"], color="black", alpha=0.1, linewidth=0)
-        _references(axes, clean=clean["accuracy"])
+    if baseline is not None and baseline["accuracy"] is not None:
+        axes.axhspan(baseline["low"], baseline["high"], color="black", alpha=0.1, linewidth=0)
+        axes.axhline(baseline["accuracy"], color="black", linewidth=1, label="none: the model's own")
     _references(axes, chance=chance)
     axes.set_xticks(range(len(kinds)), kinds)
     axes.set(xlabel="what stands in place of thoughts", ylabel=ACCURACY, ylim=(0, 105), title=title)

@@ -243,6 +243,16 @@ def test_all_against_the_baseline_are_corrected_together() -> None:
     assert summary.compare_all([FAILED], "clean") == {}
 
 
+def test_controls_are_compared_with_the_greedy_baseline() -> None:
+    keys = ("greedy", "clean", "zero/all", "snr@1.0")
+    records = paired([("18", "7", "7", "7")] * 6, keys)
+    found = summary.summarise(records)
+    assert [found[key]["versus_clean"]["first"] for key in ("greedy", "zero/all", "snr@1.0")] == ["clean", "greedy", "clean"]
+    assert found["zero/all"]["versus_clean"]["difference"] == -100
+    assert found["zero/all"]["versus_clean"]["p_holm"] == pytest.approx(3 * 2 / 64)
+    assert summary.condition_result(records, "zero/all")["versus_clean"]["only_first"] == 6
+
+
 # --- one noise setting ---
 
 

@@ -40,7 +40,7 @@ def numbers(
 GAUSSIAN = {
     "results": {
         "0.0": numbers(80, 0, None, 0.0),
-        "10.0": numbers(8, 10, 21, 30.0),
+        "5.0": numbers(8, 5, 21, 30.0),
         "0.1": numbers(78, 0.1, 0.2, 2.0),
         "1.0": numbers(50, 1, 2.1, 20.0),
         "2.0": numbers(None, 2),
@@ -85,10 +85,10 @@ def test_accuracy_by_scale() -> None:
     figure = sweep_plots.accuracy_by_scale(GAUSSIAN, "gaussian", NOWHERE, "A title", greedy=83, chance=25)
     (axes,) = figure.axes
     points, intervals = bars(axes, "measured, 95% interval")
-    assert points == [(0, 80), (0.1, 78), (1, 50), (10, 8)]
+    assert points == [(0, 80), (0.1, 78), (1, 50), (5, 8)]
     assert intervals == [(72, 85), (70, 83), (42, 55), (0, 13)]
     assert axes.get_xscale() == "symlog"
-    assert list(axes.get_xticks()) == [0, 0.1, 1, 10]
+    assert list(axes.get_xticks()) == [0, 0.1, 1, 5]
     assert (level(axes, "half of the clean accuracy"), level(axes, "greedy"), level(axes, "chance")) == (40, 83, 25)
     assert line(axes, "half is lost").get_xdata()[0] == 3.1428
     assert (axes.get_title(), axes.get_xlabel(), axes.get_ylabel()) == ("A title", "noise scale", "accuracy in %")
@@ -101,7 +101,7 @@ def test_the_drawn_fits_are_the_fitted_curves() -> None:
     (axes,) = sweep_plots.accuracy_by_scale(GAUSSIAN, "gaussian", NOWHERE, "").axes
     x, y = line(axes, EXPONENTIAL).get_data()
     assert y == pytest.approx(80 * np.exp(-0.5 * x))
-    assert (x.min(), x.max()) == (0, 10)
+    assert (x.min(), x.max()) == (0, 5)
     assert max(np.diff(x[x > 0.1])) < 0.1  # smooth at the end of a linear axis
     assert max(np.diff(np.log(x[(x >= 0.1) & (x < 1)]))) < 0.1  # and at the beginning of a logarithmic one
     x, y = line(axes, LINEAR).get_data()
@@ -171,7 +171,7 @@ def test_diversity_scatter() -> None:
     points, intervals = bars(axes, "gaussian")
     assert points == [(0, 80), (30, 8), (2, 78), (20, 50)]
     assert intervals[1] == (0, 13)
-    assert {text.get_text(): text.xy for text in axes.texts} == {"0": (0, 80), "10": (30, 8), "0.1": (2, 78), "1": (20, 50)}
+    assert {text.get_text(): text.xy for text in axes.texts} == {"0": (0, 80), "5": (30, 8), "0.1": (2, 78), "1": (20, 50)}
     assert bars(axes, "snr")[0] == []  # one branch has no diversity
     assert level(axes, "chance") == 25
     assert "scale" in axes.get_xlabel()
@@ -180,14 +180,14 @@ def test_diversity_scatter() -> None:
 def test_control_bars() -> None:
     accuracies = {"zero/all": 40, "zero/first": 80, "mean/all": 50, "mean/first": 90, "pause/all": None, "other/first": 70}
     controls = {key: numbers(value) for key, value in accuracies.items()}
-    (axes,) = sweep_plots.control_bars(controls, NOWHERE, "Controls", clean=numbers(85), chance=50).axes
+    (axes,) = sweep_plots.control_bars(controls, NOWHERE, "Controls", baseline=numbers(85), chance=50).axes
     groups = [one for one in axes.containers if isinstance(one, BarContainer)]
     heights = [[(round(bar.get_x() + bar.get_width() / 2, 3), bar.get_height()) for bar in group] for group in groups]
     assert heights == [[(-0.2, 40), (0.8, 50)], [(0.2, 80), (1.2, 90), (2.2, 70)]]
     assert [text.get_text() for text in axes.get_xticklabels()] == ["zero", "mean", "other"]
     _, _, (segments,) = next(one for one in axes.containers if isinstance(one, ErrorbarContainer)).lines
     assert [(low[1], high[1]) for low, high in segments.get_segments()] == [(32, 45), (42, 55)]
-    assert [level(axes, name) for name in ("clean", "chance")] == [85, 50]
+    assert [level(axes, name) for name in ("none", "chance")] == [85, 50]
     assert legend(axes)[0] == "all thoughts"
     assert "\n".join(legend(axes)).index("recomputed") > 0
 
@@ -199,7 +199,7 @@ def test_nothing_measured() -> None:
     sweep_plots.noise_types({}, NOWHERE, "")
     sweep_plots.coverage_curves({"clean": []}, NOWHERE, "")
     sweep_plots.diversity_scatter({"gaussian": empty}, NOWHERE, "")
-    sweep_plots.control_bars({"zero/all": numbers(None)}, NOWHERE, "", clean=numbers(None))
+    sweep_plots.control_bars({"zero/all": numbers(None)}, NOWHERE, "", baseline=numbers(None))
 
 
 def test_a_figure_is_written_whole(tmp_path: Path) -> None:
