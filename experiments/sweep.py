@@ -286,7 +286,12 @@ class Answerer:
             },
             "noise_ratio": [_rounded(ratio) for ratio in ratios] if given[0].noise is not None else None,
             "diversity": self._diversity(given),
+            **self._displaced_by(question, condition),
         }
+
+    def _displaced_by(self, question: BenchmarkQuestion, condition: Condition) -> dict[str, int]:
+        """The question whose thoughts stand in place of this one's."""
+        return {"displaced_by": cast("Thoughts", self.thoughts).other(question.index)} if condition.control == "other" else {}
 
     def _diversity(self, given: list[Answer]) -> dict[str, float] | None:
         if len(given) < 2:

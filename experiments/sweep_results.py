@@ -91,7 +91,9 @@ def _setting_figures(
     directory, clean = sweep.config.directory, baselines[CLEAN]
     guess = chance(sweep.config.benchmark)
     greedy = baselines[GREEDY]["accuracy"] if sweep.config.temperature else None  # without samples it is the clean one
-    sweep_plots.accuracy_by_scale(setting, noise_type, directory / f"{name}.png", _title(sweep, name), clean, greedy, guess)
+    sweep_plots.accuracy_by_scale(
+        setting, noise_type, directory / f"{name}.png", _title(sweep, name), clean, greedy, chance=guess
+    )
     if sweep.config.num_branches > 1:
         curves = {key: one["coverage"] for key, one in baselines.items() if key in (CLEAN, SELF_CONSISTENCY)}
         curves |= {f"scale {scale}": one["coverage"] for scale, one in setting["results"].items() if one["noise_ratio"]}
@@ -104,13 +106,13 @@ def _figures(sweep: Sweep, settings: dict[str, Any], controls: dict[str, Any], b
     directory, guess = sweep.config.directory, chance(sweep.config.benchmark)
     if len(settings) > 1:
         title = _title(sweep, "Noise types by what they add")
-        sweep_plots.noise_types(settings, directory / "noise_types.png", title, baselines[CLEAN], guess)
+        sweep_plots.noise_types(settings, directory / "noise_types.png", title, baselines[CLEAN], chance=guess)
     if sweep.config.num_branches > 1:
         title = _title(sweep, "How far branches part, and accuracy")
         sweep_plots.diversity_scatter(settings, directory / "diversity.png", title, chance=guess)
     if controls:
         title = _title(sweep, "Thoughts displaced")
-        sweep_plots.control_bars(controls, directory / "controls.png", title, baselines[GREEDY], guess)
+        sweep_plots.control_bars(controls, directory / "controls.png", title, baselines[GREEDY], chance=guess)
 
 
 def _tables(sweep: Sweep, summary: dict[str, dict[str, Any]]) -> None:

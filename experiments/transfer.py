@@ -1,0 +1,83 @@
+"""Do thoughts carry the answer? `python -m experiments.transfer DIRECTORY` looks at a noise experiment with the control `other`.
+
+Where a question got another question's thoughts: how often does it give the other's answer, and how often its own? The last word
+of the answers is compared, as the thoughts need not know whom the question is about ("Tom is a lempus." and "Sally is a lempus.").
+Of the questions only those count whose own gold answer and that of the other end in different words.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from evaluation import interval
+from experiments.progress import Progress, Record
+from utils import UserError, get_logger
+
+FILE = "transfer.json"
+
+
+def transfer(records: list[Record]) -> dict[str, dict[str, Any]]:
+    """For each place of the control: questions, and in percent with 95% intervals the answers of the other and of its own."""
+    known = {record["index"]: record for record in records if record["error"] is None}
+    places = sorted({key for record in known.values() for key in record["conditions"] if key.startswith("other/")})
+    return {place: _place(known, place) for place in places}
+
+
+def _place(known: dict[int, Record], place: str) -> dict[str, Any]:
+    others, own = [], []
+    for record in known.values():
+        outcome = record["conditions"].get(place)
+        if outcome is None or outcome["displaced_by"] not in known:
+            continue
+        golds = [_last_word(known[index]["gold"]) for index in (outcome["displaced_by"], record["index"])]
+        if golds[0] != golds[1]:
+            said = _last_word(outcome["branches"][0]["answer"])
+            others.append(said == golds[0])
+            own.append(said == golds[1])
+    return {"questions": len(own), "answer_of_the_other": _percent(others), "own_answer": _percent(own)}
+
+
+def _last_word(answer: str) -> str:
+    return answer.rstrip(".").rsplit(" ", 1)[-1]
+
+
+def _percent(which: list[bool]) -> dict[str, float] | None:
+    if not which:
+        return None
+    low, high = interval(sum(which), len(which))
+    return {"percent": 100 * sum(which) / len(which), "low": 100 * low, "high": 100 * high}
+
+
+def report(directory: Path) -> str:
+    """Write transfer.json into the experiment's directory; one line for each place. UserError: there is nothing to look at."""
+    found = transfer(Progress(directory, "").records())
+    if not found:
+        raise UserError(f"{directory}: no experiment with the control `other` there (controls=[other])")
+    (directory / FILE).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    lines = []
+    for place, one in found.items():
+        parts = [f"{name.replace('_', ' ')} {_text(one[name])}" for name in ("answer_of_the_other", "own_answer")]
+        lines.append(f"{place}: {one['questions']} questions, {', '.join(parts)}")
+    return "\n".join(lines)
+
+
+def _text(share: dict[str, float] | None) -> str:
+    return "-" if share is None else f"{share['percent']:.1f}% ({share['low']:.1f} to {share['high']:.1f})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("directory", type=Path)
+    try:
+        get_logger().info(report(parser.parse_args().directory))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
