@@ -1,8 +1,8 @@
-"""Do thoughts carry the answer? `python -m experiments.transfer DIRECTORY` looks at a noise experiment with the control `other`.
+"""Do thoughts carry the answer? `python -m experiments.transfer DIRECTORY` reads a noise experiment with the control `other`.
 
-Where a question got another question's thoughts: how often does it give the other's answer, and how often its own? The last word
-of the answers is compared, as the thoughts need not know whom the question is about ("Tom is a lempus." and "Sally is a lempus.").
-Of the questions only those count whose own gold answer and that of the other end in different words.
+Where a question got another question's thoughts: how often does it give the other's answer, and how often its own? Answers are
+compared by their last word, as thoughts need not know whom a question is about ("Tom is a lempus.", "Sally is a lempus.").
+Only questions count whose own gold answer ends in another word than that of the other.
 """
 
 from __future__ import annotations
