@@ -4,19 +4,16 @@
 single-file state dict.
 
 save_path/name/checkpoint_<epoch>/ holds the base model in Hugging Face form (model.safetensors, config.json, tokenizer),
-coconut.json (what evaluation must know) and training_state.pt (what training must know). checkpoint_<epoch>_step<n> is the
-same in the middle of an epoch.
+coconut.json (what evaluation must know), training_state.pt (what training must know) and manifest.json (sizes and hashes).
+checkpoint_<epoch>_step<n> is the same in the middle of an epoch.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
-import os
 import random
-import re
-import shutil
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -36,16 +33,22 @@ import distributed
 from adapters import adapter_state, is_adapted, load_adapter_state, merged_weights
 from distributed import unwrap
 from models import LatentIds, build_model, gguf_of, latent_ids, load_tokenizer
+from storage import (
+    FACTS,
+    MANIFEST,
+    STATE,
+    CheckpointError,
+    Writer,
+    manifest_problem,
+    newest_whole,
+    remove_old,
+    sha256,
+    write_directory,
+)
 from utils import METHODS, RunConfig, UserError, entry_point, get_logger
 
-NAME = re.compile(r"checkpoint_(\d+)(?:_step(\d+))?")
-FACTS, STATE = "coconut.json", "training_state.pt"
 FORMAT = 1
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
-
-
-class CheckpointError(UserError):
-    """A checkpoint that cannot be written, found or used."""
 
 
 @dataclass
@@ -65,6 +68,7 @@ class Facts:
     eos_token_id: int
     hidden_layer_idx: int = -1
     chat_template: bool = False
+    data: dict[str, str] = field(default_factory=dict)  # SHA-256 of the files of train_path and val_path
     format: int = FORMAT
 
 
@@ -74,6 +78,7 @@ class TrainingState:
 
     epoch: int = 0  # the epoch in progress, or the next one
     step_in_epoch: int = 0  # optimizer steps done in it
+    samples_in_epoch: int | None = 0  # how far it is in its order of samples; None where an earlier version did not say
     global_step: int = 0
     examples: int = 0  # training examples seen
     optimizer_stage: int = 0  # the stage for which the optimizer was made
@@ -89,17 +94,6 @@ class TrainingState:
 # --- finding ---
 
 
-def complete_checkpoints(save_dir: Path) -> list[Path]:
-    """Whole checkpoints, oldest first. Anything else in the directory is left alone."""
-    if not save_dir.is_dir():
-        return []
-    found = []
-    for path in save_dir.iterdir():
-        if (match := NAME.fullmatch(path.name)) and (path / FACTS).is_file() and (path / STATE).is_file():
-            found.append(((int(match[1]), int(match[2] or 0)), path))
-    return [path for _, path in sorted(found)]
-
-
 def read_facts(directory: Path) -> Facts | None:
     """coconut.json of a checkpoint directory; None where there is none (a plain Hugging Face model)."""
     path = directory / FACTS
@@ -111,15 +105,43 @@ def read_facts(directory: Path) -> Facts | None:
         raise CheckpointError(f"{path}: not a checkpoint description: {error}") from None
 
 
-def newest_for(config: RunConfig) -> Path | None:
-    """The checkpoint from which a rerun of the same command goes on. Raises CheckpointError if it is of another method."""
-    whole = complete_checkpoints(config.save_dir)
-    if not whole or config.debug:
-        return None
-    facts = read_facts(whole[-1])
-    if facts is not None and facts.method != config.method:
-        raise CheckpointError(f"{whole[-1]} was trained with method {facts.method}, not {config.method}: choose another name")
-    return whole[-1]
+def newest_for(config: RunConfig, data: dict[str, str]) -> Path | None:
+    """The checkpoint from which a rerun of the same command goes on; None if there is none yet.
+
+    Args:
+        data: what `data_hashes` gives now.
+
+    Raises:
+        CheckpointError: it is of another method, the data changed since (unless allow_changed_data), or none is whole.
+    """
+    newest = None if config.debug else newest_whole(config.save_dir)
+    facts = None if newest is None else read_facts(newest)
+    if facts is None:
+        return newest
+    if facts.method != config.method:
+        raise CheckpointError(f"{newest} was trained with method {facts.method}, not {config.method}: choose another name")
+    for key in sorted(data.keys() & facts.data.keys()):
+        if data[key] != facts.data[key]:
+            hashes = f"its SHA-256 is {data[key]}, it was {facts.data[key]}"
+            changed = f"{key}: {getattr(config, key)} has changed since {newest} was saved: {hashes}"
+            if not config.allow_changed_data:
+                raise CheckpointError(f"{changed}; put the file back, choose another name, or set allow_changed_data: True")
+            get_logger().warning(changed)
+    return newest
+
+
+def data_hashes(config: RunConfig) -> dict[str, str]:
+    """The SHA-256 of each data file, by its key. Raises UserError if one cannot be read."""
+    hashes = {}
+    for key in ("train_path", "val_path"):
+        path = Path(getattr(config, key))
+        try:
+            hashes[key] = sha256(path)
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such file") from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: cannot be read: {error}") from None
+    return hashes
 
 
 def resumed_source(config: RunConfig, checkpoint: Path) -> RunConfig:
@@ -130,18 +152,21 @@ def resumed_source(config: RunConfig, checkpoint: Path) -> RunConfig:
 
 
 def resolve_paths(config: RunConfig) -> RunConfig:
-    """Replace a run's directory in `load_model_path` by its newest checkpoint. Raises CheckpointError if there is nothing.
+    """Replace a run's directory in `load_model_path` by its newest checkpoint.
 
-    A name that can only be local is not looked up on the hub.
+    Raises CheckpointError if there is nothing, or if it is not what was saved. A name that can only be local is not looked
+    up on the hub.
     """
     for key in ("model_id", "load_model_path"):
         value = getattr(config, key)
-        if value is None or _names_gguf_file(config, key) or Path(value).is_file() or (Path(value) / "config.json").is_file():
+        if value is None or _names_gguf_file(config, key) or Path(value).is_file():
             continue
         path = Path(value)
-        if whole := complete_checkpoints(path):
-            get_logger().info(f"{key}: {whole[-1]} is the newest checkpoint in {path}")
-            config = config.model_copy(update={key: str(whole[-1])})
+        if (path / "config.json").is_file():
+            check_whole(path)
+        elif newest := newest_whole(path):
+            get_logger().info(f"{key}: {newest} is the newest checkpoint in {path}")
+            config = config.model_copy(update={key: str(newest)})
         elif found := _gguf_files(path):
             raise CheckpointError(f"{key}: {path} holds GGUF files: set gguf_file to one of {', '.join(found)}")
         elif path.is_dir():
@@ -149,6 +174,14 @@ def resolve_paths(config: RunConfig) -> RunConfig:
         elif "/" in value and (value.startswith((".", "/")) or value.count("/") > 1 or path.parent.is_dir()):
             raise CheckpointError(f"{key}: {path}: no such file or directory")
     return config
+
+
+def check_whole(directory: Path) -> None:
+    """Raise CheckpointError if a model's directory differs from its manifest, if it has one. Training's part may be gone."""
+    if problem := manifest_problem(directory, hashes=True, optional=STATE):
+        raise CheckpointError(
+            f"{directory}: {problem}; put back a copy, or, if it was changed on purpose, remove {directory / MANIFEST}"
+        )
 
 
 def _names_gguf_file(config: RunConfig, key: str) -> bool:
@@ -219,20 +252,33 @@ def save(
     tokenizer: PreTrainedTokenizerBase,
     facts: Facts,
     state: TrainingState,
+    writer: Writer | None = None,
+    keep_last: int | None = None,
 ) -> None:
-    """Write one checkpoint; called by all processes, written by rank 0. Raises CheckpointError and keeps what was there."""
+    """Write one checkpoint, then remove old ones; called by all processes, written by rank 0.
+
+    Raises CheckpointError and keeps what was there; if `writer` works in the background, by its next `wait`.
+    """
+    writer = writer or Writer()
     base = unwrap(model).base_causallm
     weights = _plain_weights(model)
     # An optimizer that has not stepped yet has no state; asking for it would make one up by a step with zero gradients.
     optimizer_state = get_optimizer_state_dict(model, optimizer, options=_WHOLE) if optimizer.state else None
     rng = distributed.gather_objects(_rng_state())
     training = {"state": asdict(state), "optimizer": optimizer_state, "rng": rng, "adapter": adapter_state(base)}
+    best = state.best_checkpoint
+    if writer.background and distributed.rank() == 0:
+        weights, training = copy.deepcopy((weights, training))  # the next step changes them
 
     def fill(partial: Path) -> None:
         _fill_model(partial, base, weights, tokenizer, facts)
         torch.save(training, partial / STATE)
 
-    distributed.run_on_main(lambda: _write_whole(directory, fill))
+    def write() -> None:
+        write_directory(directory, fill)
+        remove_old(directory, keep_last, best)
+
+    writer.start(write)
 
 
 def _fill_model(
@@ -262,43 +308,6 @@ def _portable_tokenizer(path: Path) -> None:
     values = json.loads(path.read_text(encoding="utf-8"))
     if values.get("tokenizer_class") == "TokenizersBackend":
         path.write_text(json.dumps({**values, "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2), encoding="utf-8")
-
-
-def _write_whole(directory: Path, fill: Callable[[Path], None]) -> None:
-    """Fill a directory under another name, make it durable, then give it its name."""
-    partial = directory.with_name(f".{directory.name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        fill(partial)
-        for path in partial.iterdir():
-            _fsync(path)
-        _fsync(partial)
-        if directory.exists():
-            shutil.rmtree(directory)
-        partial.rename(directory)
-        _fsync(directory.parent)
-    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
-        shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(f"{directory}: the checkpoint could not be written: {error}") from None
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def remove_old(save_dir: Path, keep_last: int | None, best: str | None) -> None:
-    """Delete checkpoints inside finished epochs, and all but the newest `keep_last` and the best one (None keeps them)."""
-    whole = complete_checkpoints(save_dir)
-    for number, path in enumerate(reversed(whole)):
-        in_epoch = "_step" in path.name
-        too_old = keep_last is not None and number >= keep_last
-        if number > 0 and path.name != best and (too_old or in_epoch):
-            shutil.rmtree(path)
 
 
 # --- resuming ---
@@ -400,7 +409,7 @@ def convert(source: Path, target: Path, model_id: str, facts: dict[str, Any]) ->
     ids = latent_ids(tokenizer, config.method)
     base = build_model(config, tokenizer, ids).base_causallm
     known = Facts(accuracy=None, **id_facts(ids), **facts)
-    _write_whole(target, lambda partial: _fill_model(partial, base, None, tokenizer, known))
+    write_directory(target, lambda partial: _fill_model(partial, base, None, tokenizer, known))
     get_logger().info(f"{target}: {known.method}, stage {known.stage}; load it with load_model_path={target}")
 
 

@@ -14,9 +14,21 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
+import distributed
 from dataset import stage_shape
 from evaluation import Prediction
-from utils import ALL_TOKENS, RunConfig, append_jsonl, get_logger, is_main_process, write_jsonl
+from utils import (
+    ALL_TOKENS,
+    RunConfig,
+    UserError,
+    append_jsonl,
+    fsync,
+    get_logger,
+    is_main_process,
+    replacing,
+    write_jsonl,
+    writing,
+)
 
 METRICS = "metrics.jsonl"
 
@@ -25,19 +37,17 @@ class Reporter:
     """Writes on rank 0 and does nothing on the others. `rows` counts the rows of metrics.jsonl.
 
     keep_rows: rows that stay of a metrics.jsonl that is there already; None keeps all.
+    failure: why a row could not be written. `flush` raises it, where all processes can stop together.
     """
 
     def __init__(self, config: RunConfig, keep_rows: int | None, wandb_id: str | None = None) -> None:
         self.active = is_main_process()
-        self.path = None if config.debug else config.save_dir / METRICS
-        self.rows = 0
+        self.path = path = None if config.debug else config.save_dir / METRICS
+        self.failure: UserError | None = None
         self.wandb: Any = None
-        if not self.active:
-            return
-        if self.path is not None:
-            self.rows = _truncate(self.path, keep_rows)
+        self.rows: int = 0 if path is None else distributed.run_on_main(lambda: _truncate(path, keep_rows))
         mode = "disabled" if config.debug else config.wandb
-        if mode != "disabled":
+        if self.active and mode != "disabled":
             self.wandb = _start_wandb(config, mode, wandb_id)
 
     @property
@@ -48,12 +58,27 @@ class Reporter:
         """One object: a logged step, an epoch, or an evaluation."""
         if not self.active:
             return
-        if self.path is not None:
-            append_jsonl(self.path, {"kind": kind, **values})
-            self.rows += 1
+        if self.path is not None and self.failure is None:
+            self._append(self.path, {"kind": kind, **values})
         if self.wandb is not None:
             numbers = {f"{kind}/{key}": value for key, value in values.items() if isinstance(value, (int, float))}
             self.wandb.log(numbers, step=values["step"])
+
+    def _append(self, path: Path, row: dict[str, Any]) -> None:
+        try:
+            append_jsonl(path, row)
+        except UserError as error:
+            self.failure = error
+        else:
+            self.rows += 1
+
+    def flush(self) -> None:
+        """Make the rows so far outlast a power failure. Raises UserError if one could not be written."""
+        if self.failure is not None:
+            raise self.failure
+        if self.path is not None and self.path.exists():
+            with writing(self.path):
+                fsync(self.path)
 
     def first_batch(self, batch: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase, epoch: int, step: int) -> None:
         """The first batch of an epoch to wandb, token by token: what stands in it and which tokens carry loss."""
@@ -71,21 +96,23 @@ class Reporter:
         self.wandb.log({f"first batch of epoch {epoch}": table}, step=step)
 
     def finish(self) -> None:
+        """The end, for all processes. Raises UserError on all of them if a row could not be written."""
+        distributed.run_on_main(self.flush)
         if self.wandb is not None:
             self.wandb.finish()
 
 
 def _truncate(path: Path, keep_rows: int | None) -> int:
-    """Drop the rows that an interrupted run wrote after the checkpoint from which it is resumed."""
+    """Drop the rows that an interrupted run wrote after the checkpoint from which it is resumed, and a row cut short."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    if keep_rows is None:
-        return len(lines)
-    if len(lines) > keep_rows:
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text("".join(lines[:keep_rows]), encoding="utf-8")
-        partial.replace(path)
-    return min(len(lines), keep_rows)
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in lines if line.endswith(b"\n")][:keep_rows]
+    if keep_rows is not None and len(kept) < keep_rows:
+        get_logger().warning(f"{path}: {len(kept)} rows are there, {keep_rows} were written before the checkpoint")
+    if len(kept) < len(lines):
+        with replacing(path) as partial:
+            partial.write_bytes(b"".join(kept))
+    return len(kept)
 
 
 def _start_wandb(config: RunConfig, mode: str, run_id: str | None) -> Any:
@@ -166,9 +193,10 @@ def epoch_table(rows: list[dict[str, Any]]) -> Table:
 
 
 def save_predictions(config: RunConfig, epoch: int, predictions: Sequence[Prediction]) -> None:
-    if is_main_process() and not config.debug:
-        config.save_dir.mkdir(parents=True, exist_ok=True)
-        write_jsonl(config.save_dir / f"predictions_{epoch}.jsonl", [asdict(one) for one in predictions])
+    """predictions_<epoch>.jsonl, for all processes. Raises UserError on all of them if it cannot be written."""
+    rows = [asdict(one) for one in predictions]
+    if not config.debug:
+        distributed.run_on_main(lambda: write_jsonl(config.save_dir / f"predictions_{epoch}.jsonl", rows))
 
 
 def print_config(config: RunConfig) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 import checkpoint
@@ -10,41 +12,51 @@ from dataset import check_lengths, get_dataset
 from evaluation import Evaluator, interval
 from models import build_model, latent_ids
 from reporting import Reporter, print_config, save_predictions, schedule_table, show
-from training import Trainer
+from storage import alone
+from training import InterruptibleEvaluator, Trainer
 from utils import DEBUG_TRAIN, DEBUG_VALID, RunConfig, entry_point, get_logger, load_config, save_config, set_seed
 
 
 def train(config: RunConfig, device: torch.device) -> None:
     """Staged training with an evaluation after each epoch; goes on where an earlier run of the same command stopped."""
-    resume_from = checkpoint.newest_for(config)
-    if resume_from is None:
-        source = config = checkpoint.resolve_paths(config)
-    else:
-        source = checkpoint.resumed_source(config, resume_from)
+    data, resume_from, source = distributed.run_on_main(lambda: starting_point(config))
+    config = source if resume_from is None else config
     tokenizer = checkpoint.load_run_tokenizer(source)
     ids = latent_ids(tokenizer, config.method)
-    train_set = get_dataset(str(config.train_path), tokenizer, DEBUG_TRAIN if config.debug else None, config.chat_template)
-    valid_set = get_dataset(config.val_path, tokenizer, DEBUG_VALID if config.debug else None, config.chat_template)
+    with distributed.first_on_each_node():
+        train_set = get_dataset(str(config.train_path), tokenizer, DEBUG_TRAIN if config.debug else None, config.chat_template)
+        valid_set = get_dataset(config.val_path, tokenizer, DEBUG_VALID if config.debug else None, config.chat_template)
     set_seed(config.seed)  # the same random weights on all processes
     model = build_model(source, tokenizer, ids)
     check_lengths([train_set, valid_set], config, config.max_new_tokens, model.max_positions)
     keep_config(config)
     wrapped = distributed.wrap(model, config.parallel, config.bf16, device, config.compile)
     set_seed(config.seed + distributed.rank())  # other dropout masks on each
-    evaluator = Evaluator(config, valid_set, tokenizer, ids, device)
-    trainer = Trainer(config, wrapped, tokenizer, ids, train_set, evaluator, device, resume_from)
+    evaluator = InterruptibleEvaluator(config, valid_set, tokenizer, ids, device)
+    trainer = Trainer(config, wrapped, tokenizer, ids, train_set, evaluator, device, resume_from, data)
     show(schedule_table(config, trainer.state.epoch, len(train_set), len(trainer.groups()), distributed.world_size()))
     if trainer.fit():
         place = "nothing saved (debug)" if config.debug else f"checkpoints in {config.save_dir}"
         get_logger().info(f"finished: {trainer.state.global_step} steps, {place}")
 
 
+def starting_point(config: RunConfig) -> tuple[dict[str, str], Path | None, RunConfig]:
+    """Hashes of the data, the checkpoint from which training goes on, if any, and where the model comes from."""
+    data = checkpoint.data_hashes(config)
+    resume_from = checkpoint.newest_for(config, data)
+    if resume_from is None:
+        return data, None, checkpoint.resolve_paths(config)
+    return data, resume_from, checkpoint.resumed_source(config, resume_from)
+
+
 def evaluate(config: RunConfig, device: torch.device) -> None:
     """Loss and accuracy of a checkpoint, at the stage and with the method it was trained with."""
-    config, stage, epoch = checkpoint.evaluation_config(checkpoint.resolve_paths(config))
+    resolved = distributed.run_on_main(lambda: checkpoint.resolve_paths(config))
+    config, stage, epoch = checkpoint.evaluation_config(resolved)
     tokenizer = checkpoint.load_run_tokenizer(config)
     ids = latent_ids(tokenizer, config.method)
-    valid_set = get_dataset(config.val_path, tokenizer, DEBUG_VALID if config.debug else None, config.chat_template)
+    with distributed.first_on_each_node():
+        valid_set = get_dataset(config.val_path, tokenizer, DEBUG_VALID if config.debug else None, config.chat_template)
     model = build_model(config, tokenizer, ids)
     check_lengths([valid_set], config, config.max_new_tokens, model.max_positions)
     keep_config(config)
@@ -74,7 +86,7 @@ def keep_config(config: RunConfig) -> None:
 def main(arguments: list[str]) -> None:
     config = load_config(RunConfig, arguments)
     torch.set_float32_matmul_precision(config.matmul_precision)
-    with distributed.process_group() as device:
+    with distributed.process_group() as device, alone(None if config.debug else config.save_dir):
         print_config(config)
         if config.only_eval:
             evaluate(config, device)

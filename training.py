@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
-import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,11 +30,35 @@ from dataset import (
 )
 from evaluation import Evaluation, Evaluator
 from models import LatentIds
+from preemption import StopRequest
 from reporting import Reporter, epoch_table, save_predictions, show
 from utils import RunConfig, UserError, get_logger, is_main_process
 
 Batch = dict[str, torch.Tensor]
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class EvaluationStopped(Exception):
+    """A signal asked to stop in the middle of an evaluation."""
+
+
+class InterruptibleEvaluator(Evaluator):
+    """An evaluation that all processes leave together, between two batches, when one of them is asked to stop."""
+
+    stop: StopRequest | None = None
+
+    def _batches(self, examples: Dataset, collator: MyCollator, title: str) -> Iterator[Any]:
+        """As in Evaluator. Raises EvaluationStopped; processes with fewer batches wait for the others."""
+        batches = super()._batches(examples, collator, title)
+        while True:
+            batch = next(batches, None)
+            asked = self.stop is not None and self.stop.requested
+            more, stopped = distributed.all_reduce([float(batch is not None), float(asked)], self.device)
+            if stopped:
+                raise EvaluationStopped
+            if not more:
+                return
+            if batch is not None:
+                yield batch
 
 
 class Trainer:
@@ -49,10 +71,12 @@ class Trainer:
         tokenizer: PreTrainedTokenizerBase,
         ids: LatentIds,
         train_set: Dataset,
-        evaluator: Evaluator,
+        evaluator: InterruptibleEvaluator,
         device: torch.device,
         resume_from: Path | None = None,
+        data: dict[str, str] | None = None,
     ) -> None:
+        """data: the hashes that checkpoints remember, as `checkpoint.data_hashes` gives them."""
         self.config = config
         self.model = model
         self.tokenizer = tokenizer
@@ -60,8 +84,11 @@ class Trainer:
         self.train_set = train_set
         self.evaluator = evaluator
         self.device = device
+        self.data = data or {}
         self.history: list[dict[str, Any]] = []
-        self.stop_requested = False
+        self.stop = evaluator.stop = StopRequest()
+        self.writer = checkpoint.Writer(config.async_save)
+        self.saved: tuple[int, int] | None = None  # (epoch, step in it) of the newest checkpoint
         self.state = TrainingState(epoch=config.resume, optimizer_stage=config.stage_at(config.resume, 0, 1))
         self.optimizer = self._new_optimizer()
         if resume_from is not None:
@@ -71,9 +98,12 @@ class Trainer:
 
     def _resume(self, directory: Path) -> None:
         loaded = checkpoint.load_training_state(directory)
-        self.state = TrainingState(**loaded["state"])
+        self.state = state = TrainingState(**loaded["state"])
+        if state.samples_in_epoch is None:
+            state.samples_in_epoch = state.step_in_epoch * self._samples_per_step
+        self.saved = (state.epoch, state.step_in_epoch)
         checkpoint.restore(loaded, self.model, self.optimizer)
-        get_logger().info(f"resuming from {directory}: epoch {self.state.epoch + 1}, after step {self.state.global_step}")
+        get_logger().info(f"resuming from {directory}: epoch {state.epoch + 1}, after step {state.global_step}")
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
         config = self.config
@@ -89,19 +119,39 @@ class Trainer:
 
     def fit(self) -> bool:
         """Train until num_epochs, or until a signal asks to stop. Returns whether training is complete."""
-        with self._stop_on_signals():
+        with self.stop.listening():
             while self.state.epoch < self.config.num_epochs:
-                stage = self.config.scheduled_stage(self.state.epoch)
-                if not self._train_epoch():
+                if not self._epoch():
                     self._save_inside_epoch()
+                    self.writer.wait()
                     get_logger().info(
                         f"stopped by a signal at step {self.state.global_step}; the same command goes on from here"
                     )
                     return False
-                evaluation = self.evaluator.evaluate(self.model, stage)
-                self._finish_epoch(stage, evaluation)
+            self.writer.wait()
         self.reporter.finish()
         return True
+
+    def _epoch(self) -> bool:
+        """What is left of the epoch in progress, its evaluation and its checkpoint; False if it was cut short."""
+        if self._asked_to_stop() or not self._train_epoch():
+            return False
+        stage = self.config.scheduled_stage(self.state.epoch)
+        try:
+            evaluation = self.evaluator.evaluate(self.model, stage)
+        except EvaluationStopped:  # nothing is lost: a checkpoint at the epoch's last step is evaluated first
+            return False
+        self._finish_epoch(stage, evaluation)
+        return True
+
+    def _asked_to_stop(self) -> bool:
+        """Whether some process was asked to stop, or cannot write any more."""
+        return distributed.all_reduce([float(self._must_stop)], self.device)[0] > 0
+
+    @property
+    def _must_stop(self) -> bool:
+        """Whether this process was. What could not be written is raised by all processes when they save."""
+        return self.stop.requested or self.reporter.failure is not None or self.writer.failure is not None
 
     def _renew_optimizer(self, stage: int) -> None:
         """A fresh optimizer where reset_optimizer asks for it: on a new stage, or on every epoch."""
@@ -114,12 +164,12 @@ class Trainer:
     def _train_epoch(self) -> bool:
         """The rest of the epoch in progress, stage by stage; False if a signal cut it short."""
         self.model.train()
-        groups = self.groups()
-        stages = [self.config.stage_at(self.state.epoch, step, len(groups)) for step in range(len(groups))]
-        rest = list(zip(stages, groups, strict=True))[self.state.step_in_epoch :]
-        for stage, part in itertools.groupby(rest, key=lambda pair: pair[0]):
+        groups = self.groups(self.state.samples_in_epoch or 0)
+        done = self.state.step_in_epoch
+        stages = [self.config.stage_at(self.state.epoch, done + step, done + len(groups)) for step in range(len(groups))]
+        for stage, part in itertools.groupby(zip(stages, groups, strict=True), key=lambda pair: pair[0]):
             self._renew_optimizer(stage)
-            if not self._train_steps(stage, [group for _, group in part], len(groups)):
+            if not self._train_steps(stage, [group for _, group in part], done + len(groups)):
                 return False
         return True
 
@@ -143,12 +193,17 @@ class Trainer:
                 self._save_inside_epoch()
         return True
 
-    def groups(self) -> list[list[MicroBatch]]:
-        """This process's micro-batches of each optimizer step of the epoch in progress."""
+    @property
+    def _samples_per_step(self) -> int:
+        """Samples of an optimizer step of all processes together; the last step of an epoch may have fewer."""
+        return self.config.batch_size_training * self.config.gradient_accumulation_steps * distributed.world_size()
+
+    def groups(self, done: int = 0) -> list[list[MicroBatch]]:
+        """This process's micro-batches of each optimizer step of the epoch in progress, after its first `done` samples."""
         config = self.config
         order = epoch_order(len(self.train_set), config.seed, self.state.epoch, config.examples_per_epoch)
         size, accumulation = config.batch_size_training, config.gradient_accumulation_steps
-        return epoch_groups(order, size, accumulation, distributed.rank(), distributed.world_size())
+        return epoch_groups(order[done:], size, accumulation, distributed.rank(), distributed.world_size())
 
     def _loader(self, stage: int, groups: list[list[MicroBatch]]) -> Iterator[Batch]:
         ids = self.ids
@@ -165,7 +220,7 @@ class Trainer:
         tokens = float(sum(int(batch["attention_mask"].sum()) for batch in batches))
         examples = float(sum(len(batch["idx"]) for batch, count in zip(batches, counts, strict=True) if count))
         labelled, tokens, examples, stop = distributed.all_reduce(
-            [sum(counts), tokens, examples, float(self.stop_requested)], self.device
+            [sum(counts), tokens, examples, float(self._must_stop)], self.device
         )
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr * min(1.0, (self.state.global_step + 1) / max(1, self.config.warmup_steps))
@@ -179,6 +234,7 @@ class Trainer:
         state = self.state
         state.global_step += 1
         state.step_in_epoch += 1
+        state.samples_in_epoch = (state.samples_in_epoch or 0) + self._samples_per_step
         state.examples += int(examples)
         state.epoch_tokens += int(tokens)
         state.epoch_loss += loss
@@ -232,7 +288,8 @@ class Trainer:
             state.best[str(stage)] = evaluation.accuracy
             state.best_checkpoint = name
         state.epoch = self._next_epoch(stage, evaluation)
-        state.step_in_epoch, state.epoch_loss, state.epoch_tokens, state.epoch_seconds = 0, 0.0, 0, 0.0
+        state.step_in_epoch = state.samples_in_epoch = 0
+        state.epoch_loss, state.epoch_tokens, state.epoch_seconds = 0.0, 0, 0.0
         if improved or not self.config.save_only_improve:
             self._save(name, stage, done, evaluation.accuracy)
 
@@ -269,11 +326,21 @@ class Trainer:
         self._save(f"checkpoint_{state.epoch}_step{state.global_step}", state.optimizer_stage, state.epoch, None)
 
     def _save(self, name: str, stage: int, epoch: int, accuracy: float | None) -> None:
-        if self.config.debug:
+        """Save under a name, unless this very state is saved already. Raises UserError if something cannot be written."""
+        config, state = self.config, self.state
+        distributed.run_on_main(self.reporter.flush)
+        self.writer.wait()
+        if config.debug or self.saved == (state.epoch, state.step_in_epoch):
             return
-        config, ids, state = self.config, self.ids, self.state
         state.metrics_rows = self.reporter.rows
-        facts = Facts(
+        facts = self._facts(stage, epoch, accuracy)
+        path = config.save_dir / name
+        checkpoint.save(path, self.model, self.optimizer, self.tokenizer, facts, state, self.writer, config.keep_last)
+        self.saved = (state.epoch, state.step_in_epoch)
+
+    def _facts(self, stage: int, epoch: int, accuracy: float | None) -> Facts:
+        config = self.config
+        return Facts(
             method=str(config.method),
             stage=stage,
             c_thought=config.c_thought,
@@ -282,24 +349,6 @@ class Trainer:
             epoch=epoch,
             accuracy=accuracy,
             chat_template=config.chat_template,
-            **checkpoint.id_facts(ids),
+            data=self.data,
+            **checkpoint.id_facts(self.ids),
         )
-        checkpoint.save(config.save_dir / name, self.model, self.optimizer, self.tokenizer, facts, state)
-        distributed.run_on_main(lambda: checkpoint.remove_old(config.save_dir, config.keep_last, state.best_checkpoint))
-
-    # --- signals ---
-
-    @contextlib.contextmanager
-    def _stop_on_signals(self) -> Iterator[None]:
-        """SIGTERM, SIGUSR1 (SLURM preemption) and Ctrl-C finish the step in progress; a second Ctrl-C ends at once."""
-        before = {number: signal.signal(number, self._request_stop) for number in STOP_SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _request_stop(self, number: int, frame: Any) -> None:
-        if self.stop_requested and number == signal.SIGINT:  # the others come twice: from SLURM and through torchrun
-            raise KeyboardInterrupt
-        self.stop_requested = True

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import errno
 import functools
 import json
 import logging
 import math
 import os
 import random
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePath
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -25,6 +28,10 @@ METHODS: tuple[str, ...] = get_args(Method)
 STAGED_METHODS = ("coconut", "no_thoughts", "pause_as_thought")  # steps are removed stage by stage
 ALL_TOKENS = 1_000_000  # the stage of icot in which no token of the steps is left
 DEBUG_TRAIN, DEBUG_VALID = 5000, 32  # records that `debug: True` keeps, as in the published code
+
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+MEBIBYTE = 2**20
 
 
 class UserError(ValueError):
@@ -104,6 +111,8 @@ class RunConfig(Config):
     # checkpoints
     save_only_improve: bool = False
     save_every_steps: Annotated[int | None, Field(ge=1), BeforeValidator(_null)] = None
+    async_save: bool = False
+    allow_changed_data: bool = False
     keep_last: Annotated[int | None, Field(ge=1), BeforeValidator(_null)] = None
     # evaluation
     batch_size_eval: Positive = 16
@@ -276,7 +285,7 @@ def _one_line(error: ValidationError, sources: dict[str, str]) -> str:
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved configuration as YAML."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(config.model_dump(), sort_keys=False), encoding="utf-8")
+    write_text(path, yaml.safe_dump(config.model_dump(), sort_keys=False))
 
 
 def set_seed(seed: int) -> None:
@@ -316,29 +325,92 @@ def get_logger() -> logging.Logger:
     return logger
 
 
-def append_jsonl(path: Path, row: dict[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+# --- writing ---
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """An OSError inside, such as a full disk, becomes a UserError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {disk_problem(error, path.parent)}") from None
+
+
+def disk_problem(error: Exception, directory: Path) -> str:
+    """Why something could not be written there. Libraries may fail in other words, or in none, when the disk is full."""
+    reason = (error.strerror if isinstance(error, OSError) else None) or str(error).strip().split("\n")[0]
+    try:
+        free = shutil.disk_usage(directory).free
+    except OSError:
+        return reason
+    full = free < MEBIBYTE and os.strerror(errno.ENOSPC) not in reason
+    return f"{reason} ({os.strerror(errno.ENOSPC)})" if full else reason
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Another name to write to, which takes the place of `path` at the end; after an error `path` is what it was."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with writing(path):
+            yield partial
+            fsync(partial)
+            partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def fsync(path: Path) -> None:
+    """Make a file's content, or a directory's entries, outlast a power failure."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole text file, or leave the one before. Raises UserError if it cannot be written."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write all rows, or nothing: another name first, then renamed."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    partial.replace(path)
+    """Write all rows, or nothing. Raises UserError if they cannot be written."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def append_jsonl(path: Path, row: dict[str, Any]) -> None:
+    """Add one row, or nothing. Raises UserError if it cannot be written."""
+    line = (json.dumps(row) + "\n").encode()
+    with writing(path), path.open("ab", buffering=0) as file:
+        size = file.tell()
+        if file.write(line) < len(line):  # the disk took a part of it
+            file.truncate(size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def entry_point(main: Callable[[list[str]], None]) -> Callable[[], None]:
-    """Run `main` on the command line's arguments; a UserError becomes one line on rank 0 and exit code 2."""
+    """Run `main` on the command line's arguments; a UserError or a full disk becomes one line on rank 0 and exit code 2."""
 
     @functools.wraps(main)
     def run() -> None:
         try:
             main(sys.argv[1:])
         except UserError as error:
-            if is_main_process():
-                print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-            sys.exit(2)
+            _exit(f"error: {error}", 2)
+        except KeyboardInterrupt:
+            _exit("interrupted", 130)
+        except OSError as error:
+            if error.errno not in DISK_ERRORS:
+                raise
+            _exit(f"error: {error.filename or 'a file'}: cannot be written: {error.strerror}", 2)
 
     return run
+
+
+def _exit(line: str, code: int) -> NoReturn:
+    if is_main_process():
+        print(" ".join(line.split()), file=sys.stderr, flush=True)
+    sys.exit(code)

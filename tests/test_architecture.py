@@ -10,12 +10,14 @@ from conftest import ROOT
 
 ORDER = (
     "utils",
+    "preemption",
     "noise",
     "coconut",
     "dataset",
     "adapters",
     "models",
     "distributed",
+    "storage",
     "checkpoint",
     "evaluation",
     "reporting",

@@ -1,0 +1,37 @@
+"""Signals that ask a run to stop: it finishes the optimizer step, saves and ends with exit code 0."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # the first two announce preemption under SLURM
+ECHO = 2.0  # seconds in which a second Ctrl-C is the first one again: torchrun passes on what the terminal sent already
+
+
+class StopRequest:
+    """Whether a signal has asked to stop. A second Ctrl-C ends at once; further SIGTERM and SIGUSR1 change nothing."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._first = 0.0
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Inside, the signals do no more than ask."""
+        before = {number: signal.signal(number, self._request) for number in STOP_SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _request(self, number: int, frame: Any) -> None:
+        if number == signal.SIGINT and self.requested and time.monotonic() - self._first > ECHO:
+            raise KeyboardInterrupt
+        if not self.requested:
+            self._first = time.monotonic()
+        self.requested = True

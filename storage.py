@@ -1,0 +1,295 @@
+"""What a kill, a full disk or a second run must not harm: directories written whole, their manifests, the lock of a run.
+
+manifest.json holds the size and the SHA-256 of every other file of a directory. It is written last, before the directory
+gets its name, so a directory that was cut, copied halfway or damaged later does not pass for a whole one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from safetensors import SafetensorError
+
+import distributed
+from utils import UserError, disk_problem, fsync, get_logger, write_text, writing
+
+NAME = re.compile(r"checkpoint_(\d+)(?:_step(\d+))?")
+FACTS, STATE, MANIFEST, LOCK = "coconut.json", "training_state.pt", "manifest.json", ".lock"
+CHUNK = 2**20
+
+
+class CheckpointError(UserError):
+    """A checkpoint that cannot be written, found or used."""
+
+
+# --- manifests ---
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def write_manifest(directory: Path) -> None:
+    """Size and SHA-256 of every file below the directory."""
+    files = {
+        path.relative_to(directory).as_posix(): {"size": path.stat().st_size, "sha256": sha256(path)}
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
+    write_text(directory / MANIFEST, json.dumps({"format": 1, "files": files}, indent=1) + "\n")
+
+
+def manifest_problem(directory: Path, hashes: bool, optional: str | None = None) -> str | None:
+    """The first thing in which a directory differs from its manifest: which file, and how. None if nothing does.
+
+    A directory of an earlier version, without a manifest, passes.
+
+    Args:
+        hashes: read all files as well, once their sizes are right.
+        optional: a file that may be missing.
+    """
+    if not (directory / MANIFEST).is_file():
+        return None
+    try:
+        files = json.loads((directory / MANIFEST).read_bytes())["files"]
+        expected = [(directory / name, int(entry["size"]), str(entry["sha256"])) for name, entry in files.items()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} is damaged"
+    return next(_differences([entry for entry in expected if entry[0].name != optional or entry[0].exists()], hashes), None)
+
+
+def _differences(expected: list[tuple[Path, int, str]], hashes: bool) -> Iterator[str]:
+    for path, size, _ in expected:
+        if not path.is_file():
+            yield f"{path.name} is missing"
+        elif path.stat().st_size != size:
+            yield f"{path.name} has {path.stat().st_size:,} bytes; {MANIFEST} says {size:,}"
+    for path, _, digest in expected if hashes else ():
+        try:
+            found = sha256(path)
+        except OSError as error:
+            yield f"{path.name} cannot be read: {error.strerror}"
+        else:
+            if found != digest:
+                yield f"{path.name} is damaged: its SHA-256 is {found}; {MANIFEST} says {digest}"
+
+
+# --- directories that are there whole, or not at all ---
+
+
+def write_directory(directory: Path, fill: Callable[[Path], None]) -> None:
+    """Let `fill` write files into a directory of another name, add the manifest, make it durable, then give it its name.
+
+    Raises CheckpointError if that fails; whatever was there before stays.
+    """
+    partial = directory.with_name(f".{directory.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        fill(partial)
+        write_manifest(partial)
+        for path in (*partial.rglob("*"), partial):
+            fsync(path)
+        remove_directory(directory)
+        partial.rename(directory)
+        fsync(directory.parent)
+    except (OSError, RuntimeError, SafetensorError, UserError) as error:  # torch.save raises RuntimeError on a full disk
+        raise CheckpointError(
+            f"{directory}: the checkpoint could not be written: {disk_problem(error, directory.parent)}; "
+            "the checkpoints before it are untouched"
+        ) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def remove_directory(directory: Path) -> None:
+    """Take the name away first: a directory that is removed halfway must not be found under it."""
+    if not directory.exists():
+        return
+    removed = directory.with_name(f".{directory.name}.removed")
+    shutil.rmtree(removed, ignore_errors=True)
+    with writing(directory):
+        directory.rename(removed)
+    shutil.rmtree(removed, ignore_errors=True)
+
+
+def remove_leftovers(directory: Path) -> None:
+    """What a killed run left of the files that it was writing or removing."""
+    for path in (*directory.glob(".*.partial"), *directory.glob(".*.removed")):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+class Writer:
+    """Does the writing of a checkpoint on rank 0: at once, or in a thread while training goes on."""
+
+    def __init__(self, background: bool = False) -> None:
+        self.background = background
+        self.failure: BaseException | None = None
+        self._thread: threading.Thread | None = None
+
+    def start(self, write: Callable[[], None]) -> None:
+        """Begin to write; called by all processes. What goes wrong in a thread is raised by the next `wait`."""
+        if not self.background:
+            distributed.run_on_main(write)
+        elif distributed.rank() == 0:
+            self._thread = threading.Thread(target=self._run, args=(write,), daemon=True)  # a second Ctrl-C ends it too
+            self._thread.start()
+
+    def wait(self) -> None:
+        """Until everything is written; called by all processes. Raises CheckpointError on all of them if it was not."""
+        distributed.run_on_main(self._join)
+
+    def _run(self, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except BaseException as error:
+            self.failure = error
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self.failure is not None:
+            raise self.failure
+
+
+# --- the checkpoints of a run ---
+
+
+def complete_checkpoints(save_dir: Path) -> list[Path]:
+    """Checkpoints with all their files in full size, oldest first. Anything else in the directory is left alone."""
+    return [path for path in _named(save_dir) if _problem(path, hashes=False) is None]
+
+
+def newest_whole(save_dir: Path) -> Path | None:
+    """The newest checkpoint that is what it was when it was saved, its hashes too; None if there is none of any kind.
+
+    Damaged ones that are newer are named in the log. Raises CheckpointError if there are only such.
+    """
+    damaged = []
+    for path in reversed(_named(save_dir)):
+        problem = _problem(path, hashes=True)
+        if problem is None:
+            return path
+        damaged.append(f"{path.name}: {problem}")
+        get_logger().warning(f"{path} is passed over: {problem}")
+    if damaged:
+        raise CheckpointError(
+            f"{save_dir}: no whole checkpoint is left ({'; '.join(damaged)}): put back a copy of one, or choose another name "
+            "or remove them to start from the beginning"
+        )
+    return None
+
+
+def _named(save_dir: Path) -> list[Path]:
+    """Directories with the name of a checkpoint, oldest first: by epoch and step, as clocks can be wrong."""
+    if not save_dir.is_dir():
+        return []
+    named = [(match, path) for path in save_dir.iterdir() if (match := NAME.fullmatch(path.name)) and path.is_dir()]
+    return [path for _, path in sorted(named, key=lambda pair: (int(pair[0][1]), int(pair[0][2] or 0)))]
+
+
+def _problem(directory: Path, hashes: bool) -> str | None:
+    """Why training cannot go on from a directory; None if it can."""
+    for name in (FACTS, STATE):
+        if not (directory / name).is_file():
+            return f"{name} is missing"
+    return manifest_problem(directory, hashes)
+
+
+def remove_old(newest: Path, keep_last: int | None, best: str | None) -> None:
+    """Delete checkpoints inside finished epochs, and all but the last `keep_last` and the best one (None keeps them).
+
+    newest: the one just saved. What sorts after it was passed over as damaged when the run started, and does not count.
+    """
+    whole = complete_checkpoints(newest.parent)
+    for number, path in enumerate(reversed(whole[: whole.index(newest) + 1])):
+        in_epoch = "_step" in path.name
+        too_old = keep_last is not None and number >= keep_last
+        if number > 0 and path.name != best and (too_old or in_epoch):
+            remove_directory(path)
+
+
+# --- one run at a time ---
+
+
+@contextlib.contextmanager
+def alone(directory: Path | None) -> Iterator[None]:
+    """For all processes of a run: inside, no other run writes into the directory. None: nothing is written.
+
+    Raises UserError on all of them if another run does, or if it cannot be written to.
+    """
+    with contextlib.ExitStack() as stack:
+        if directory is not None:
+            distributed.run_on_main(lambda: stack.enter_context(locked(directory)))
+            distributed.run_on_main(lambda: remove_leftovers(directory))
+        yield
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Inside, no other process can hold the same directory; it is made if it is not there, and removed again if it stays empty.
+
+    The kernel gives the lock back when the process ends, however it ends. It is a POSIX lock, which forked data workers do
+    not inherit: they may outlive a killed run for seconds. It holds over NFS too where the server supports locks.
+
+    Raises:
+        UserError: another process holds the directory, or it cannot be written to.
+    """
+    made = [path for path in (directory, *directory.parents) if not path.exists()]
+    with contextlib.ExitStack() as stack:
+        stack.callback(_remove_empty, made)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(_open_locked(directory / LOCK))
+            stack.callback((directory / LOCK).unlink, missing_ok=True)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+        except OSError as error:
+            raise UserError(f"{directory}: cannot be written to: {error.strerror}; choose another save_path") from None
+        yield
+
+
+def _open_locked(path: Path) -> BinaryIO:
+    """The lock file, held; one that its last holder has removed in the meantime does not count."""
+    while True:
+        file = path.open("a+b", buffering=0)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            raise UserError(
+                f"{path.parent}: another run is writing there ({file.read(200).decode(errors='replace') or 'just started'}): "
+                "wait for it or stop it, or choose another name"
+            ) from None
+        except OSError as error:
+            get_logger().warning(f"{path}: this file system has no locks ({error.strerror}): nothing keeps a second run out")
+            return file
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            file.truncate(0)
+            return file
+        file.close()
+
+
+def _remove_empty(directories: list[Path]) -> None:
+    with contextlib.suppress(OSError):
+        for path in directories:
+            path.rmdir()

@@ -1,0 +1,295 @@
+"""Directories that are there whole or not at all, manifests, pruning, the lock of a run."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from safetensors import SafetensorError
+
+import storage
+import utils
+from storage import CheckpointError, complete_checkpoints, newest_whole, remove_old, write_directory
+from utils import UserError, append_jsonl, write_text
+
+
+def fill(directory: Path) -> None:
+    for name in ("coconut.json", "training_state.pt", "model.safetensors"):
+        (directory / name).write_text(f"{name} of {directory.name}")
+
+
+@pytest.fixture
+def save_dir(tmp_path: Path) -> Path:
+    """Three checkpoints, the last in the middle of epoch 10: names do not sort as text."""
+    for name in ("checkpoint_9", "checkpoint_10", "checkpoint_10_step30"):
+        write_directory(tmp_path / "run" / name, fill)
+    return tmp_path / "run"
+
+
+def names(paths: list[Path]) -> list[str]:
+    return [path.name for path in paths]
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[5] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGE: list[tuple[str, Callable[[Path], Any], str]] = [
+    ("model.safetensors", cut, "model.safetensors has 47 bytes; manifest.json says 50"),
+    ("model.safetensors", flip_a_bit, "model.safetensors is damaged: its SHA-256 is"),
+    ("model.safetensors", Path.unlink, "model.safetensors is missing"),
+    ("training_state.pt", Path.unlink, "training_state.pt is missing"),
+    ("coconut.json", cut, "coconut.json has"),
+    ("manifest.json", cut, "manifest.json is damaged"),
+]
+
+
+@pytest.mark.parametrize(("name", "damage", "message"), DAMAGE)
+def test_a_damaged_checkpoint_is_named_and_passed_over(
+    save_dir: Path, name: str, damage: Callable[[Path], Any], message: str, capsys: Any
+) -> None:
+    damage(save_dir / "checkpoint_10_step30" / name)
+    assert newest_whole(save_dir) == save_dir / "checkpoint_10"
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith(f"{save_dir / 'checkpoint_10_step30'} is passed over: {message}")
+
+
+def test_with_damaged_checkpoints_alone_nothing_starts_over(save_dir: Path) -> None:
+    for path in complete_checkpoints(save_dir):
+        cut(path / "model.safetensors")
+    with pytest.raises(
+        CheckpointError,
+        match=r"no whole checkpoint is left \(checkpoint_10_step30: model.safetensors has .*checkpoint_9.*put back",
+    ):
+        newest_whole(save_dir)
+    assert newest_whole(save_dir / "nowhere") is None
+
+
+def test_a_checkpoint_of_before_manifests_counts(save_dir: Path) -> None:
+    (save_dir / "checkpoint_10_step30" / "manifest.json").unlink()
+    assert newest_whole(save_dir) == save_dir / "checkpoint_10_step30"
+
+
+def test_the_manifest_knows_every_file_in_subdirectories_too(tmp_path: Path) -> None:
+    def nested(directory: Path) -> None:
+        (directory / "templates").mkdir()
+        (directory / "templates" / "a.jinja").write_text("abc")
+
+    write_directory(tmp_path / "x", nested)
+    entry = {"size": 3, "sha256": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"}
+    assert json.loads((tmp_path / "x" / "manifest.json").read_text())["files"] == {"templates/a.jinja": entry}
+    (tmp_path / "x" / "templates" / "a.jinja").write_text("abd")
+    assert "a.jinja is damaged" in str(storage.manifest_problem(tmp_path / "x", hashes=True))
+    assert storage.manifest_problem(tmp_path / "x", hashes=False) is None
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("torch"), SafetensorError("x")]
+)
+def test_what_cannot_be_written_leaves_what_was_there(save_dir: Path, error: Exception) -> None:
+    def failing(directory: Path) -> None:
+        (directory / "model.safetensors").write_text("half")
+        raise error
+
+    before = sorted(path.name for path in save_dir.iterdir())
+    with pytest.raises(CheckpointError, match="the checkpoint could not be written: .*the checkpoints before it are untouched"):
+        write_directory(save_dir / "checkpoint_11", failing)
+    with pytest.raises(CheckpointError, match="could not be written"):
+        write_directory(save_dir / "checkpoint_10", failing)
+    assert sorted(path.name for path in save_dir.iterdir()) == before
+    assert newest_whole(save_dir) == save_dir / "checkpoint_10_step30"
+
+
+@pytest.mark.parametrize(
+    ("newest", "keep_last", "best", "left"),
+    [
+        ("checkpoint_10_step30", None, None, ["checkpoint_9", "checkpoint_10", "checkpoint_10_step30"]),
+        ("checkpoint_10_step30", 1, None, ["checkpoint_10_step30"]),
+        ("checkpoint_10_step30", 1, "checkpoint_9", ["checkpoint_9", "checkpoint_10_step30"]),
+        ("checkpoint_10_step30", 2, None, ["checkpoint_10", "checkpoint_10_step30"]),
+        # checkpoint_10_step30 was found to be damaged, and training went on from checkpoint_10
+        ("checkpoint_10", 1, None, ["checkpoint_10", "checkpoint_10_step30"]),
+    ],
+)
+def test_what_keep_last_keeps(save_dir: Path, newest: str, keep_last: int | None, best: str | None, left: list[str]) -> None:
+    remove_old(save_dir / newest, keep_last, best)
+    assert names(complete_checkpoints(save_dir)) == left
+
+
+def test_steps_inside_a_finished_epoch_go(save_dir: Path) -> None:
+    write_directory(save_dir / "checkpoint_11", fill)
+    remove_old(save_dir / "checkpoint_11", None, None)
+    assert names(complete_checkpoints(save_dir)) == ["checkpoint_9", "checkpoint_10", "checkpoint_11"]
+
+
+def test_what_a_killed_run_left_is_removed_and_nothing_else(save_dir: Path) -> None:
+    (save_dir / ".checkpoint_12.partial").mkdir()
+    (save_dir / ".checkpoint_9.removed").mkdir()
+    (save_dir / ".metrics.jsonl.partial").write_text("half")
+    (save_dir / "notes.partial").write_text("mine")
+    storage.remove_leftovers(save_dir)
+    kept = {"checkpoint_9", "checkpoint_10", "checkpoint_10_step30", "notes.partial"}
+    assert {path.name for path in save_dir.iterdir()} == kept
+
+
+# --- single files ---
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """No file of this process may grow beyond 100 bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, small_files: None) -> None:
+    path = tmp_path / "config.yaml"
+    write_text(path, "before")
+    with pytest.raises(UserError, match=r"config.yaml: cannot be written: File too large"):
+        write_text(path, "x" * 200)
+    assert [one.name for one in tmp_path.iterdir()] == ["config.yaml"]
+    assert path.read_text() == "before"
+
+
+def test_a_row_is_added_whole_or_not_at_all(tmp_path: Path, small_files: None) -> None:
+    path = tmp_path / "metrics.jsonl"
+    append_jsonl(path, {"text": "x" * 60})
+    with pytest.raises(UserError, match=r"metrics.jsonl: cannot be written: No space left on device"):
+        append_jsonl(path, {"text": "x" * 60})  # 27 of its 73 bytes fit
+    assert path.read_text() == json.dumps({"text": "x" * 60}) + "\n"
+
+
+def test_a_full_disk_is_named_where_a_library_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert utils.disk_problem(RuntimeError("unexpected pos 576 vs 534\nmore"), tmp_path) == "unexpected pos 576 vs 534"
+    monkeypatch.setattr(utils.shutil, "disk_usage", lambda _: SimpleNamespace(free=4096))
+    assert utils.disk_problem(RuntimeError("unexpected pos"), tmp_path) == "unexpected pos (No space left on device)"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (UserError("a.json: no such\n file"), 2, "error: a.json: no such file"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "x.bin"),
+            2,
+            "error: x.bin: cannot be written: No space left on device",
+        ),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_entry_points_end_with_one_line(error: BaseException, code: int, line: str, capsys: Any) -> None:
+    @utils.entry_point
+    def main(arguments: list[str]) -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == code
+    assert capsys.readouterr().err == line + "\n"
+
+
+# --- one run at a time ---
+
+HOLDER = """
+import fcntl, os, sys, time
+file = open(sys.argv[1], "a+b", buffering=0)
+fcntl.lockf(file, fcntl.LOCK_EX)
+file.write(b"process 7 on node9")
+if os.fork() == 0:  # as data workers do; it outlives its parent
+    time.sleep(60)
+print(os.getpid(), flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_second_run_is_refused_until_the_first_is_killed(tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    directory.mkdir()
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(directory / ".lock")], stdout=subprocess.PIPE, start_new_session=True
+    )
+    try:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        with (
+            pytest.raises(UserError, match=r"run: another run is writing there \(process 7 on node9\): wait for it"),
+            storage.locked(directory),
+        ):
+            pass
+        assert (directory / ".lock").exists()
+        holder.kill()
+        holder.wait()
+        with storage.locked(directory):  # the forked process is still there
+            assert f"process {os.getpid()} on " in (directory / ".lock").read_text()
+    finally:
+        os.killpg(holder.pid, signal.SIGKILL)
+
+
+def test_a_directory_that_stays_empty_is_removed_again(tmp_path: Path) -> None:
+    with storage.locked(tmp_path / "a" / "b"):
+        assert (tmp_path / "a" / "b" / ".lock").exists()
+    assert not (tmp_path / "a").exists()
+    with storage.locked(tmp_path / "a" / "b"):
+        (tmp_path / "a" / "b" / "metrics.jsonl").write_text("")
+    assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_lock_file_that_its_holder_removes_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file is opened, then its last holder removes it, then the lock is taken: on a file that no one else will see."""
+    original = storage.fcntl.lockf
+    calls = []
+
+    def lockf(file: Any, flags: int) -> None:
+        calls.append(file)
+        if len(calls) == 1:
+            (tmp_path / ".lock").unlink()
+        original(file, flags)
+
+    monkeypatch.setattr(storage.fcntl, "lockf", lockf)
+    with storage.locked(tmp_path):
+        assert (tmp_path / ".lock").exists()
+    assert len(calls) == 2
+
+
+def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    def lockf(file: Any, flags: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(storage.fcntl, "lockf", lockf)
+    with storage.locked(tmp_path):
+        pass
+    assert "this file system has no locks (No locks available): nothing keeps a second run out" in capsys.readouterr().out
+
+
+def test_where_nothing_can_be_written_is_said_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(UserError, match="cannot be written to: Not a directory; choose another save_path"),
+        storage.locked(tmp_path / "file" / "run"),
+    ):
+        pass
+    if Path("/sys").is_mount():  # read-only for root too
+        with (
+            pytest.raises(UserError, match=r"/sys/run: cannot be written to: .*; choose another save_path"),
+            storage.locked(Path("/sys/run")),
+        ):
+            pass
