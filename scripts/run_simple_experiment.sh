@@ -17,5 +17,5 @@ source scripts/job.sh
 if [ "${1:-}" = --submit ]; then
     submit run_simple_experiment "${@:2}"
 else
-    launch test.py args/noise_sweep.yaml noise_type=all "$@"
+    launch test.py args/noise_sweep.yaml noise_type=all name=noise_scale_all "$@"
 fi

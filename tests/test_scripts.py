@@ -21,7 +21,7 @@ EXPERIMENTS = {
         "name=noisy_coconut_gsm8k",
         "num_questions=null",
     ],
-    "run_simple_experiment": ["test.py", "args/noise_sweep.yaml", "noise_type=all"],
+    "run_simple_experiment": ["test.py", "args/noise_sweep.yaml", "noise_type=all", "name=noise_scale_all"],
     "run_branch_experiment": ["run_noisy_experiment.py", "args/noisy_coconut.yaml", "num_branches=5"],
 }
 # `python -c` counts GPUs; torchrun starts two workers; STUB says what a program does. In bash, which starts at once.
