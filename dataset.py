@@ -25,6 +25,7 @@ from datasets import Dataset, disable_progress_bars
 from transformers import PreTrainedTokenizerBase
 
 from coconut import IGNORE_INDEX
+from preemption import STOP_SIGNALS
 from utils import STAGED_METHODS, UserError, get_logger, is_main_process, read_text
 
 START_LATENT, END_LATENT, LATENT, PAUSE = "<|start-latent|>", "<|end-latent|>", "<|latent|>", "<pause>"
@@ -543,5 +544,5 @@ def batch_loader(
 
 def _ignore_stop_signals(worker: int) -> None:
     """Torchrun, SLURM and Ctrl-C signal all processes of a job; training still needs its batches for the last step."""
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
