@@ -375,15 +375,24 @@ def _run(config: SweepConfig, subject: Subject, questions: list[BenchmarkQuestio
 def _signals() -> Iterator[None]:
     """SIGTERM, SIGUSR1 (SLURM) and Ctrl-C end the run at once: what is not saved yet is computed again."""
 
+    stopped = False
+
     def stop(number: int, _frame: object) -> None:
+        nonlocal stopped
+        stopped = True
+        for each in before:  # SLURM sends it to every process, and a script may pass it on once more
+            signal.signal(each, signal.SIG_IGN)
         raise Preempted(signal.Signals(number).name)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    for number in before:
+        signal.signal(number, stop)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        if not stopped:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def _influences(config: SweepConfig, subject: Subject, questions: list[BenchmarkQuestion]) -> dict[str, Any]:
