@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -15,13 +17,15 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+import dataset as dataset_module
 from coconut import Coconut
 from dataset import (
     DataError,
     MicroBatches,
     MyCollator,
+    batch_loader,
     check_lengths,
     epoch_groups,
     epoch_order,
@@ -31,6 +35,7 @@ from dataset import (
     load_records,
     stage_shape,
 )
+from preemption import STOP_SIGNALS
 
 GOLDEN = ROOT / "tests" / "golden"
 STAGES = json.loads((GOLDEN / "stages.json").read_text())
@@ -168,6 +173,65 @@ def test_max_size_keeps_the_first_records(tokenizer: Any, tmp_path: Path) -> Non
     assert dataset["idx"] == [0, 1, 2, 3]
 
 
+# --- tokens kept on disk ---
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where tokens are kept, of small files too."""
+    monkeypatch.setattr(dataset_module, "CACHED_FROM", 0)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return tmp_path / "cache" / "coconut"
+
+
+def test_tokens_are_kept_once_and_mapped_into_memory(
+    tokenizer: Any, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_json(tmp_path / "data.json", chain_records(9))
+    first = get_dataset(path, tokenizer)
+    monkeypatch.setattr(dataset_module, "_tokenised", None)  # from here on all comes from the cache
+    moved = write_json(tmp_path / "moved.json", chain_records(9))
+    tokenizer.save_pretrained(tmp_path / "checkpoint")
+    for one in (tokenizer, PreTrainedTokenizerFast.from_pretrained(tmp_path / "checkpoint")):
+        again = get_dataset(moved, one)
+        assert again.to_list() == first.to_list()
+        assert again.cache_files  # mapped: processes of a node share the memory
+    assert len(list(cache.iterdir())) == 1  # nothing half-written either
+
+
+def test_other_text_tokenizer_size_or_template_are_other_tokens(tokenizer: Any, tmp_path: Path, cache: Path) -> None:
+    path = write_json(tmp_path / "data.json", chain_records(9))
+    variants = [get_dataset(path, tokenizer), get_dataset(path, tokenizer, 4)]
+    tokenizer.chat_template = "{% for message in messages %}Sam {{ message.content }}{% endfor %}"
+    variants.append(get_dataset(path, tokenizer, chat_template=True))
+    tokenizer.chat_template = "{% for message in messages %}Rex {{ message.content }}{% endfor %}"
+    variants.append(get_dataset(path, tokenizer, chat_template=True))
+    tokenizer.add_tokens(["lempus."])
+    variants.append(get_dataset(path, tokenizer))
+    variants.append(get_dataset(write_json(path, chain_records(8)), tokenizer))
+    assert len(list(cache.iterdir())) == len(variants)
+    assert len({json.dumps(variant.to_list()) for variant in variants}) == len(variants)
+
+
+def test_a_damaged_cache_is_made_anew(tokenizer: Any, tmp_path: Path, cache: Path, capsys: Any) -> None:
+    path = write_json(tmp_path / "data.json", chain_records(9))
+    first = get_dataset(path, tokenizer).to_list()
+    for damage in ("*.arrow", "state.json"):
+        file = next(next(cache.iterdir()).glob(damage))
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+        assert get_dataset(path, tokenizer).to_list() == first
+        assert "damaged, tokenising again" in capsys.readouterr().out
+        assert get_dataset(path, tokenizer).to_list() == first
+        assert "damaged" not in capsys.readouterr().out
+
+
+def test_without_a_place_for_the_cache_all_works(tokenizer: Any, tmp_path: Path, cache: Path, capsys: Any) -> None:
+    path = write_json(tmp_path / "data.json", chain_records(9))
+    cache.parent.write_text("a file, where a directory should be made")
+    assert len(get_dataset(path, tokenizer)) == 9
+    assert "the tokens cannot be kept" in capsys.readouterr().out
+
+
 def test_a_tokenizer_that_merges_across_joints_is_reported(tokenizer: Any, tmp_path: Path, capsys: Any) -> None:
     def merging(texts: Any, add_special_tokens: bool) -> dict[str, Any]:
         return {"input_ids": [7] if isinstance(texts, str) else [[7] for _ in texts]}
@@ -286,6 +350,17 @@ def test_a_filler_carries_no_label(tokenizer: Any, tmp_path: Path) -> None:
     batches = MicroBatches(examples, [([0, 1], False), ([2], True)], MyCollator(tokenizer, 501))
     assert (batches[0]["labels"] != -100).any()
     assert (batches[1]["labels"] == -100).all()
+
+
+def test_loaders_live_through_stop_signals(tokenizer: Any, tmp_path: Path) -> None:
+    """SLURM and torchrun signal them too; the step in progress still needs its batches."""
+    base = get_dataset(write_json(tmp_path / "data.json", chain_records(12)), tokenizer)
+    examples = get_cot_latent_dataset(1, base, curriculum(), 500, 501, 502)
+    loader = batch_loader(examples, [([index], False) for index in range(12)], MyCollator(tokenizer, 501), num_workers=1)
+    seen = [next(loader)["idx"].item()]
+    for number in STOP_SIGNALS:
+        os.kill(loader._workers[0].pid, number)  # type: ignore[attr-defined]
+    assert seen + [batch["idx"].item() for batch in loader] == list(range(12))
 
 
 @pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="the public data sets are not here")
