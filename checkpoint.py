@@ -78,7 +78,7 @@ class TrainingState:
 
     epoch: int = 0  # the epoch in progress, or the next one
     step_in_epoch: int = 0  # optimizer steps done in it
-    samples_in_epoch: int | None = 0  # how far it is in its order of samples; None where an earlier version did not say
+    samples_in_epoch: int = 0  # how far it is in its order of samples
     global_step: int = 0
     examples: int = 0  # training examples seen
     optimizer_stage: int = 0  # the stage for which the optimizer was made
@@ -177,8 +177,8 @@ def resolve_paths(config: RunConfig) -> RunConfig:
 
 
 def check_whole(directory: Path) -> None:
-    """Raise CheckpointError if a model's directory differs from its manifest, if it has one. Training's part may be gone."""
-    if problem := manifest_problem(directory, hashes=True, optional=STATE):
+    """Raise CheckpointError if a checkpoint differs from its manifest, if it has one. Training's part may be gone."""
+    if (directory / FACTS).is_file() and (problem := manifest_problem(directory, hashes=True, optional=STATE)):
         raise CheckpointError(
             f"{directory}: {problem}; put back a copy, or, if it was changed on purpose, remove {directory / MANIFEST}"
         )

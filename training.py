@@ -98,9 +98,9 @@ class Trainer:
 
     def _resume(self, directory: Path) -> None:
         loaded = checkpoint.load_training_state(directory)
-        self.state = state = TrainingState(**loaded["state"])
-        if state.samples_in_epoch is None:
-            state.samples_in_epoch = state.step_in_epoch * self._samples_per_step
+        saved = loaded["state"]
+        saved.setdefault("samples_in_epoch", saved["step_in_epoch"] * self._samples_per_step)  # version 0.1 did not say
+        self.state = state = TrainingState(**saved)
         self.saved = (state.epoch, state.step_in_epoch)
         checkpoint.restore(loaded, self.model, self.optimizer)
         get_logger().info(f"resuming from {directory}: epoch {state.epoch + 1}, after step {state.global_step}")
@@ -164,7 +164,7 @@ class Trainer:
     def _train_epoch(self) -> bool:
         """The rest of the epoch in progress, stage by stage; False if a signal cut it short."""
         self.model.train()
-        groups = self.groups(self.state.samples_in_epoch or 0)
+        groups = self.groups(self.state.samples_in_epoch)
         done = self.state.step_in_epoch
         stages = [self.config.stage_at(self.state.epoch, done + step, done + len(groups)) for step in range(len(groups))]
         for stage, part in itertools.groupby(zip(stages, groups, strict=True), key=lambda pair: pair[0]):
@@ -234,7 +234,7 @@ class Trainer:
         state = self.state
         state.global_step += 1
         state.step_in_epoch += 1
-        state.samples_in_epoch = (state.samples_in_epoch or 0) + self._samples_per_step
+        state.samples_in_epoch += self._samples_per_step
         state.examples += int(examples)
         state.epoch_tokens += int(tokens)
         state.epoch_loss += loss

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import shutil
@@ -166,6 +167,31 @@ def test_rows_that_are_gone_are_said(run_arguments: list[str], half: Path, capsy
     assert len(read_rows(half / "metrics.jsonl")) == 4
 
 
+def test_a_checkpoint_of_an_earlier_version_goes_on(run_arguments: list[str], whole: Path, save_dir: Path, watch: Any) -> None:
+    """Without a manifest, hashes of the data, and the number of samples that the epoch has taken."""
+
+    class Dead(BaseException):
+        pass
+
+    def die(path: str) -> None:
+        if path.endswith("predictions_1.jsonl.partial"):
+            raise Dead
+
+    watch(die)
+    with pytest.raises(Dead):
+        start(run_arguments, "save_every_steps=2")
+    watch(None)
+    directory = save_dir / "checkpoint_0_step2"
+    (directory / "manifest.json").unlink()
+    facts = json.loads((directory / "coconut.json").read_text())
+    write_json(directory / "coconut.json", {key: value for key, value in facts.items() if key != "data"})
+    loaded = checkpoint.load_training_state(directory)
+    del loaded["state"]["samples_in_epoch"]
+    torch.save(loaded, directory / "training_state.pt")
+    start(run_arguments)
+    assert differences(whole, save_dir) == []
+
+
 # --- damage ---
 
 
@@ -196,6 +222,8 @@ def test_load_model_path_is_checked(run_arguments: list[str], half: Path) -> Non
     evaluate = ["name=again", "only_eval=true", "from_scratch=false"]
     (directory / "training_state.pt").unlink()  # a model that is passed on does not need it
     start(run_arguments, *evaluate, f"load_model_path={directory}")
+    write_json(half / "manifest.json", {"name": "of something else"})
+    checkpoint.check_whole(half)  # no checkpoint, so no manifest of ours
     with (directory / "model.safetensors").open("r+b") as file:
         file.truncate(1000)
     with pytest.raises(CheckpointError, match=r"model.safetensors has 1,000 bytes; manifest.json says .* put back a copy"):

@@ -23,12 +23,14 @@ def start(arguments: list[str], *more: str) -> None:
     run.main.__wrapped__([*arguments, *more])
 
 
-def launch(processes: int, arguments: list[str], *more: str) -> subprocess.CompletedProcess[str]:
-    """run.py in a process of its own, or under torchrun."""
+def launch(
+    processes: int, arguments: list[str], *more: str, script: Path = ROOT / "run.py"
+) -> subprocess.CompletedProcess[str]:
+    """run.py, or another script, in a process of its own, or under torchrun."""
     starter = [sys.executable]
     if processes > 0:
         starter += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [*starter, str(ROOT / "run.py"), *arguments, *more]
+    command = [*starter, str(script), *arguments, *more]
     return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=280, check=False)
 
 
@@ -204,6 +206,43 @@ def test_processes_share_the_work_of_one(run_arguments: list[str], tmp_path: Pat
         assert second["val_loss"] == pytest.approx(first["val_loss"], abs=1e-5)
         assert second["accuracy"] == first["accuracy"]
     assert [row["idx"] for row in read_rows(several / "predictions_6.jsonl")] == list(range(7))
+
+
+SIGNALLED = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import run, training
+original = training.InterruptibleEvaluator._generate
+def generate(self, *arguments):
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGUSR1)
+    return original(self, *arguments)
+training.InterruptibleEvaluator._generate = generate
+run.main()
+"""
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_all_processes_stop_for_one_and_another_number_goes_on(
+    run_arguments: list[str], tmp_path: Path, parallel: str, capsys: Any
+) -> None:
+    """Process 1 of 2 is signalled while it answers the questions after epoch 1; one process goes on with the same batches."""
+    common = ["lr=1e-4", "num_epochs=2", "batch_size_eval=1"]
+    start(run_arguments, "name=one", "batch_size_training=6", *common)
+    (tmp_path / "signalled.py").write_text(SIGNALLED.format(root=str(ROOT)))
+    more = [f"parallel={parallel}", "batch_size_training=3", *common]
+    result = launch(2, run_arguments, *more, script=tmp_path / "signalled.py")
+    assert result.returncode == 0, result.stderr
+    assert "stopped by a signal at step 4" in result.stdout
+    capsys.readouterr()
+    start(run_arguments, "batch_size_training=6", *common)
+    output = capsys.readouterr().out
+    assert "resuming with 1 processes, saved with 2: same data order" in output
+    one, both = tmp_path / "checkpoints" / "one", tmp_path / "checkpoints" / "run"
+    assert losses(both) == pytest.approx(losses(one), abs=1e-5)
+    for first, second in zip(*(read_rows(path / "metrics.jsonl", "epoch") for path in (one, both)), strict=True):
+        assert second["train_loss"] == pytest.approx(first["train_loss"], abs=1e-5)
+        assert second["val_loss"] == pytest.approx(first["val_loss"], abs=1e-5)
 
 
 def test_sharded_generation_with_different_latents_does_not_hang(run_arguments: list[str], tmp_path: Path) -> None:
