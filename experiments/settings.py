@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path, PurePath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -124,11 +124,22 @@ class BranchConfig(SweepConfig):
 class FullConfig(SweepConfig):
     """The same keys for full_test.py: all noise types and controls greedily, then branches with the keys about branches."""
 
-    noise_type: Annotated[list[NoiseType], Field(min_length=1), BeforeValidator(_listed)] = Field(default=list(NOISE_TYPES))
+    noise_type: Annotated[list[NoiseType], Field(min_length=1), BeforeValidator(_listed)] = Field(
+        default=list(get_args(NoiseType))
+    )
     controls: Annotated[list[Control], BeforeValidator(lambda value: _listed(value) or [])] = Field(
-        default=["zero", "mean", "other", "pause"]
+        default=list(get_args(Control))
     )
     branch_noise_type: NoiseType = "gaussian_scaled"
-    num_branches: Positive = 5
+    num_branches: Annotated[int, Field(ge=2)] = 5  # one alone does not vote
     temperature: Annotated[float, Field(ge=0)] = 0.7
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+
+    @model_validator(mode="after")
+    def _parts_possible(self) -> FullConfig:
+        if self.apply_noise_to_all_passes:
+            raise ValueError("apply_noise_to_all_passes: full_test.py tries noise in one pass and in all of them; leave it out")
+        for setting in self.model_copy(update={"noise_type": [self.branch_noise_type]}).settings():
+            for scale in self.scales(*setting):
+                check_noise(scale, *setting)
+        return self

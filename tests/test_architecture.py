@@ -25,7 +25,13 @@ ORDER = (
     "preprocessing",
     "experiments",
     "run",
+    "test",
+    "run_noisy_experiment",
+    "quick_test",
+    "quick_branch_test",
+    "full_test",
 )
+ENTRY_POINTS = ORDER[ORDER.index("run") :]
 PURE = {
     "coconut": ("torch.distributed", "wandb", "argparse", "sys"),
     "dataset": ("torch.distributed", "wandb", "argparse", "sys"),
@@ -52,6 +58,7 @@ def test_imports_go_upward_only(path: Path) -> None:
     assert own in ORDER, f"{own}: give the new module its place in ORDER"
     for name in {found.split(".")[0] for found in imports(path)} & set(ORDER):
         assert name == own or ORDER.index(name) < ORDER.index(own), f"{path.name} imports {name}"
+        assert name not in ENTRY_POINTS, f"{path.name} imports the entry point {name}"
 
 
 @pytest.mark.parametrize("module", sorted(PURE))

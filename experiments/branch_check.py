@@ -1,0 +1,116 @@
+"""Branches that vote, on a few questions with all details: what each said, how they are counted, where they agree."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import model_validator
+from rich import box
+from rich.table import Table
+
+from experiments.answers import agreement_level
+from experiments.benchmarks import BenchmarkQuestion
+from experiments.progress import Record
+from experiments.stand_ins import RANDOM, RANDOM_SOURCE, QuickConfig, quick_questions, quick_subject
+from experiments.subjects import Subject
+from experiments.summary import AGGREGATIONS, coverage_table, summarise, summary_table
+from experiments.sweep import Answerer, conditions
+from reporting import show
+from utils import Positive, UserError, get_logger
+
+CHECKPOINT = Path("checkpoints/quick-coconut")  # of scripts/quickstart.sh
+QUESTION_END = 90  # characters of a question that are shown: what is asked stands at its end
+CHUNK = 16  # questions that are thought about at once
+LEGEND = "behind the answers: log-probability of a branch's text; confidence of a vote. Diversity: also by the thoughts' norm"
+MARKS = {True: "✓", False: "✗"}
+
+
+class QuickBranchConfig(QuickConfig):
+    """Keys of quick_branch_test.py."""
+
+    num_questions: Positive | None = 8
+    max_new_tokens: Positive = 64
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_scale(cls, values: Any) -> Any:
+        return {"noise_type": "gaussian_scaled", "noise_scales": 0.5, **values}
+
+
+def with_quick_start(config: QuickBranchConfig) -> QuickBranchConfig:
+    """Where no model is named: the quick start's checkpoint if it is there, else the random model; said in one line."""
+    if config.model_id != RANDOM:
+        return config
+    questions = config.data_path or "made questions"
+    if not CHECKPOINT.is_dir():
+        get_logger().info(f"{CHECKPOINT} is not there (scripts/quickstart.sh): {RANDOM_SOURCE}, {questions}")
+        return config
+    get_logger().info(f"the quick start's {CHECKPOINT}, {questions}")
+    return config.model_copy(update={"model_id": None, "load_model_path": str(CHECKPOINT)})
+
+
+def show_branches(config: QuickBranchConfig, device: torch.device) -> None:
+    """Answer all questions and show everything. UserError: all of them failed."""
+    subject, questions = quick_subject(config, device), quick_questions(config)
+    records = answer(config, subject, questions)
+    for question, record in zip(questions, records, strict=True):
+        if record["error"] is None:  # what went wrong otherwise has been said
+            show(question_table(question, record))
+    get_logger().info(LEGEND)
+    summary = summarise(records)
+    show(summary_table(summary, f"{subject.source} on {len(questions)} questions of {config.benchmark}"))
+    show(coverage_table(summary, "Answered only where so many branches agree"))
+
+
+def answer(config: QuickBranchConfig, subject: Subject, questions: Sequence[BenchmarkQuestion]) -> list[Record]:
+    """The records of all questions. UserError: all of them failed."""
+    answerer = Answerer(config, subject, conditions(config), None)
+    records = [
+        record for start in range(0, len(questions), CHUNK) for record in answerer.answer(questions[start : start + CHUNK])
+    ]
+    if all(record["error"] is not None for record in records):
+        raise UserError(f"all {len(records)} questions failed; the first with {records[0]['error']}")
+    return records
+
+
+def question_table(question: BenchmarkQuestion, record: Record) -> Table:
+    """A column for each condition: what its branches answer, what each way of counting makes of them, how far they part."""
+    text = " ".join(question.question.split())
+    text = text if len(text) <= QUESTION_END else f"... {text[-QUESTION_END:]}"
+    outcomes: dict[str, Any] = record["conditions"]
+    title = f"{question.index}: {text}  ({question.gold})"
+    table = Table("", *outcomes, title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for branch in range(max(len(one["branches"]) for one in outcomes.values())):
+        table.add_row(f"branch {branch}", *(branch_cell(one, branch) for one in outcomes.values()))
+    table.add_section()
+    for name in AGGREGATIONS:
+        table.add_row(name.replace("_", " "), *(vote_cell(one, name) for one in outcomes.values()))
+    table.add_row("agreement", *(agreement_cell(one) for one in outcomes.values()))
+    table.add_row("diversity", *(diversity_cell(one) for one in outcomes.values()))
+    return table
+
+
+def branch_cell(outcome: Mapping[str, Any], number: int) -> str:
+    if number >= len(outcome["branches"]):
+        return ""
+    branch = outcome["branches"][number]
+    return f"{MARKS[branch['correct']]} {branch['answer']} {branch['log_probability']:.2f}"
+
+
+def vote_cell(outcome: Mapping[str, Any], name: str) -> str:
+    vote = outcome[name]
+    return f"{MARKS[vote['correct']]} {vote['answer']} {vote['confidence']:.2f}"
+
+
+def agreement_cell(outcome: Mapping[str, Any]) -> str:
+    votes, branches = outcome["majority"]["votes"], len(outcome["branches"])
+    level = agreement_level(votes, branches)
+    return f"{votes} of {branches}" + (f", {level}" if level else "")
+
+
+def diversity_cell(outcome: Mapping[str, Any]) -> str:
+    found = outcome["diversity"]
+    return "" if found is None else f"{found['diversity']:.3g} ({found['normalised']:.3g})"

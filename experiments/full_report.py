@@ -1,0 +1,291 @@
+"""The report of full_test.py: one page of what was measured, and the same numbers as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.settings import FullConfig, Setting
+from experiments.summary import (
+    AGGREGATIONS,
+    CLEAN,
+    GREEDY,
+    SELF_CONSISTENCY,
+    compare_all,
+    measured_key,
+    noise_axis,
+    setting_name,
+    setting_result,
+    summarise,
+)
+from experiments.sweep import PLACES, Sweep
+from experiments.sweep_results import chance
+from utils import get_logger, write_text
+
+SIGNIFICANT = 0.05  # level of the p-values, after Holm's correction
+NOISE_PARTS = {"noise": "one thought", "all_passes": "all thoughts"}
+PLACE_NAMES = {
+    "all": "all thoughts",
+    "first": "the first, later ones recomputed",
+    "after": "the first, later ones as they were",
+}
+SHOWN = ("noise/noise_types.png", "noise/controls.png", "all_passes/noise_types.png", "branching/diversity.png")
+
+Numbers = Mapping[str, Any]
+
+
+def write_report(config: FullConfig, sweeps: Mapping[str, Sweep]) -> Path:
+    """report_<timestamp>.md, whose path is returned, and report.json; the timestamp is that of the first part's beginning."""
+    content = report_content(config, sweeps)
+    path = config.directory / f"report_{content['tested']['timestamp']}.md"
+    write_text(config.directory / "report.json", json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, markdown(content))
+    get_logger().info(f"report: {path}")
+    return path
+
+
+# --- numbers ---
+
+
+def report_content(config: FullConfig, sweeps: Mapping[str, Sweep]) -> dict[str, Any]:
+    """What report.json holds; accuracies in percent."""
+    summaries = {name: summarise(sweep.records) for name, sweep in sweeps.items()}
+    noise = sweeps["noise"]
+    return {
+        "name": config.name,
+        "tested": noise.info,
+        "errors": {name: sweep.info["errors"] for name, sweep in sweeps.items()},
+        "seconds": {name: sweep.info["seconds"] for name, sweep in sweeps.items()},
+        "chance": chance(config.benchmark),
+        "clean": summaries["noise"][GREEDY],
+        "noise": {
+            setting_name(*setting): {name: noise_result(sweeps[name], summaries[name], setting) for name in NOISE_PARTS}
+            for setting in noise.config.settings()
+        },
+        "controls": {key: one for key, one in summaries["noise"].items() if "/" in key},
+        "branching": branching_result(sweeps["branching"], summaries["branching"]),
+        "figures": figures(config.directory, sweeps.values()),
+    }
+
+
+def noise_result(sweep: Sweep, summary: Mapping[str, Numbers], setting: Setting) -> dict[str, Any]:
+    """One noise type and direction in one part.
+
+    half_scale: where half of the clean accuracy is lost. harmless_scale: see there. most_scale, most_accuracy: the most noise
+    that was tried, and the accuracy with it.
+    """
+    scales = sorted(sweep.config.scales(*setting), key=lambda scale: noise_axis(setting[0], scale))
+    return {
+        "half_scale": setting_result(sweep.records, *setting, scales)["half_scale"],
+        "harmless_scale": harmless_scale(summary, setting, scales),
+        "most_scale": scales[-1],
+        "most_accuracy": summary[measured_key(*setting, scales[-1])]["accuracy"],
+    }
+
+
+def harmless_scale(summary: Mapping[str, Numbers], setting: Setting, scales: Sequence[float]) -> float | None:
+    """The most noise such that neither it nor less is significantly below clean; None if the least is.
+
+    scales: the least noise first. The tests are McNemar's, corrected by Holm for all conditions of a `summarise`.
+    """
+    below = (is_below(summary[measured_key(*setting, scale)]) for scale in scales)
+    harmless = next((count for count, one in enumerate(below) if one), len(scales))
+    return scales[harmless - 1] if harmless else None
+
+
+def is_below(condition: Numbers) -> bool:
+    """Whether a condition of a `summarise` is significantly less accurate than the clean one."""
+    versus = condition["versus_clean"]
+    return versus is not None and versus["difference"] < 0 and versus["p_holm"] < SIGNIFICANT
+
+
+def branching_result(sweep: Sweep, summary: Mapping[str, Numbers]) -> dict[str, Any]:
+    """Every condition, and under versus_self_consistency its comparison with branches that differ by sampling alone."""
+    baseline = SELF_CONSISTENCY if SELF_CONSISTENCY in summary else CLEAN
+    versus = compare_all(sweep.records, baseline)
+    conditions = {key: {**one, "versus_self_consistency": versus.get(key)} for key, one in summary.items()}
+    settings = {key: sweep.info[key] for key in ("num_branches", "temperature", "top_p")}
+    return {**settings, "self_consistency": baseline, "conditions": conditions}
+
+
+def figures(directory: Path, sweeps: Iterable[Sweep]) -> list[str]:
+    """Those of these experiments, relative to the report; an earlier one may have left others in the same place."""
+    found = []
+    for sweep in sweeps:
+        settings = [setting_name(*setting) for setting in sweep.config.settings()]
+        names = ["noise_types", "controls", "diversity", *settings, *(f"coverage_{name}" for name in settings)]
+        found += [sweep.config.directory / f"{name}.png" for name in names]
+    return [path.relative_to(directory).as_posix() for path in found if path.is_file()]
+
+
+# --- the page ---
+
+
+def markdown(content: Mapping[str, Any]) -> str:
+    sections = [
+        f"# {content['name']}: {content['tested']['model']} on {content['tested']['benchmark']}",
+        tested_table(content),
+        clean_line(content),
+        "## Noise in the thoughts",
+        noise_table(content),
+        noise_notes(content),
+        *(["## Thoughts displaced", controls_table(content)] if content["controls"] else []),
+        "## Branches that vote",
+        branching_table(content["branching"]),
+        "Answered only where at least so many branches agree: accuracy of the answered (share of questions answered).",
+        coverage_table(content["branching"]),
+        "## Figures",
+        figure_links(content["figures"]),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def tested_table(content: Mapping[str, Any]) -> str:
+    info = content["tested"]
+    trained = info["trained"]
+    training = f"{trained['method']}, stage {trained['stage']}, c_thought {trained['c_thought']}" if trained else "none"
+    errors = ", ".join(f"{count} failed in {name}" for name, count in content["errors"].items() if count)
+    versions = ", ".join(f"{name} {version}" for name, version in info["versions"].items())
+    layer = "the last, after the final norm" if info["hidden_layer_idx"] == -1 else str(info["hidden_layer_idx"])
+    rows = {
+        "model": f"{info['family']}, {info['layers']} layers, width {info['width']}, {info['parameters']:,} parameters",
+        "training for thoughts": training,
+        "thoughts": f"{', '.join(map(str, info['n_latents']))} a question; layer read: {layer}",
+        "questions": f"{info['questions']} of {info['benchmark']} ({info['data_path'] or 'hub'})",
+        **({"not answered": errors} if errors else {}),
+        "noise": f"seed {info['seed']}; one thought: number {info['noise_at_step']}, schedule {info['schedule']}",
+        "answers": f"at most {info['max_new_tokens']} tokens",
+        "device": f"{info['device']}, {info['dtype']}; {versions}",
+        "commit": info["git_commit"] or "unknown",
+        "seconds": ", ".join(f"{name} {seconds:,.0f}" for name, seconds in content["seconds"].items()),
+    }
+    return table(["tested", ""], rows.items())
+
+
+def clean_line(content: Mapping[str, Any]) -> str:
+    clean, guess = content["clean"], content["chance"]
+    said = f"**Clean accuracy: {with_interval(clean)}** ({clean['correct']} of {clean['total']}, greedy; {clean['status']})."
+    return said + (f" A guess among the options: {guess:.0f}%." if guess is not None else "")
+
+
+def with_interval(condition: Numbers) -> str:
+    return f"{condition['accuracy']:.1f}% ({condition['low']:.1f} to {condition['high']:.1f})"
+
+
+def noise_table(content: Mapping[str, Any]) -> str:
+    columns = ["noise"]
+    for where in NOISE_PARTS.values():
+        columns += [f"{where}: half is lost at", "no loss up to", "accuracy at the most noise"]
+    return table(columns, ([name, *noise_cells(parts)] for name, parts in content["noise"].items()))
+
+
+def noise_cells(parts: Mapping[str, Numbers]) -> list[str]:
+    cells = []
+    for name in NOISE_PARTS:
+        one = parts[name]
+        half, harmless, most = one["half_scale"], one["harmless_scale"], one["most_scale"]
+        cells.append("never" if half is None else f"{half:.3g}")
+        cells.append("none tried" if harmless is None else f"{harmless:g}{' (the most tried)' if harmless == most else ''}")
+        cells.append(f"{one['most_accuracy']:.1f}% at {most:g}")
+    return cells
+
+
+def noise_notes(content: Mapping[str, Any]) -> str:
+    lines = [
+        "Scales, interpolated where half is lost; for snr less is more noise. No loss: neither this scale nor one with less "
+        f"noise is significantly below clean (McNemar's exact test, p < {SIGNIFICANT} after Holm's correction over all "
+        "conditions of the part)."
+    ]
+    half, guess = content["clean"]["accuracy"] / 2, content["chance"]
+    if guess is not None and half <= guess:
+        lines.append(
+            f"Half of the clean accuracy, {half:.1f}%, is no more than a guess gets, {guess:.0f}%: it is lost only where "
+            "answers are worse than guesses, or none."
+        )
+    return "\n".join(lines)
+
+
+def controls_table(content: Mapping[str, Any]) -> str:
+    controls = content["controls"]
+    kinds = dict.fromkeys(key.split("/")[0] for key in controls)
+    columns = ["in their stead", *(PLACE_NAMES[place] for place in PLACES)]
+    rows = ([kind, *(control_cell(controls[f"{kind}/{place}"]) for place in PLACES)] for kind in kinds)
+    said = "Accuracy, and questions lost and gained against clean; p after Holm's correction."
+    return f"{table(columns, rows)}\n\n{said}"
+
+
+def control_cell(condition: Numbers) -> str:
+    versus = condition["versus_clean"]
+    changes = f"-{versus['only_first']} +{versus['only_second']}"
+    return f"{condition['accuracy']:.1f}%, {changes}, {probability(versus['p_holm'])}"
+
+
+def probability(value: float) -> str:
+    return "p < 0.001" if value < 0.001 else f"p = {value:.3f}"
+
+
+def branching_table(branching: Mapping[str, Any]) -> str:
+    columns = [
+        "",
+        *(name.replace("_", " ") for name in AGGREGATIONS),
+        "single branches",
+        "agreement",
+        "diversity",
+        "difference",
+    ]
+    rows = ([name, *branching_cells(branching, one)] for name, one in shown_conditions(branching).items())
+    said = (
+        f"{branching['num_branches']} branches, temperature {branching['temperature']:g}, top_p {branching['top_p']:g}. "
+        "Accuracy by how the branches are counted, the majority's with its 95% interval. Diversity: mean distance of two "
+        "branches' later thoughts by their norm. Difference of the majority's accuracy from self-consistency, p after Holm's "
+        "correction."
+    )
+    return f"{table(columns, rows)}\n\n{said}"
+
+
+def shown_conditions(branching: Mapping[str, Any]) -> dict[str, Numbers]:
+    """Under the names of the page; the clean one without samples is the greedy one K times."""
+    conditions, baseline = branching["conditions"], branching["self_consistency"]
+    names = {GREEDY: "greedy, one answer", baseline: "self-consistency, no noise"}
+    order = [GREEDY, baseline, *(key for key in conditions if "@" in key)]
+    return {names.get(key, key): conditions[key] for key in order}
+
+
+def branching_cells(branching: Mapping[str, Any], one: Numbers) -> list[str]:
+    versus, diversity = one["versus_self_consistency"], one["normalised"]
+    others = [f"{one['aggregation'][name]['accuracy']:.1f}%" for name in AGGREGATIONS[1:]]
+    return [
+        with_interval(one),
+        *others,
+        f"{one['branch_accuracy']:.1f}%",
+        f"{one['agreement']:.2f}",
+        "" if diversity is None else f"{diversity:.3g}",
+        "" if versus is None else f"{versus['difference']:+.1f}, {probability(versus['p_holm'])}",
+    ]
+
+
+def coverage_table(branching: Mapping[str, Any]) -> str:
+    columns = ["branches", *map(str, range(1, branching["num_branches"] + 1))]
+    rows = [
+        [name, *(f"{share(point['accuracy'])} ({share(point['coverage'])})" for point in one["coverage"])]
+        for name, one in shown_conditions(branching).items()
+        if one["coverage"]
+    ]
+    return table(columns, rows)
+
+
+def share(value: float | None) -> str:
+    return "none" if value is None else f"{value:.1f}%"
+
+
+def figure_links(paths: Sequence[str]) -> str:
+    pictures = [f"![{path}]({path})" for path in paths if path in SHOWN or path.startswith("branching/coverage")]
+    links = ", ".join(f"[{path.removesuffix('.png')}]({path})" for path in paths)
+    return "\n\n".join([*pictures, links])

@@ -1,0 +1,80 @@
+"""Who answers the quick checks, and what they are asked, where nothing is named: a small random model, made questions."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import model_validator
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from experiments.answers import canonical_answer
+from experiments.benchmarks import BenchmarkQuestion, load_questions
+from experiments.settings import BranchConfig
+from experiments.subjects import Subject, load_subject
+from preprocessing.prosqa import CONCEPTS, NAMES, chain_record, record_rng
+from utils import set_seed
+
+ROOT = Path(__file__).resolve().parents[1]
+RANDOM = str(ROOT / "configs" / "llama_small")  # a configuration and a tokenizer without weights
+RANDOM_SOURCE = "a small random model"
+MADE = "prosqa"  # the benchmark whose questions can be made on the spot
+SPREAD = 0.07  # of random weights: at 0.02 all tokens are almost as likely, from 0.1 on rounding grows from thought to thought
+
+
+class QuickConfig(BranchConfig):
+    """Keys of the experiments for checks that leave nothing behind; those without effect there are refused.
+
+    Without a model the small random one of RANDOM answers.
+    """
+
+    name: str = "quick"
+    benchmark: str = MADE
+
+    @model_validator(mode="before")
+    @classmethod
+    def _someone_answers(cls, values: Any) -> Any:
+        if without_effect := [key for key in cls.unused() if key in values]:
+            raise ValueError(f"{without_effect[0]} has no effect here; leave it out")
+        named = [values.get(key) not in (None, "None") for key in ("model_id", "load_model_path")]
+        return values if any(named) else {**values, "model_id": RANDOM}
+
+    @classmethod
+    def unused(cls) -> tuple[str, ...]:
+        return ("name", "results_path", "fresh", "controls")
+
+
+def quick_subject(config: QuickConfig, device: torch.device) -> Subject:
+    """The model that the configuration names, or the random one."""
+    return random_subject(config, device) if config.model_id == RANDOM else load_subject(config, device)
+
+
+def random_subject(config: QuickConfig, device: torch.device) -> Subject:
+    """A random Llama of 0.9 million weights; made as a directory, so that it is loaded like any other model."""
+    set_seed(config.seed)
+    with tempfile.TemporaryDirectory() as directory:
+        shutil.copytree(RANDOM, directory, dirs_exist_ok=True)
+        model_config = AutoConfig.from_pretrained(RANDOM, initializer_range=SPREAD)
+        AutoModelForCausalLM.from_config(model_config).save_pretrained(directory)
+        subject = load_subject(config.model_copy(update={"model_id": directory}), device)
+    subject.source = RANDOM_SOURCE
+    return subject
+
+
+def quick_questions(config: QuickConfig) -> list[BenchmarkQuestion]:
+    """Those of the configuration; made ones for prosqa without a file."""
+    if config.benchmark == MADE and config.data_path is None:
+        return made_questions(config.num_questions or 1, config.seed)
+    return load_questions(config.benchmark, config.data_path, config.subset, config.split, config.num_questions, config.seed)
+
+
+def made_questions(count: int, seed: int) -> list[BenchmarkQuestion]:
+    """Questions over two chains as the quick start's (scripts/quickstart.sh): 12 concepts, 8 names, 2 to 3 hops."""
+    records = [chain_record(record_rng(seed, "test", index), concepts=CONCEPTS[:12], names=NAMES[:8]) for index in range(count)]
+    return [
+        BenchmarkQuestion(MADE, index, record["question"], canonical_answer(MADE, record["answer"]), steps=len(record["steps"]))
+        for index, record in enumerate(records)
+    ]

@@ -1,0 +1,24 @@
+"""The full evaluation suite on a checkpoint or an untrained model: `python full_test.py args/full_test.yaml [key=value ...]`.
+
+Under torchrun the processes share the questions. The same command goes on where a run was stopped or killed.
+"""
+
+from __future__ import annotations
+
+import distributed
+from experiments.full import run_full
+from experiments.settings import FullConfig
+from reporting import print_config
+from utils import entry_point, load_config
+
+
+@entry_point
+def main(arguments: list[str]) -> None:
+    config = load_config(FullConfig, arguments)
+    with distributed.process_group() as device:
+        print_config(config)
+        run_full(config, device)
+
+
+if __name__ == "__main__":
+    main()

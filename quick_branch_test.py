@@ -1,0 +1,21 @@
+"""Branches that vote, on a few questions with all details: `python quick_branch_test.py [FILE.yaml] [key=value ...]`.
+
+Without a model the quick start's checkpoint answers, or a small random model where that is missing.
+"""
+
+from __future__ import annotations
+
+import distributed
+from experiments.branch_check import QuickBranchConfig, show_branches, with_quick_start
+from utils import entry_point, load_config
+
+
+@entry_point
+def main(arguments: list[str]) -> None:
+    config = with_quick_start(load_config(QuickBranchConfig, arguments))
+    with distributed.process_group() as device:
+        show_branches(config, device)
+
+
+if __name__ == "__main__":
+    main()

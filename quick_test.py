@@ -1,0 +1,24 @@
+"""Whether noise and generation work on this machine, in a minute: `python quick_test.py [FILE.yaml] [key=value ...]`.
+
+A small random model is made on the spot; model_id or load_model_path names another one. Exit code 1 if a check fails.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import distributed
+from experiments.selfcheck import CheckConfig, run_checks
+from utils import entry_point, load_config
+
+
+@entry_point
+def main(arguments: list[str]) -> None:
+    config = load_config(CheckConfig, arguments)
+    with distributed.process_group() as device:
+        passed = run_checks(config, device)
+    sys.exit(0 if passed else 1)
+
+
+if __name__ == "__main__":
+    main()
