@@ -14,7 +14,19 @@ from models import build_model, latent_ids
 from reporting import Reporter, print_config, save_predictions, schedule_table, show
 from storage import alone
 from training import InterruptibleEvaluator, Trainer
-from utils import DEBUG_TRAIN, DEBUG_VALID, RunConfig, entry_point, get_logger, load_config, save_config, set_seed
+from utils import (
+    DEBUG_TRAIN,
+    DEBUG_VALID,
+    RunConfig,
+    config_changes,
+    entry_point,
+    get_logger,
+    load_config,
+    save_config,
+    set_seed,
+)
+
+RESOLVED = ("model_id", "load_model_path")  # a run's directory there is named by its newest checkpoint at the first start
 
 
 def train(config: RunConfig, device: torch.device) -> None:
@@ -29,7 +41,7 @@ def train(config: RunConfig, device: torch.device) -> None:
     set_seed(config.seed)  # the same random weights on all processes
     model = build_model(source, tokenizer, ids)
     check_lengths([train_set, valid_set], config, config.max_new_tokens, model.max_positions)
-    keep_config(config)
+    keep_config(config, resumed=resume_from is not None)
     wrapped = distributed.wrap(model, config.parallel, config.bf16, device, config.compile)
     set_seed(config.seed + distributed.rank())  # other dropout masks on each
     evaluator = InterruptibleEvaluator(config, valid_set, tokenizer, ids, device)
@@ -76,10 +88,17 @@ def evaluate(config: RunConfig, device: torch.device) -> None:
     )
 
 
-def keep_config(config: RunConfig) -> None:
+def keep_config(config: RunConfig, resumed: bool = False) -> None:
     """The resolved configuration beside the results, once nothing is left that could be wrong with it."""
     if not config.debug:
-        distributed.run_on_main(lambda: save_config(config, config.save_dir / "config.yaml"))
+        distributed.run_on_main(lambda: _keep_config(config, config.save_dir / "config.yaml", resumed))
+
+
+def _keep_config(config: RunConfig, path: Path, resumed: bool) -> None:
+    changes = [change for change in config_changes(config, path) if not change.startswith(RESOLVED)] if resumed else []
+    if changes:
+        get_logger().warning(f"the configuration has changed since the run was last started: {'; '.join(changes)}")
+    save_config(config, path)
 
 
 @entry_point

@@ -288,6 +288,17 @@ def save_config(config: Config, path: Path) -> None:
     write_text(path, yaml.safe_dump(config.model_dump(), sort_keys=False))
 
 
+def config_changes(config: Config, path: Path) -> list[str]:
+    """Keys that differ from a saved configuration, each with both values; none where that cannot be read."""
+    try:
+        before = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return []
+    now = config.model_dump()
+    both = now.keys() & before.keys() if isinstance(before, dict) else set()
+    return [f"{key} {now[key]!r}, was {before[key]!r}" for key in now if key in both and now[key] != before[key]]
+
+
 def set_seed(seed: int) -> None:
     """Seed python, numpy and torch on every device."""
     random.seed(seed)

@@ -43,7 +43,7 @@ SIZES = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "nu
 
 
 def settings(folder: Path) -> list[str]:
-    """The arguments of the run: a tiny model with dropout, 64 questions, 4 epochs of 8 steps, a checkpoint every second."""
+    """The arguments of the run: a tiny model with dropout, 64 questions, 4 epochs of 8 steps, a checkpoint after each."""
     model, source = folder / "model", common.ROOT / "configs" / "llama_small"
     shutil.copytree(source, model)
     configuration = json.loads((source / "config.json").read_text())
@@ -62,7 +62,7 @@ def settings(folder: Path) -> list[str]:
         "lr": "1e-3",
         "reset_optimizer": True,
         "uniform_prob": 0.3,
-        "save_every_steps": 2,
+        "save_every_steps": 1,
         "keep_last": 2,
         "model_id": model,
         "from_scratch": True,

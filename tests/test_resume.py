@@ -255,6 +255,16 @@ def test_changed_data_are_refused_unless_asked_for(run_arguments: list[str], hal
     start(run_arguments)  # now it is the data of the newest checkpoint
 
 
+def test_a_changed_configuration_is_said(run_arguments: list[str], half: Path, capsys: Any) -> None:
+    start(run_arguments, "lr=5e-4")
+    line = next(line for line in capsys.readouterr().out.splitlines() if "the configuration has changed" in line)
+    assert "lr 0.0005, was 0.001" in line
+    assert "seed" not in line
+    shutil.rmtree(half / "checkpoint_2")
+    start(run_arguments, "lr=5e-4")
+    assert "the configuration has changed" not in capsys.readouterr().out
+
+
 # --- stopped by a signal ---
 
 
