@@ -8,10 +8,17 @@ import pytest
 import yaml
 from conftest import ROOT
 
+from experiments.ablation import AblationConfig
 from experiments.settings import BranchConfig, FullConfig, SweepConfig
 from utils import RunConfig, UserError, load_config, save_config
 
-PROGRAMS = {"run.py": RunConfig, "test.py": SweepConfig, "run_noisy_experiment.py": BranchConfig, "full_test.py": FullConfig}
+PROGRAMS = {
+    "run.py": RunConfig,
+    "test.py": SweepConfig,
+    "run_noisy_experiment.py": BranchConfig,
+    "full_test.py": FullConfig,
+    "experiments.ablation": AblationConfig,
+}
 NEEDED = ["name=x", "model_id=m", "val_path=v.json", "train_path=t.json"]
 
 

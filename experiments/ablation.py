@@ -1,0 +1,354 @@
+"""What matters in noisy branching, one thing changed at a time: `python -m experiments.ablation [args/X.yaml] [key=value ...]`.
+
+K branches with noise in one thought vote; around that one setting each part changes one thing: which thought gets the noise,
+how many branches vote, the noise type at equal measured noise, how branches become an answer, own or shared noise vectors, the
+noise in later thoughts. Every setting is compared with self-consistency, as many branches without noise, on the same questions
+and with the same samples.
+
+Each setting that needs branches of its own is one run of `sweep` in a folder of its own, so that the same command goes on where
+it was stopped; the numbers of branches and the aggregations come from the branches of the run that all parts share.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Annotated, Any, Literal, NamedTuple, get_args
+
+import torch
+from pydantic import BeforeValidator, Field, model_validator
+
+import distributed
+from experiments.ablation_results import MIXED, NO_NOISE, Cells, Part, judged_by, ratio_name, vote, write_results
+from experiments.answers import same_answer
+from experiments.benchmarks import BenchmarkQuestion, load_questions
+from experiments.settings import BranchConfig, NoiseType, Setting
+from experiments.subjects import Subject, load_subject
+from experiments.summary import AGGREGATIONS, CLEAN, JUDGE, SELF_CONSISTENCY, Outcome, condition_key, setting_name
+from experiments.sweep import Sweep, clean_thoughts, run_sweep
+from noise import RECOMMENDED_SCALES, SCHEDULES
+from reporting import print_config
+from utils import Positive, UserError, entry_point, get_logger, load_config, write_jsonl
+
+PartName = Literal["injection_step", "branches", "noise_type", "aggregation", "shared_noise", "schedule"]
+PARTS: tuple[PartName, ...] = get_args(PartName)
+SETTINGS: tuple[Setting, ...] = tuple(RECOMMENDED_SCALES)  # every noise type, targeted noise in both directions
+ABSOLUTE = ("gaussian", "uniform")  # types whose scale does not follow the thought's norm
+BASE, TYPES = "base", "noise_type"  # runs: the one that all parts share, and all other noise types together
+VECTORS = {"own": False, "shared": True}
+ELSEWHERE = {  # inherited keys that an ablation sets itself or has no use for, and what to do instead
+    "noise_scales": "set noise_ratios, from which the scales of every noise type are computed",
+    "controls": "full_test.py tries them",
+    "apply_noise_to_all_passes": "set schedule: constant",
+}
+
+
+def _listed(value: Any) -> Any:
+    if value in (None, "None"):
+        return None
+    return value if isinstance(value, list) else [value]
+
+
+def _parts(value: Any) -> Any:
+    return list(PARTS) if value == "all" else _listed(value)
+
+
+class AblationConfig(BranchConfig):
+    """The keys of run_noisy_experiment.py, which describe the setting that is varied, and what is varied around it.
+
+    noise_ratios: norms of the noise by the norm of the thought; every noise type gets the scales that add as much.
+    injection_steps: which thoughts get the noise, one at a time, from 1; every thought there is if None.
+    """
+
+    results_path: str = "ablation/results"
+    noise_type: Annotated[list[NoiseType], Field(min_length=1), BeforeValidator(_listed)] = Field(default=["gaussian_scaled"])
+    num_branches: Annotated[int, Field(ge=2)] = 5
+    noise_ratios: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1), BeforeValidator(_listed)] = Field(
+        default=[0.5, 1.0, 2.0]
+    )
+    injection_steps: Annotated[list[Positive] | None, Field(min_length=1), BeforeValidator(_listed)] = None
+    parts: Annotated[list[PartName], Field(min_length=1), BeforeValidator(_parts)] = Field(default=list(PARTS))
+
+    @model_validator(mode="after")
+    def _one_setting(self) -> AblationConfig:
+        for key, hint in ELSEWHERE.items():
+            if getattr(self, key):
+                raise ValueError(f"{key}: not for an ablation: {hint}")
+        if len(self.settings()) > 1:
+            found = ", ".join(setting_name(*one) for one in self.settings())
+            raise ValueError(f"noise_type: an ablation varies one noise setting, found {found}; targeted needs noise_direction")
+        if not self.scales_by_ratio(self.setting, 1.0):
+            raise ValueError(f"noise_ratios: dropout removes at most the whole thought: at most 1, found {self.noise_ratios}")
+        for key in ("noise_ratios", "injection_steps", "parts"):
+            values = getattr(self, key) or []
+            if len(set(values)) < len(values):
+                raise ValueError(f"{key}: {values} holds something twice")
+        return self
+
+    @property
+    def setting(self) -> Setting:
+        [setting] = self.settings()
+        return setting
+
+    @property
+    def baseline(self) -> str:
+        """The condition that is self-consistency: K branches without noise that are sampled."""
+        return CLEAN if self.temperature else SELF_CONSISTENCY
+
+    def scales_by_ratio(self, setting: Setting, norm_per_entry: float) -> dict[float, float]:
+        """The scale of a noise setting for each noise ratio that it can have, see `equal_scale`."""
+        found = {ratio: equal_scale(setting[0], ratio, norm_per_entry) for ratio in self.noise_ratios}
+        return {ratio: scale for ratio, scale in found.items() if scale is not None}
+
+
+def equal_scale(noise_type: str, ratio: float, norm_per_entry: float) -> float | None:
+    """The scale at which the noise's root mean square norm is `ratio` times the norm of a hidden state.
+
+    norm_per_entry: the norm of the hidden state by the square root of its width. Rounded to three digits. None: dropout takes
+    away at most the whole state.
+    """
+    scales = {
+        "gaussian": ratio * norm_per_entry,
+        "uniform": ratio * norm_per_entry * math.sqrt(3),  # the variance of 2u - 1 is 1/3
+        "snr": 1 / ratio,
+        "dropout": ratio**2,  # this share of the squared norm is lost
+    }
+    scale = scales.get(noise_type, ratio)
+    return None if noise_type == "dropout" and scale > 1 else float(f"{scale:.3g}")
+
+
+class Run(BranchConfig):
+    """One run of an ablation: in place of noise_scales each noise setting has scales of its own; without any it is left out."""
+
+    scales_of: dict[str, list[float]]
+
+    def scales(self, noise_type: str, direction: str | None) -> list[float]:
+        return self.scales_of.get(setting_name(noise_type, direction), [])
+
+
+# --- the subject's thoughts ---
+
+
+class Survey(NamedTuple):
+    """source: the checkpoint or the model. thoughts: the most that a question has.
+
+    norm_per_entry: mean norm of the thoughts that get the noise by the root of their width; 1 if no noise type needs it.
+    """
+
+    source: str
+    thoughts: int
+    norm_per_entry: float
+
+
+def survey(config: AblationConfig, device: torch.device) -> Survey:
+    """Count the thoughts of all questions and measure them, where a noise type needs it. UserError: steps that no one has."""
+    subject = load_subject(config, device)
+    questions = load_questions(
+        config.benchmark, config.data_path, config.subset, config.split, config.num_questions, config.seed
+    )
+    counts = {question.index: _thoughts(subject, question) for question in questions}
+    most = max(counts.values())
+    asked = {"noise_at_step": [config.noise_at_step], "injection_steps": config.injection_steps or []}
+    for key, steps in asked.items():
+        if max(steps, default=0) > most > 0:
+            raise UserError(f"{key}: {max(steps)} is beyond the thoughts: no question has more than {most}")
+    absolute = "noise_type" in config.parts or config.setting[0] in ABSOLUTE
+    reached = [question for question in questions if counts[question.index] >= config.noise_at_step]
+    if not absolute or not reached:
+        return Survey(subject.source, most, 1.0)
+    paths = clean_thoughts(subject, reached, config.batch_size, config.seed).paths
+    perturbed = [path[config.noise_at_step - 1] for path in paths.values()]
+    norm = fmean(float(thought.norm()) for thought in perturbed)
+    return Survey(subject.source, most, norm / math.sqrt(len(perturbed[0])))
+
+
+def _thoughts(subject: Subject, question: BenchmarkQuestion) -> int:
+    with contextlib.suppress(UserError, ValueError):  # said when the question is answered
+        return subject.prompt(question).count(subject.ids.latent)
+    return 0
+
+
+# --- the runs ---
+
+
+@dataclass
+class Ablation:
+    """What all runs gave; sweeps: by the name of the run."""
+
+    config: AblationConfig
+    survey: Survey
+    sweeps: dict[str, Sweep]
+
+    def scales(self, setting: Setting) -> dict[float, float]:
+        """Of a noise setting, by noise ratio."""
+        return self.config.scales_by_ratio(setting, self.survey.norm_per_entry)
+
+
+def run_ablation(config: AblationConfig, device: torch.device) -> Ablation | None:
+    """All runs, each going on where it was stopped; None if a signal stopped one. Called by all processes."""
+    ablation = Ablation(config, survey(config, device), {})
+    runs = plan_runs(ablation)
+    for number, (name, run) in enumerate(runs.items(), start=1):
+        get_logger().info(f"run {number} of {len(runs)}: {run.directory}")
+        sweep = run_sweep(run, device)
+        if sweep is None:
+            return None
+        path = run.directory / f"questions_{sweep.info['timestamp']}.jsonl"
+        distributed.run_on_main(functools.partial(write_jsonl, path, sweep.records))
+        ablation.sweeps[name] = sweep
+    return ablation
+
+
+def plan_runs(ablation: Ablation) -> dict[str, Run]:
+    """The runs that the chosen parts need, the shared one first."""
+    config = ablation.config.model_copy()
+    if config.load_model_path is not None:
+        config.load_model_path = ablation.survey.source  # all of one checkpoint, even if a newer one appears meanwhile
+    base = {setting_name(*config.setting): list(ablation.scales(config.setting).values())}
+    runs = {BASE: _run(config, BASE, base)}
+    for part in config.parts:
+        for value, changes in run_changes(config, part, ablation.survey.thoughts).items():
+            name = run_name(config, part, value, changes)
+            runs.setdefault(name, _run(config, name, base, **changes))
+    if "noise_type" in config.parts:
+        others = {setting_name(*one): list(ablation.scales(one).values()) for one in SETTINGS if one != config.setting}
+        runs[TYPES] = _run(config, TYPES, others, noise_type="all", noise_direction=None)
+    return runs
+
+
+def run_changes(config: AblationConfig, part: str, thoughts: int) -> dict[str, dict[str, Any]]:
+    """The values of a part that need runs of their own, and the keys that each sets."""
+    steps = config.injection_steps or range(1, thoughts + 1)
+    changes: dict[str, dict[str, dict[str, Any]]] = {
+        "injection_step": {str(step): {"noise_at_step": step} for step in steps},
+        "shared_noise": {name: {"shared_noise": shared} for name, shared in VECTORS.items()},
+        "schedule": {name: {"schedule": name} for name in SCHEDULES},
+    }
+    return changes.get(part, {})
+
+
+def run_name(config: AblationConfig, part: str, value: str, changes: Mapping[str, Any]) -> str:
+    same = all(getattr(config, key) == wanted for key, wanted in changes.items())
+    return BASE if same else f"{part}_{value}"
+
+
+def _run(config: AblationConfig, name: str, scales_of: dict[str, list[float]], **changes: Any) -> Run:
+    kept = config.model_dump(include=set(BranchConfig.model_fields))
+    return Run.model_validate({**kept, "name": f"{config.name}/{name}", "scales_of": scales_of, **changes})
+
+
+# --- the parts ---
+
+
+def part_of(ablation: Ablation, name: PartName) -> Part:
+    """What every question got under every value of a part and every amount of noise."""
+    config = ablation.config
+    makers = {"branches": branch_cells, "aggregation": aggregation_cells, "noise_type": type_cells}
+    cells = makers[name](ablation) if name in makers else run_cells(ablation, name)
+    default = {
+        "branches": str(config.num_branches),
+        "aggregation": JUDGE,
+        "noise_type": setting_name(*config.setting),
+        "injection_step": str(config.noise_at_step),
+        "shared_noise": next(value for value, shared in VECTORS.items() if shared == config.shared_noise),
+        "schedule": config.schedule,
+    }[name]
+    return Part(name, default, cells)
+
+
+def outcomes(ablation: Ablation, run: str, setting: Setting) -> dict[str, dict[int, Outcome]]:
+    """By the amount of noise, the least first, what a run made of each question; NO_NOISE is self-consistency."""
+    keys = {NO_NOISE: ablation.config.baseline}
+    keys |= {ratio_name(ratio): condition_key(*setting, scale) for ratio, scale in ablation.scales(setting).items()}
+    answered = [record for record in ablation.sweeps[run].records if record["error"] is None]
+    return {noise: {record["index"]: record["conditions"][key] for record in answered} for noise, key in keys.items()}
+
+
+def run_cells(ablation: Ablation, part: str) -> Cells:
+    """One run for each value. Questions that have fewer thoughts than the noisy one are left out: they got no noise."""
+    config, cells = ablation.config, {}
+    for value, changes in run_changes(config, part, ablation.survey.thoughts).items():
+        found = outcomes(ablation, run_name(config, part, value, changes), config.setting)
+        reached = {index for noise, cell in found.items() if noise != NO_NOISE for index in cell if cell[index]["noise_ratio"]}
+        for noise, cell in found.items():
+            cells[value, noise] = {index: one for index, one in cell.items() if index in reached}
+    return cells
+
+
+def type_cells(ablation: Ablation) -> Cells:
+    """Every noise type at scales that add about as much."""
+    cells = {}
+    for setting in SETTINGS:
+        run = BASE if setting == ablation.config.setting else TYPES
+        for noise, cell in outcomes(ablation, run, setting).items():
+            cells[setting_name(*setting), noise] = cell
+    return cells
+
+
+def branch_cells(ablation: Ablation) -> Cells:
+    """The first k branches of every K: a branch's noise and samples do not depend on how many there are."""
+    base = outcomes(ablation, BASE, ablation.config.setting)
+    return {
+        (str(k), noise): {index: first_branches(ablation, one, k) for index, one in cell.items()}
+        for k in range(1, ablation.config.num_branches + 1)
+        for noise, cell in base.items()
+    }
+
+
+def first_branches(ablation: Ablation, outcome: Outcome, k: int) -> Outcome:
+    same = functools.partial(same_answer, ablation.config.benchmark)
+    return vote(outcome["branches"][:k], outcome["noise_ratio"], same)
+
+
+def aggregation_cells(ablation: Ablation) -> Cells:
+    """Every aggregation of the same branches; and of branches with different amounts of noise, which weigh differently."""
+    base = outcomes(ablation, BASE, ablation.config.setting)
+    if len(base) > 2:  # more than self-consistency and one ratio
+        base[MIXED] = mixed_branches(ablation, [cell for noise, cell in base.items() if noise != NO_NOISE])
+    k = ablation.config.num_branches
+    return {
+        # Voted again with the noise as it was recorded: rounding must not decide between branches with as much noise.
+        (name, noise): {index: judged_by(first_branches(ablation, one, k), name) for index, one in cell.items()}
+        for name in AGGREGATIONS
+        for noise, cell in base.items()
+    }
+
+
+def mixed_branches(ablation: Ablation, cells: list[dict[int, Outcome]]) -> dict[int, Outcome]:
+    """K branches that take turns in the amount of noise: branch i is branch i of the ratio whose turn it is."""
+    same = functools.partial(same_answer, ablation.config.benchmark)
+    turns = [cells[branch % len(cells)] for branch in range(ablation.config.num_branches)]
+    mixed = {}
+    for index in cells[0]:
+        branches = [cell[index]["branches"][branch] for branch, cell in enumerate(turns)]
+        ratios = [(cell[index]["noise_ratio"] or [0.0] * len(turns))[branch] for branch, cell in enumerate(turns)]
+        mixed[index] = vote(branches, ratios, same)
+    return mixed
+
+
+@entry_point
+def main(arguments: list[str]) -> None:
+    config = load_config(AblationConfig, arguments)
+    with distributed.process_group() as device:
+        print_config(config)
+        ablation = run_ablation(config, device)
+        if ablation is None:
+            return
+        parts = [part_of(ablation, name) for name in config.parts]
+        info = {
+            **ablation.sweeps[BASE].info,
+            "noise_type": setting_name(*config.setting),
+            "noise_ratios": config.noise_ratios,
+            "scales": {setting_name(*one): [*ablation.scales(one).values()] for one in SETTINGS},
+            "runs": {name: str(sweep.config.directory) for name, sweep in ablation.sweeps.items()},
+            "self_consistency": config.baseline,
+        }
+        distributed.run_on_main(lambda: write_results(config, info, parts, ablation.sweeps[BASE].records))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,266 @@
+"""The numbers, tables and figures of an ablation: accuracy of every value of each part, paired with self-consistency.
+
+A part varies one thing. Its cells hold, for a value of that thing and an amount of noise, the outcome of each question; an
+outcome is what `sweep` records of a question under one condition.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+from experiments.answers import Same, majority_vote, noise_weighted_vote, probability_vote
+from experiments.plots import save_figure
+from experiments.settings import BranchConfig
+from experiments.statistics import holm
+from experiments.summary import GREEDY, JUDGE, Outcome, Record, compare, condition_summary
+from experiments.sweep_plots import ACCURACY
+from experiments.sweep_results import chance
+from utils import get_logger, save_config, write_text
+
+NO_NOISE, MIXED = "none", "mixed"  # amounts of noise that are no ratio: self-consistency, and all ratios in turns
+OF_SELF_CONSISTENCY = ("branches", "aggregation")  # parts that change self-consistency, too
+ORDERED = ("injection_step", "branches")  # parts whose values are numbers
+VARIED = {
+    "injection_step": "thought that gets the noise",
+    "branches": "branches that vote",
+    "noise_type": "noise type",
+    "aggregation": "from branches to an answer",
+    "shared_noise": "noise vectors of the branches",
+    "schedule": "noise in the thoughts after that one",
+}
+Cells = dict[tuple[str, str], dict[int, Outcome]]  # (value, amount of noise) -> outcomes by the question's index
+
+
+@dataclass
+class Part:
+    """name: a key of VARIED. default: the value that the other parts have."""
+
+    name: str
+    default: str
+    cells: Cells
+
+
+def ratio_name(ratio: float) -> str:
+    return f"{ratio:g}"
+
+
+# --- outcomes ---
+
+
+def vote(branches: Sequence[dict[str, Any]], ratios: Sequence[float] | None, same: Same) -> Outcome:
+    """The outcome of recorded branches: what they say together. ratios: noise of at least as many; None is no noise.
+
+    How far their thoughts are apart is not known (None).
+    """
+    answers = [branch["answer"] for branch in branches]
+    noise = [0.0] * len(branches) if ratios is None else list(ratios[: len(branches)])
+    sums = [[branch["log_probability"]] for branch in branches]
+    means = [[branch["log_probability"] / branch["new_tokens"]] for branch in branches]
+    votes = {
+        "majority": majority_vote(answers, same),
+        "probability": probability_vote(answers, means, same=same),
+        "probability_sum": probability_vote(answers, sums, same=same),
+        "noise_weighted": noise_weighted_vote(answers, noise, same),
+    }
+    judged = {branch["answer"]: branch["correct"] for branch in branches}
+    return {
+        "branches": list(branches),
+        **{
+            name: {
+                "answer": one.answer,
+                "votes": one.votes,
+                "confidence": one.confidence,
+                "correct": judged.get(one.answer, False),
+            }
+            for name, one in votes.items()
+        },
+        "noise_ratio": ratios and noise,
+        "diversity": None,
+    }
+
+
+def judged_by(outcome: Outcome, aggregation: str) -> Outcome:
+    """The outcome with the answer of another aggregation where the majority's stands, which is what is counted."""
+    return {**outcome, JUDGE: outcome[aggregation]}
+
+
+# --- numbers ---
+
+
+def rows(part: Part, seed: int = 0) -> list[dict[str, Any]]:
+    """One row for each value and amount of noise that any question has, in the order of the cells.
+
+    A `summary.condition_summary` with value, noise, and two rows of `summary.compare` on the same questions: versus_baseline
+    against self-consistency of the same value, versus_default against the default value with as much noise; None where they
+    are the same thing. p_holm is corrected for the part's comparisons of that kind.
+    """
+    records = _records(part.cells)
+    found = []
+    for (value, noise), cell in part.cells.items():
+        if cell:
+            row = {"value": value, "noise": noise, **condition_summary(records, _key(value, noise))}
+            for kind, other in _references(part, value, noise).items():
+                row[kind] = compare(records, _key(*other), _key(value, noise), seed) if other in part.cells else None
+            found.append(row)
+    for kind in ("versus_baseline", "versus_default"):
+        tested = [row[kind] for row in found if row.get(kind) and row[kind]["p_value"] is not None]
+        for comparison, corrected in zip(tested, holm([one["p_value"] for one in tested]), strict=True):
+            comparison["p_holm"] = corrected
+    return found
+
+
+def _records(cells: Cells) -> list[Record]:
+    indices = sorted({index for cell in cells.values() for index in cell})
+    return [
+        {
+            "index": index,
+            "error": None,
+            "conditions": {_key(*place): cell[index] for place, cell in cells.items() if index in cell},
+        }
+        for index in indices
+    ]
+
+
+def _key(value: str, noise: str) -> str:
+    return f"{value}, noise {noise}"
+
+
+def _references(part: Part, value: str, noise: str) -> dict[str, tuple[str, str]]:
+    """The cells that a cell is compared with."""
+    found = {}
+    if noise != NO_NOISE:
+        found["versus_baseline"] = (value, NO_NOISE)
+    if value != part.default and (noise != NO_NOISE or part.name in OF_SELF_CONSISTENCY):
+        found["versus_default"] = (part.default, noise)
+    return found
+
+
+# --- files ---
+
+
+def write_results(config: BranchConfig, info: dict[str, Any], parts: Sequence[Part], base: Sequence[Record]) -> None:
+    """Into the ablation's directory: <part>_<timestamp>.json and <part>.png of each part, table.md of all, config.yaml.
+
+    info: experiment_info of the JSON files. base: records of the run that the parts share, for the greedy answers.
+    """
+    directory = config.directory
+    save_config(config, directory / "config.yaml")
+    greedy = condition_summary(base, GREEDY)
+    tables = [_heading(config, info, greedy)]
+    for part in parts:
+        measured = rows(part, config.seed)
+        content = {
+            "experiment_info": {**info, "part": part.name, "default": part.default},
+            "greedy": greedy,
+            "results": measured,
+        }
+        text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        write_text(directory / f"{part.name}_{info['timestamp']}.json", text)
+        title = f"{VARIED[part.name].capitalize()}: {config.benchmark}, {config.num_branches} branches"
+        plot(part, measured, directory / f"{part.name}.png", title, greedy["accuracy"], chance(config.benchmark))
+        tables.append(table(part, measured))
+    write_text(directory / "table.md", "\n".join(tables))
+    get_logger().info("\n".join(tables))
+    get_logger().info(f"results, figures and table.md: {directory}")
+
+
+def _heading(config: BranchConfig, info: dict[str, Any], greedy: dict[str, Any]) -> str:
+    failed = f", {info['errors']} more failed and are not counted" if info["errors"] else ""
+    return (
+        f"# {config.name}: {config.benchmark}, {greedy['total']} questions{failed}\n\n"
+        f"{info['model']}; {config.num_branches} branches, temperature {config.temperature:g}, top-p {config.top_p:g}, seed "
+        f"{config.seed}. Varied: {info['noise_type']} noise in thought {config.noise_at_step}, schedule {config.schedule}. "
+        f"Greedy, without branches and noise: {greedy['accuracy']:.1f}%.\n\n"
+        "Noise: norm of the noise by the norm of the thought, as asked for; measured: as it was. Accuracy in % with its 95% "
+        "interval. Self-consistency: as many branches without noise on the same questions. Differences in points with 95% "
+        "bootstrap intervals, p of the exact McNemar test, and corrected by Holm for all of the table.\n"
+    )
+
+
+COLUMNS = ("noise", "measured", "questions", "accuracy", "agreement")
+COMPARED = ("minus self-consistency", "p", "p (Holm)", "minus {}", "p", "p (Holm)")
+
+
+def table(part: Part, measured: Sequence[dict[str, Any]]) -> str:
+    """Markdown with a heading."""
+    compared = [column.format(part.default) for column in COMPARED]
+    header = [VARIED[part.name], *COLUMNS, *compared]
+    lines = [f"## {part.name}\n", _line(header), "|---" * len(header) + "|"]
+    shown = [row for row in measured if part.name in OF_SELF_CONSISTENCY or row["noise"] != NO_NOISE or row is measured[0]]
+    return "\n".join([*lines, *(_line(_row_cells(part, row)) for row in shown)]) + "\n"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _row_cells(part: Part, row: dict[str, Any]) -> list[str]:
+    clean = row["noise"] == NO_NOISE
+    ratio = row["noise_ratio"]
+    return [
+        "" if clean and part.name not in OF_SELF_CONSISTENCY else row["value"],
+        "self-consistency" if clean else row["noise"],
+        "" if ratio is None else f"{ratio:.2f}",
+        str(row["total"]),
+        f"{row['accuracy']:.1f} ({row['low']:.1f} to {row['high']:.1f})",
+        f"{row['agreement']:.2f}",
+        *_compared_cells(row.get("versus_baseline")),
+        *_compared_cells(row.get("versus_default")),
+    ]
+
+
+def _compared_cells(comparison: dict[str, Any] | None) -> list[str]:
+    if comparison is None or comparison["p_value"] is None:
+        return [""] * 3
+    points = "{difference:+.1f} ({low:+.1f} to {high:+.1f})".format(**comparison)
+    return [points, f"{comparison['p_value']:.2g}", f"{comparison['p_holm']:.2g}"]
+
+
+def plot(
+    part: Part, measured: Sequence[dict[str, Any]], path: Path, title: str, greedy: float | None, guess: float | None
+) -> Figure:
+    """Accuracy with its 95% interval of each value, side by side for the amounts of noise; black is self-consistency.
+
+    greedy, guess: accuracies drawn as lines.
+    """
+    figure, axes = plt.subplots(figsize=(9, 4.6), layout="constrained")
+    axes.grid(axis="y", alpha=0.3)
+    values = list(dict.fromkeys(row["value"] for row in measured))
+    amounts = list(dict.fromkeys(row["noise"] for row in measured))
+    colours = dict(zip(amounts, _colours(amounts), strict=True))
+    handles: list[Any] = []
+    for number, noise in enumerate(amounts):
+        shift = 0.6 * (number - (len(amounts) - 1) / 2) / len(amounts)
+        drawn = [row for row in measured if row["noise"] == noise]
+        places = [values.index(row["value"]) + shift for row in drawn]
+        accuracies = np.array([row["accuracy"] for row in drawn])
+        bounds = np.abs(np.array([[row[side] for row in drawn] for side in ("low", "high")]) - accuracies)
+        line = ":" if part.name in ORDERED else "none"
+        label = "self-consistency" if noise == NO_NOISE else f"noise {noise}"
+        style: dict[str, Any] = {"marker": "o", "markersize": 5, "linestyle": line, "linewidth": 1.2, "capsize": 3}
+        handles.append(axes.errorbar(places, accuracies, bounds, color=colours[noise], label=label, **style))
+    for name, accuracy, colour in (("greedy", greedy, "#4a78b5"), ("chance", guess, "grey")):
+        if accuracy is not None:
+            handles.append(axes.axhline(accuracy, color=colour, linestyle="--", linewidth=1, label=name))
+    names = [f"{value}\n(default)" if value == part.default else value for value in values]
+    axes.set_xticks(range(len(values)), names, rotation=20 if max(map(len, values)) > 12 else 0)
+    axes.set(xlabel=VARIED[part.name], ylabel=ACCURACY, title=title)
+    axes.legend(handles=handles, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), title="noise by thought's norm")
+    return save_figure(figure, path)
+
+
+def _colours(amounts: Sequence[str]) -> list[Any]:
+    ratios = [noise for noise in amounts if noise not in (NO_NOISE, MIXED)]
+    shades = dict(zip(ratios, plt.get_cmap("viridis")(np.linspace(0, 0.85, len(ratios))), strict=True))
+    return [{NO_NOISE: "black", MIXED: "C3"}.get(noise, shades.get(noise)) for noise in amounts]
