@@ -189,13 +189,14 @@ def test_tokens_are_kept_once_and_mapped_into_memory(
 ) -> None:
     path = write_json(tmp_path / "data.json", chain_records(9))
     first = get_dataset(path, tokenizer)
+    assert first.cache_files  # mapped: processes of a node share the memory
     monkeypatch.setattr(dataset_module, "_tokenised", None)  # from here on all comes from the cache
     moved = write_json(tmp_path / "moved.json", chain_records(9))
     tokenizer.save_pretrained(tmp_path / "checkpoint")
     for one in (tokenizer, PreTrainedTokenizerFast.from_pretrained(tmp_path / "checkpoint")):
         again = get_dataset(moved, one)
         assert again.to_list() == first.to_list()
-        assert again.cache_files  # mapped: processes of a node share the memory
+        assert again.cache_files
     assert len(list(cache.iterdir())) == 1  # nothing half-written either
 
 
