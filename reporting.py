@@ -199,6 +199,6 @@ def save_predictions(config: RunConfig, epoch: int, predictions: Sequence[Predic
         distributed.run_on_main(lambda: write_jsonl(config.save_dir / f"predictions_{epoch}.jsonl", rows))
 
 
-def print_config(config: RunConfig) -> None:
+def print_config(config: Config) -> None:
     """The resolved configuration, once."""
     get_logger().info(yaml.safe_dump(config.model_dump(), sort_keys=False).rstrip())

@@ -26,9 +26,10 @@ def report(directory: Path, keys: list[str]) -> str:
             raise UserError(f"{directory}: no condition {key!r}; there are {', '.join(known)}")
     if len(keys) != 2:
         return "\n".join(known)
-    found = compare(records, *keys)
+    first, second = keys
+    found = compare(records, first, second)
     return (
-        f"{keys[1]} minus {keys[0]}: {found['difference']:+.1f} points (95% {found['low']:+.1f} to {found['high']:+.1f}), "
+        f"{second} minus {first}: {found['difference']:+.1f} points (95% {found['low']:+.1f} to {found['high']:+.1f}), "
         f"right only in the first {found['only_first']}, only in the second {found['only_second']} of {found['questions']} "
         f"questions, McNemar p = {found['p_value']:.2g}"
     )
