@@ -19,6 +19,7 @@ from dataset import stage_shape
 from evaluation import Prediction
 from utils import (
     ALL_TOKENS,
+    Config,
     RunConfig,
     UserError,
     append_jsonl,
