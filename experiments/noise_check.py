@@ -3,7 +3,8 @@
 
 CHECKPOINT is a checkpoint directory, a run's directory, or a model without training; DATA_FILE a JSON file of records. Every
 type of noise is put on the clean thoughts of the first N questions at every recommended scale, drawn as in the experiments;
-on the first thought of each also in float16 and bfloat16. Writes OUT/noise_check.json and prints a table. Exit code 1 if a
+on the first thought of each also in float16 and bfloat16. What noise in the first thought makes of the second is measured
+on the first 100 questions. Writes OUT/noise_check.json and prints a table. Exit code 1 if a
 check fails: a p-value below 1e-4, or what must hold exactly does not.
 """
 
@@ -29,13 +30,13 @@ from experiments.noise_laws import SMALLEST_P, measure, measure_below_rounding, 
 from experiments.settings import SweepConfig
 from experiments.subjects import Subject, load_subject
 from models import embedding_weight
-from noise import count_passes, noise_generator
+from noise import Intervention, ThoughtInterventions, count_passes, noise_generator
 from reporting import show
 from utils import UserError, entry_point, load_config
 
 PROGRAM = "noise_check"
 RESULT = f"{PROGRAM}.json"
-BATCH = 100
+BATCH = 100  # questions
 MOST_LINES = 10  # about what is wrong; the file has everything
 COARSE = (torch.float16, torch.bfloat16)
 DTYPES = (torch.float32, *COARSE)
@@ -48,10 +49,10 @@ class Thoughts(NamedTuple):
     questions: list[int]
     passes: list[int]
 
-    def firsts(self) -> Thoughts:
-        """The first thought of every question: where noise goes by default."""
-        rows = [row for row, number in enumerate(self.passes) if number == 1]
-        return Thoughts(self.states[rows], [self.questions[row] for row in rows], [1] * len(rows))
+    def of_pass(self, chosen: int) -> Thoughts:
+        """One thought of every question; noise goes into the first by default."""
+        rows = [row for row, number in enumerate(self.passes) if number == chosen]
+        return Thoughts(self.states[rows], [self.questions[row] for row in rows], [chosen] * len(rows))
 
     def generators(self, seed: int, branch: int) -> list[torch.Generator]:
         """The sources that the noise of these thoughts has in an experiment."""
@@ -68,11 +69,9 @@ def load(source: Path, data_file: Path, benchmark: str, limit: int) -> tuple[Sub
     return subject, load_questions(benchmark, data_file, limit=limit)
 
 
-@torch.no_grad()
 def clean_thoughts(subject: Subject, questions: Sequence[BenchmarkQuestion]) -> Thoughts:
     """The thoughts of all questions, each as it is fed back. Raises UserError if one is zero or not finite."""
-    collator = MyCollator(subject.tokenizer, subject.ids.latent)
-    parts = [_think(subject, collator, questions[at : at + BATCH]) for at in range(0, len(questions), BATCH)]
+    parts = [think(subject, questions[at : at + BATCH]) for at in range(0, len(questions), BATCH)]
     thoughts = Thoughts(
         torch.cat([part.states for part in parts]),
         [question for part in parts for question in part.questions],
@@ -83,7 +82,12 @@ def clean_thoughts(subject: Subject, questions: Sequence[BenchmarkQuestion]) -> 
     return thoughts
 
 
-def _think(subject: Subject, collator: MyCollator, questions: Sequence[BenchmarkQuestion]) -> Thoughts:
+@torch.no_grad()
+def think(
+    subject: Subject, questions: Sequence[BenchmarkQuestion], noise: Intervention | None = None, seed: int = 0, branch: int = 0
+) -> Thoughts:
+    """The thoughts of one batch of questions, without noise or with the same in all of them."""
+    collator = MyCollator(subject.tokenizer, subject.ids.latent)
     prompts = [subject.prompt(question) for question in questions]
     batch = collator(
         [
@@ -91,10 +95,25 @@ def _think(subject: Subject, collator: MyCollator, questions: Sequence[Benchmark
             for ids, question in zip(prompts, questions, strict=True)
         ]
     )
-    latent = batch["input_ids"] == subject.ids.latent  # (B, T)
-    states = subject.model.think(batch["input_ids"], batch["attention_mask"]).inputs_embeds[latent]
-    numbers = batch["idx"][latent.nonzero()[:, 0]].tolist()
+    latent, indices = batch["input_ids"] == subject.ids.latent, batch["idx"].tolist()  # (B, T), B
+    changes = noise and ThoughtInterventions(latent, [noise] * len(latent), indices, [branch] * len(latent), seed)
+    states = subject.model.think(batch["input_ids"], batch["attention_mask"], interventions=changes).inputs_embeds[latent]
+    numbers = [indices[row] for row in latent.nonzero()[:, 0].tolist()]
     return Thoughts(states, numbers, torch.tensor(count_passes(latent))[latent].tolist())
+
+
+def echoes(subject: Subject, questions: Sequence[BenchmarkQuestion], seed: int) -> list[float | None]:
+    """For each setting the mean cosine of the second thought with what it is without noise, after noise in the first.
+
+    None where no question has a second thought.
+    """
+    clean = think(subject, questions).of_pass(2).states
+    found = []
+    for branch, setting in enumerate(recommended_settings()):
+        noise = Intervention(setting.scale, setting.noise_type, setting.direction)
+        noisy = think(subject, questions, noise, seed, branch).of_pass(2).states
+        found.append(torch.cosine_similarity(noisy, clean, dim=-1).mean().item() if len(clean) else None)
+    return found
 
 
 def norms(thoughts: Thoughts) -> dict[str, Any]:
@@ -125,7 +144,7 @@ def _spread(sizes: Tensor) -> dict[str, float]:
 
 def check_noise_on(thoughts: Thoughts, seed: int) -> dict[str, Any]:
     """All settings, each with its own draws: on all thoughts in float32, on the first thoughts in 16 bits, and on zeros."""
-    firsts, result = thoughts.firsts(), {}
+    firsts, result = thoughts.of_pass(1), {}
     for dtype in DTYPES:
         chosen = thoughts if dtype == torch.float32 else firsts
         states = chosen.states.to(dtype)
@@ -150,6 +169,8 @@ def check(subject: Subject, questions: Sequence[BenchmarkQuestion], seed: int) -
     """The content of noise_check.json, without the data file; what is no number is None."""
     thoughts = clean_thoughts(subject, questions)
     checks = check_noise_on(thoughts, seed)
+    for row, echo in zip(checks["float32"]["settings"], echoes(subject, questions[:BATCH], seed), strict=True):
+        row["second_thought"] = echo
     result = {
         "model": "/".join(Path(subject.source).parts[-2:]),
         "questions": len(set(thoughts.questions)),
@@ -176,8 +197,8 @@ def result_table(result: dict[str, Any]) -> Table:
     )
     table = Table(title=title, caption=_caption(result), box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     table.title_justify = table.caption_justify = "left"
-    for column in ("noise", "scale", "|n|/|h|", "formula", "cosine", "|h'|/|h|", "lowest p", "of", ""):
-        table.add_column(column, justify="left" if column in ("noise", "of", "") else "right", no_wrap=True)
+    for column in ("noise", "scale", "|n|/|h|", "formula", "cosine", "|h'|/|h|", "2nd", "p", "lowest of", ""):
+        table.add_column(column, justify="left" if column in ("noise", "lowest of", "") else "right", no_wrap=True)
     for row in result["float32"]["settings"]:
         table.add_row(*_cells(row))
     return table
@@ -185,7 +206,7 @@ def result_table(result: dict[str, Any]) -> Table:
 
 def _caption(result: dict[str, Any]) -> str:
     """The checks that have no row of their own, counted, and what is wrong."""
-    lines = []
+    lines = [f"2nd: cosine of the second thought with the clean one, noise in the first alone, {BATCH} questions"]
     for dtype in map(_name, DTYPES):
         counts = [f"{_words(kind)} {sum(row['passed'] for row in rows)} of {len(rows)}" for kind, rows in result[dtype].items()]
         lines.append(f"{dtype}: {', '.join(counts)} as they should be")
@@ -209,11 +230,11 @@ def _words(kind: str) -> str:
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    numbers = [row[key] for key in ("ratio", "expected_ratio", "cosine", "norm_change")]
+    numbers = [row[key] for key in ("ratio", "expected_ratio", "cosine", "norm_change", "second_thought")]
     return [
         row["name"],
         f"{row['scale']:g}",
-        *("" if number is None else f"{number:.4g}" for number in numbers),
+        *("" if number is None else f"{number:.3g}" for number in numbers),
         "" if row["p_value"] is None else f"{row['p_value']:.2g}",
         row["test"] or "",
         "ok" if row["passed"] else "wrong",

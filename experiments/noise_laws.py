@@ -201,7 +201,7 @@ def _any_direction(sample: Sample) -> dict[str, Check]:
     law = _on_sphere(sample.width)
     return {
         "direction": follows((1 + cosines(sample.noise, sample.compass)) / 2, law),
-        "direction from h": follows((1 + cosines(sample.noise, sample.hidden)) / 2, law),
+        "angle to h": follows((1 + cosines(sample.noise, sample.hidden)) / 2, law),
     }
 
 

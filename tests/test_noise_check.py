@@ -125,7 +125,7 @@ WRONG: list[tuple[NoiseSetting, Callable[[Tensor, float], Tensor], str]] = [
     (NoiseSetting("gaussian", None, 0.5), lambda h, s: right(h, s, "gaussian_scaled"), "norms"),
     (NoiseSetting("gaussian", None, 0.5), lambda h, s: h + s * normal(h[:1]), "direction"),
     (NoiseSetting("gaussian_scaled", None, 0.5), lambda h, s: h + s * lengths(h) * normal(h) / 4, "ratio"),
-    (NoiseSetting("gaussian_scaled", None, 0.5), lambda h, s: right(h, s, "orthogonal"), "direction from h"),
+    (NoiseSetting("gaussian_scaled", None, 0.5), lambda h, s: right(h, s, "orthogonal"), "angle to h"),
     (NoiseSetting("gaussian_scaled", None, 0.5), lambda h, s: h + s * lengths(h) / 4, "direction"),
     (NoiseSetting("snr", None, 5.0), lambda h, s: right(h, s, "gaussian_scaled"), "ratio"),
     (NoiseSetting("snr", None, 5.0), lambda h, s: right(h, math.sqrt(s), "snr"), "ratio"),  # a ratio of powers
@@ -244,9 +244,10 @@ def test_thoughts_are_those_of_an_evaluation(trained: Path, data_file: Path):
     latents = [2 * min(len(record["steps"]), 2) for record in chain_records(7)]
     assert found.questions == [index for index, count in enumerate(latents) for _ in range(count)]
     assert found.passes == [number for count in latents for number in range(1, count + 1)]
-    firsts = found.firsts()
-    assert firsts.questions == list(range(7))
-    assert set(firsts.passes) == {1}
+    seconds = found.of_pass(2)
+    assert seconds.questions == list(range(7))
+    assert set(seconds.passes) == {2}
+    assert torch.equal(seconds.states[0], found.states[1])
     config, stage, _ = checkpoint.evaluation_config(run_config(trained))
     dataset = get_dataset(data_file, subject.tokenizer, 7)
     prompts = get_question_latent_dataset(stage, dataset, config, subject.ids.start, subject.ids.thought, subject.ids.end)
@@ -255,6 +256,23 @@ def test_thoughts_are_those_of_an_evaluation(trained: Path, data_file: Path):
         _, details = subject.model.generate(prompt, max_new_tokens=1, return_details=True)
         rows = [row for row, number in enumerate(found.questions) if number == index]
         torch.testing.assert_close(found.states[rows], details.thoughts[0], rtol=1e-4, atol=1e-5)
+
+
+def test_echoes_are_those_of_generation(trained: Path, data_file: Path, monkeypatch: Any):
+    settings = [NoiseSetting("uniform", None, 0.0), NoiseSetting("uniform", None, 2.0), NoiseSetting("targeted", "same", 3.0)]
+    monkeypatch.setattr(noise_check, "recommended_settings", lambda: settings)
+    subject, questions = noise_check.load(trained, data_file, "prosqa", 2)
+    none, uniform, same = noise_check.echoes(subject, questions[1:], seed=5)
+    assert none == pytest.approx(1)
+    prompt = torch.tensor([subject.prompt(questions[1])])
+    how = {"max_new_tokens": 1, "question_index": 1, "seed": 5, "return_details": True}
+    branches = subject.model.generate_with_branching(
+        prompt, num_branches=2, noise_scale=2.0, noise_type="uniform", **how
+    ).thoughts[0, 1, 1]  # fmt: skip
+    clean = subject.model.generate(prompt, **how)[1].thoughts[0, 1]
+    assert uniform == pytest.approx(torch.cosine_similarity(branches, clean, dim=0).item(), abs=1e-5)
+    assert abs(same) < 1.001
+    assert uniform < 0.999
 
 
 def test_the_command(trained: Path, data_file: Path, tmp_path: Path, monkeypatch: Any, capsys: Any):

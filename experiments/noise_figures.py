@@ -1,0 +1,189 @@
+"""Figures of the noise types: `python -m experiments.noise_figures NOISE_CHECK_JSON OUT`.
+
+NOISE_CHECK_JSON is what `python -m experiments.noise_check` wrote. Writes to OUT: noise_ratio.png (size of the noise, and what
+is left of the thought's direction, by scale), noise_echo.png (what noise in a thought makes of the next one),
+noise_vectors.png (each type on one vector of two dimensions) and noise_schedules.png (the share of the scale in later passes).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from experiments.noise_laws import NoiseSetting, expected_cosine, expected_ratio
+from experiments.plots import save_figure
+from noise import SCHEDULES, apply_noise_to_hidden_states, derived_generator, schedule_factor
+from utils import UserError, entry_point, get_logger, read_text
+
+STYLES: dict[str, tuple[str, str, Any]] = {  # colour, marker, dashes; types that fall on one line differ in all three
+    "gaussian": ("C0", "o", "-"),
+    "uniform": ("C1", "s", "-"),
+    "gaussian_scaled": ("C2", "D", "-"),
+    "orthogonal": ("C3", "x", (0, (5, 3))),
+    "snr": ("C4", "v", "-"),
+    "targeted same": ("C5", "+", (0, (1, 2))),
+    "targeted opposite": ("C6", "1", (0, (1, 4))),
+    "dropout": ("C7", "^", "-"),
+}
+VECTOR = (1.6, 1.2)  # of length 2
+DRAWS = 250
+PANELS = (  # what is drawn of each type in two dimensions
+    (NoiseSetting("gaussian", None, 0.5), "h + s g"),
+    (NoiseSetting("uniform", None, 0.5), "h + s (2u - 1)"),
+    (NoiseSetting("gaussian_scaled", None, 0.5), "h + s ‖h‖ g/‖g‖"),
+    (NoiseSetting("snr", None, 2.0), "h + ‖h‖/s g/‖g‖"),
+    (NoiseSetting("orthogonal", None, 0.5), "h + s ‖h‖ p/‖p‖, p ⊥ h"),
+    (NoiseSetting("targeted", "same", 0.5), "h + s h"),
+    (NoiseSetting("targeted", "opposite", 0.5), "h - s h"),
+    (NoiseSetting("dropout", None, 0.5), "h where u > s, else 0"),
+)
+EXAMPLE_NORMS = (10.0, 10.0, 14.0, 20.0, 20.0, 10.0, 6.0, 5.0)  # of eight thoughts
+
+
+# --- size and direction, by scale ---
+
+
+def ratio_figure(result: dict[str, Any], path: Path) -> Figure:
+    """Lines are the formulas, points what was measured on the thoughts of `result`, the content of noise_check.json."""
+    norms, rows = result["norms"], result["float32"]["settings"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.1), layout="constrained")
+    for name, kind in {row["name"]: (row["noise_type"], row["direction"]) for row in rows}.items():
+        colour, marker, dashes = STYLES[name]
+        measured = [row for row in rows if row["name"] == name and row["ratio"] > 0]
+        scales = np.geomspace(min(row["scale"] for row in measured), max(row["scale"] for row in measured), 200)
+        ratios = np.array(
+            [expected_ratio(NoiseSetting(*kind, s), norms["mean_inverse_square"], norms["width"]) for s in scales]
+        )
+        kept = np.array([expected_cosine(NoiseSetting(*kind, s), ratio) for s, ratio in zip(scales, ratios, strict=True)])
+        kept[kept == 0] = np.nan  # a zero thought has no direction
+        for axes, line, key in ((left, ratios, "ratio"), (right, kept, "cosine")):
+            axes.plot(scales, line, color=colour, linestyle=dashes, linewidth=1.3)
+            points = [(row["scale"], row[key]) for row in measured if row[key] is not None]
+            axes.plot(*zip(*points, strict=True), marker, color=colour, markersize=5, label=name)
+    left.set(xscale="log", yscale="log", xlabel="scale s", ylabel="‖n‖ / ‖h‖", title="Norm of the noise by norm of the thought")
+    right.set(xscale="log", xlabel="scale s", ylabel="cos(h, h')", ylim=(-0.04, 1.04), title="What is left of the direction")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    figure.legend(*left.get_legend_handles_labels(), fontsize=8, loc="outside right center")
+    figure.suptitle(
+        f"Lines: formulas. Points: measured on {norms['all']['count']:,} thoughts (width {norms['width']}, ‖h‖ = "
+        f"{norms['all']['mean']:.1f} ± {norms['all']['deviation']:.2f})",
+        fontsize=9,
+    )
+    return save_figure(figure, path)
+
+
+def echo_figure(result: dict[str, Any], path: Path) -> Figure:
+    """What noise in the first thought makes of the second: types that turn the thought beside those that only scale it."""
+    figure, panels = plt.subplots(1, 2, figsize=(10.5, 4.2), layout="constrained", sharey=True)
+    rows = [row for row in result["float32"]["settings"] if row["ratio"] > 0 and row["second_thought"] is not None]
+    for axes, key in zip(panels, ("ratio", "norm_change"), strict=True):
+        for name in dict.fromkeys(row["name"] for row in rows):
+            colour, marker, _ = STYLES[name]
+            points = sorted((row[key], row["second_thought"]) for row in rows if row["name"] == name and row[key] > 0)
+            axes.plot(*zip(*points, strict=True), marker=marker, color=colour, linewidth=0.8, markersize=5, label=name)
+        axes.set(xscale="log", ylim=(-0.1, 1.04))
+        axes.grid(alpha=0.3)
+    panels[0].set(xlabel="‖n‖ / ‖h‖ of the first thought", ylabel="cosine of the second thought\nwith the clean one")
+    panels[1].set(xlabel="‖h'‖ / ‖h‖ of the first thought")
+    panels[1].legend(fontsize=8, loc="upper right")
+    figure.suptitle("Noise in the first thought, seen in the second")
+    return save_figure(figure, path)
+
+
+# --- one vector ---
+
+
+def vector_figure(path: Path) -> Figure:
+    figure, grid = plt.subplots(2, 4, figsize=(10.5, 5.6), layout="constrained", sharex=True, sharey=True)
+    for axes, (setting, formula) in zip(grid.flat, PANELS, strict=True):
+        _draw_vector(axes, setting, formula)
+    return save_figure(figure, path)
+
+
+def _draw_vector(axes: Axes, setting: NoiseSetting, formula: str) -> None:
+    """The vector as an arrow, and where noise takes it."""
+    hidden = torch.tensor([VECTOR]).repeat(DRAWS, 1)
+    generator = derived_generator("figure", setting.name)
+    perturbed, _ = apply_noise_to_hidden_states(hidden, setting.scale, setting.noise_type, setting.direction, generator)
+    axes.plot(*perturbed.T.tolist(), "o", color=STYLES[setting.name][0], markersize=4, alpha=0.35, markeredgewidth=0)
+    if len(places := perturbed.round(decimals=4).unique(dim=0)) <= 4:  # each once more, so that it is seen
+        axes.plot(*places.T.tolist(), "o", color=STYLES[setting.name][0], markersize=8)
+    axes.annotate("", VECTOR, (0, 0), arrowprops={"arrowstyle": "->", "color": "black", "linewidth": 1.5})
+    axes.axhline(0, color="grey", linewidth=0.5)
+    axes.axvline(0, color="grey", linewidth=0.5)
+    axes.set(aspect="equal", xlim=(-0.7, 3.5), ylim=(-0.7, 3.1))
+    axes.set_title(f"{setting.name}, s = {setting.scale:g}\n{formula}", fontsize=10)
+
+
+# --- schedules ---
+
+
+def schedule_figure(path: Path) -> Figure:
+    """Eight passes of which the first is the first noisy one."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4), layout="constrained")
+    for number, schedule in enumerate(SCHEDULES):
+        if schedule != "adaptive":
+            _draw_schedule(left, schedule, f"C{number}", (1.0,) * len(EXAMPLE_NORMS))
+    for number in (SCHEDULES.index("exponential"), SCHEDULES.index("adaptive")):
+        _draw_schedule(right, SCHEDULES[number], f"C{number}", EXAMPLE_NORMS)
+    right.bar(range(1, 9), [norm / 20 for norm in EXAMPLE_NORMS], color="#dddddd", zorder=0, label="norm of the thought / 20")
+    left.set(ylabel="share of the scale", title="Schedules (noise_at_step = 1, 8 thoughts)")
+    right.set(title="adaptive follows the norms (an example)")
+    for axes in (left, right):
+        axes.set(xlabel="latent pass", ylim=(-0.04, 1.1))
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    return save_figure(figure, path)
+
+
+def _draw_schedule(axes: Axes, schedule: str, colour: str, norms: Sequence[float]) -> None:
+    later = len(norms) - 1
+    factors = [1.0, *(schedule_factor(schedule, step, later, norms[1 : step + 2]) for step in range(later))]
+    axes.plot(range(1, later + 2), factors, marker="o", markersize=4, color=colour, label=schedule)
+
+
+# --- all of them ---
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """The content of a noise_check.json. Raises UserError if it is something else."""
+    try:
+        result = json.loads(read_text(path))
+        _ = result["norms"]["mean_inverse_square"], result["float32"]["settings"][0]["ratio"]
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: not what `python -m experiments.noise_check` writes") from None
+    return result
+
+
+@entry_point
+def main(given: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m experiments.noise_figures", description=__doc__)
+    parser.add_argument("result", type=Path)
+    parser.add_argument("out", type=Path)
+    arguments = parser.parse_args(given)
+    result = read_result(arguments.result)
+    figures: dict[str, Callable[[Path], Figure]] = {
+        "noise_ratio.png": lambda path: ratio_figure(result, path),
+        "noise_echo.png": lambda path: echo_figure(result, path),
+        "noise_vectors.png": vector_figure,
+        "noise_schedules.png": schedule_figure,
+    }
+    for name, draw in figures.items():
+        draw(arguments.out / name)
+        get_logger().info(f"written: {arguments.out / name}")
+
+
+if __name__ == "__main__":
+    main()
