@@ -222,7 +222,8 @@ def remove_old(newest: Path, keep_last: int | None, best: str | None) -> None:
     newest: the one just saved. What sorts after it was passed over as damaged when the run started, and does not count.
     """
     whole = complete_checkpoints(newest.parent)
-    for number, path in enumerate(reversed(whole[: whole.index(newest) + 1])):
+    saved = whole[: whole.index(newest) + 1] if newest in whole else []  # another name has no others
+    for number, path in enumerate(reversed(saved)):
         in_epoch = "_step" in path.name
         too_old = keep_last is not None and number >= keep_last
         if number > 0 and path.name != best and (too_old or in_epoch):
