@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # the first two announce preemption under SLURM
+PREEMPTION = (signal.SIGTERM, signal.SIGUSR1)  # how SLURM announces it
+STOP_SIGNALS = (*PREEMPTION, signal.SIGINT)
 ECHO = 2.0  # seconds in which a second Ctrl-C is the first one again: torchrun passes on what the terminal sent already
 
 
@@ -20,11 +21,11 @@ class StopRequest:
         self._first = 0.0
 
     @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
+    def listening(self, numbers: Sequence[signal.Signals] = STOP_SIGNALS) -> Iterator[StopRequest]:
         """Inside, the signals do no more than ask."""
-        before = {number: signal.signal(number, self._request) for number in STOP_SIGNALS}
+        before = {number: signal.signal(number, self._request) for number in numbers}
         try:
-            yield
+            yield self
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)

@@ -11,6 +11,7 @@ import distributed
 from dataset import check_lengths, get_dataset
 from evaluation import Evaluator, interval
 from models import build_model, latent_ids
+from preemption import PREEMPTION, StopRequest
 from reporting import Reporter, print_config, save_predictions, schedule_table, show
 from storage import alone
 from training import InterruptibleEvaluator, Trainer
@@ -29,7 +30,7 @@ from utils import (
 RESOLVED = ("model_id", "load_model_path")  # a run's directory there is named by its newest checkpoint at the first start
 
 
-def train(config: RunConfig, device: torch.device) -> None:
+def train(config: RunConfig, device: torch.device, stop: StopRequest) -> None:
     """Staged training with an evaluation after each epoch; goes on where an earlier run of the same command stopped."""
     data, resume_from, source = distributed.run_on_main(lambda: starting_point(config))
     config = source if resume_from is None else config
@@ -44,7 +45,7 @@ def train(config: RunConfig, device: torch.device) -> None:
     keep_config(config, resumed=resume_from is not None)
     wrapped = distributed.wrap(model, config.parallel, config.bf16, device, config.compile)
     set_seed(config.seed + distributed.rank())  # other dropout masks on each
-    evaluator = InterruptibleEvaluator(config, valid_set, tokenizer, ids, device)
+    evaluator = InterruptibleEvaluator(config, valid_set, tokenizer, ids, device, stop)
     trainer = Trainer(config, wrapped, tokenizer, ids, train_set, evaluator, device, resume_from, data)
     show(schedule_table(config, trainer.state.epoch, len(train_set), len(trainer.groups()), distributed.world_size()))
     if trainer.fit():
@@ -110,7 +111,8 @@ def main(arguments: list[str]) -> None:
         if config.only_eval:
             evaluate(config, device)
         else:
-            train(config, device)
+            with StopRequest().listening(PREEMPTION) as stop:  # while the model is loaded; Ctrl-C ends that at once
+                train(config, device, stop)
 
 
 if __name__ == "__main__":

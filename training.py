@@ -6,6 +6,7 @@ import itertools
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,18 +42,18 @@ class EvaluationStopped(Exception):
     """A signal asked to stop in the middle of an evaluation."""
 
 
+@dataclass
 class InterruptibleEvaluator(Evaluator):
     """An evaluation that all processes leave together, between two batches, when one of them is asked to stop."""
 
-    stop: StopRequest | None = None
+    stop: StopRequest = field(default_factory=StopRequest)
 
     def _batches(self, examples: Dataset, collator: MyCollator, title: str) -> Iterator[Any]:
         """As in Evaluator. Raises EvaluationStopped; processes with fewer batches wait for the others."""
         batches = super()._batches(examples, collator, title)
         while True:
             batch = next(batches, None)
-            asked = self.stop is not None and self.stop.requested
-            more, stopped = distributed.all_reduce([float(batch is not None), float(asked)], self.device)
+            more, stopped = distributed.all_reduce([float(batch is not None), float(self.stop.requested)], self.device)
             if stopped:
                 raise EvaluationStopped
             if not more:
@@ -86,7 +87,7 @@ class Trainer:
         self.device = device
         self.data = data or {}
         self.history: list[dict[str, Any]] = []
-        self.stop = evaluator.stop = StopRequest()
+        self.stop = evaluator.stop
         self.writer = checkpoint.Writer(config.async_save)
         self.saved: tuple[int, int] | None = None  # (epoch, step in it) of the newest checkpoint
         self.state = TrainingState(epoch=config.resume, optimizer_stage=config.stage_at(config.resume, 0, 1))

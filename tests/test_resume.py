@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import chain_records, read_rows, write_json
+from safetensors.torch import load_file
 from same_run import differences
 
 import checkpoint
+import reporting
 import run
 import storage
 import training
@@ -109,6 +112,7 @@ class Kills:
         if not inside or not self.directory.is_dir():
             return
         self.moments += 1
+        assert complete_checkpoints(self.directory) == storage._named(self.directory), "a name is a promise"
         newest = newest_whole(self.directory)
         name = "none" if newest is None else newest.name
         if name not in self.states:
@@ -158,6 +162,13 @@ def test_a_row_that_was_cut_short_is_written_again(run_arguments: list[str], who
         file.write(tail)
     start(run_arguments)
     assert differences(whole, half) == []
+
+
+def test_an_evaluation_adds_its_row_after_the_last_whole_one(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"kind": "evaluation"}\n{"kind": "eval')
+    assert reporting._truncate(path, keep_rows=None) == 1
+    assert path.read_text() == '{"kind": "evaluation"}\n'
 
 
 def test_rows_that_are_gone_are_said(run_arguments: list[str], half: Path, capsys: Any) -> None:
@@ -309,6 +320,27 @@ def test_a_signal_between_epochs_stops_before_the_next_step(
     assert differences(whole, save_dir) == []
 
 
+def test_preemption_while_the_model_is_loaded_stops_before_the_first_step(
+    run_arguments: list[str], whole: Path, save_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    original = run.build_model
+
+    def build(number: int) -> Callable[..., Any]:
+        return lambda *arguments: (os.kill(os.getpid(), number), original(*arguments))[1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "build_model", build(signal.SIGTERM))
+        start(run_arguments)
+        assert "stopped by a signal at step 0" in capsys.readouterr().out
+        patch.setattr(run, "build_model", build(signal.SIGINT))  # nothing is there that could be saved
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background ignore it
+        with pytest.raises(KeyboardInterrupt):
+            start(run_arguments)
+        signal.signal(signal.SIGINT, before)
+    start(run_arguments)
+    assert differences(whole, save_dir) == []
+
+
 # --- another number of samples a step, as with another number of processes ---
 
 
@@ -426,8 +458,30 @@ def test_a_second_run_on_the_same_directory_is_refused(run_arguments: list[str],
 # --- saving in the background ---
 
 
-def test_saving_in_the_background_changes_nothing(run_arguments: list[str], whole: Path, save_dir: Path) -> None:
+def test_saving_in_the_background_changes_nothing(
+    run_arguments: list[str], whole: Path, save_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each checkpoint is written only after the next optimizer step, which must not change what it holds."""
+    steps: list[int] = []
+    original_step, original_fill = training.Trainer._optimizer_step, checkpoint._fill_model
+
+    def optimizer_step(self: training.Trainer, batches: Any) -> Any:
+        result = original_step(self, batches)
+        steps.append(self.state.global_step)
+        return result
+
+    def fill_model(*arguments: Any) -> None:
+        before = len(steps)
+        while before == len(steps) < 6:
+            time.sleep(0.001)
+        original_fill(*arguments)
+
+    monkeypatch.setattr(training.Trainer, "_optimizer_step", optimizer_step)
+    monkeypatch.setattr(checkpoint, "_fill_model", fill_model)
     start(run_arguments, "async_save=true", "save_every_steps=1")
+    for path in [save_dir / "checkpoint_1", save_dir / "checkpoint_2"]:
+        for key, value in load_file(whole / path.name / "model.safetensors").items():
+            assert torch.equal(value, load_file(path / "model.safetensors")[key]), key
     assert differences(whole, save_dir) == []
 
 
