@@ -14,11 +14,18 @@ echo "== ruff and mypy"
 .venv/bin/ruff format --check .
 .venv/bin/mypy
 
-echo "== model tests with the oldest supported transformers ($(.venv-oldest/bin/python -c 'import transformers; print(transformers.__version__)'))"
+version() { "$1/bin/python" -c 'import transformers; print("transformers", transformers.__version__)'; }
+echo "== all tests ($(version .venv)); beside them the model tests with the oldest supported ($(version .venv-oldest))"
+log=$(mktemp)
 # The files in configs/ were written with the newest version; they must load with the oldest, not be written alike.
 .venv-oldest/bin/python -m pytest -q tests/test_coconut.py tests/test_models.py tests/test_dataset.py tests/test_word_tokenizer.py \
     tests/test_adapters.py tests/test_branching.py \
-    -k "not files_in_configs_are_what_the_command_writes"
-
-echo "== all tests ($(.venv/bin/python -c 'import transformers; print("transformers", transformers.__version__)'))"
-.venv/bin/python -m pytest -q "$@"
+    -k "not files_in_configs_are_what_the_command_writes" > "$log" 2>&1 &
+oldest=$!
+trap 'kill "$oldest" 2> /dev/null || true; rm -f "$log"' EXIT
+failed=0
+.venv/bin/python -m pytest -q "$@" || failed=$?
+wait "$oldest" || failed=$?
+echo "== model tests with the oldest supported ($(version .venv-oldest))"
+cat "$log"
+exit "$failed"
