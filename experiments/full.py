@@ -13,6 +13,7 @@ from experiments.full_report import write_report
 from experiments.settings import FullConfig, SweepConfig
 from experiments.sweep import Sweep, run_sweep
 from experiments.sweep_results import write_results
+from preemption import StopRequest
 from utils import get_logger
 
 GREEDILY: dict[str, Any] = {"num_branches": 1, "temperature": 0.0, "top_p": 1.0}
@@ -36,11 +37,15 @@ def parts(config: FullConfig) -> dict[str, SweepConfig]:
 def run_full(config: FullConfig, device: torch.device) -> Path | None:
     """All parts, each going on where an earlier run stopped, and the report, whose path is returned; None after a signal."""
     sweeps: dict[str, Sweep] = {}
-    for name, part in parts(config).items():
-        get_logger().info(f"part {len(sweeps) + 1} of 3: {name}")
-        sweep = run_sweep(part, device)
-        if sweep is None:
-            return None
-        sweeps[name] = sweep
-        distributed.run_on_main(functools.partial(write_results, sweep))
-    return distributed.run_on_main(lambda: write_report(config, sweeps))
+    with StopRequest().listening() as stop:  # while results are written; a sweep stops at once
+        for name, part in parts(config).items():
+            if distributed.max_over_ranks(int(stop.requested)):
+                get_logger().info(f"stopped by a signal before {name}; the same command goes on from there")
+                return None
+            get_logger().info(f"part {len(sweeps) + 1} of 3: {name}")
+            sweep = run_sweep(part, device)
+            if sweep is None:
+                return None
+            sweeps[name] = sweep
+            distributed.run_on_main(functools.partial(write_results, sweep))
+        return distributed.run_on_main(lambda: write_report(config, sweeps))

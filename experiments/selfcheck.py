@@ -238,7 +238,7 @@ def check_cache(bench: Bench) -> Check:
         spread = logits.amax(dim=-1) - logits.mean(dim=-1)  # (new,)
         thoughts_apart = max(thoughts_apart, apart(found.thoughts[0], thoughts))
         scores_apart = max(scores_apart, float(((scores - found.log_probabilities[0]).abs() / spread).max()))
-    number = f"thoughts differ by {thoughts_apart:.1e}, log-probabilities by {scores_apart:.1e}"
+    number = f"thoughts differ by {thoughts_apart:.1e}, scores by {scores_apart:.1e}"
     return Check("with a cache equals without", number, max(thoughts_apart, scores_apart) <= TOLERANCE[bench.dtype])
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from pydantic import model_validator
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from experiments.answers import canonical_answer
@@ -53,12 +54,15 @@ def quick_subject(config: QuickConfig, device: torch.device) -> Subject:
 
 
 def random_subject(config: QuickConfig, device: torch.device) -> Subject:
-    """A random Llama of 0.9 million weights; made as a directory, so that it is loaded like any other model."""
+    """A random Llama of a million weights; made as a directory, so that it is loaded like any other model."""
     set_seed(config.seed)
+    model_config = AutoConfig.from_pretrained(RANDOM, initializer_range=SPREAD, tie_word_embeddings=False)
+    weights = AutoModelForCausalLM.from_config(model_config).state_dict()
     with tempfile.TemporaryDirectory() as directory:
         shutil.copytree(RANDOM, directory, dirs_exist_ok=True)
-        model_config = AutoConfig.from_pretrained(RANDOM, initializer_range=SPREAD)
-        AutoModelForCausalLM.from_config(model_config).save_pretrained(directory)
+        model_config.save_pretrained(directory)
+        # A model's save_pretrained writes nothing in processes other than the first.
+        save_file(weights, Path(directory) / "model.safetensors", metadata={"format": "pt"})
         subject = load_subject(config.model_copy(update={"model_id": directory}), device)
     subject.source = RANDOM_SOURCE
     return subject

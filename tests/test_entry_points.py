@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import runpy
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import coconut
 import noise
-from experiments import branch_check, full, full_report, selfcheck, stand_ins, sweep
+from experiments import branch_check, full, full_report, selfcheck, stand_ins, sweep, sweep_plots
 from experiments.answers import BENCHMARKS
 from experiments.benchmarks import BenchmarkQuestion
 from experiments.settings import FullConfig, SweepConfig
@@ -265,7 +267,8 @@ def suite(model: Path, questions: Path, tmp_path: Path) -> list[str]:
 
 
 def test_the_suite_and_its_report(suite: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep, "git_commit", lambda: "abc")  # others may commit meanwhile
+    monkeypatch.setattr(sweep, "git_commit", lambda: "abc")  # somebody may commit meanwhile
+    monkeypatch.setattr(sweep_plots, "save_figure", lambda _, path: path.touch())  # drawn in test_sweep_plots
     assert start("full_test.py", suite, monkeypatch) == 0
     directory = tmp_path / "results" / "all" / "of" / "it"
     [page] = directory.glob("report_*.md")
@@ -295,6 +298,7 @@ def test_the_suite_and_its_report(suite: list[str], tmp_path: Path, monkeypatch:
 
 
 def test_a_signal_stops_the_suite(suite: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a part is answered, and while the results of one are written."""
     begun: list[str] = []
 
     def stopped_in_the_second(config: SweepConfig, device: torch.device) -> Any:
@@ -305,6 +309,10 @@ def test_a_signal_stops_the_suite(suite: list[str], tmp_path: Path, monkeypatch:
     monkeypatch.setattr(full, "write_results", lambda _: None)
     assert start("full_test.py", suite, monkeypatch) == 0
     assert begun == ["all/of/it/noise", "all/of/it/all_passes"]
+    begun.clear()
+    monkeypatch.setattr(full, "write_results", lambda _: os.kill(os.getpid(), signal.SIGUSR1))
+    assert start("full_test.py", suite, monkeypatch) == 0
+    assert begun == ["all/of/it/noise"]
     assert not list((tmp_path / "results").rglob("report*"))
 
 
@@ -315,6 +323,7 @@ def test_parts_of_the_suite() -> None:
     assert noisy.controls == ["zero", "mean", "other", "pause"]
     assert (noisy.num_branches, noisy.temperature, noisy.schedule, noisy.noise_at_step) == (1, 0, "linear", 2)
     assert (everywhere.apply_noise_to_all_passes, everywhere.controls, everywhere.noise_at_step) == (True, [], 1)
+    assert (everywhere.num_branches, everywhere.temperature, everywhere.top_p) == (1, 0, 1)
     assert (branching.noise_type, branching.num_branches, branching.temperature) == (["targeted"], 5, 0.3)
     assert (branching.top_p, branching.controls, branching.schedule) == (0.95, [], "linear")
 
