@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -152,28 +153,30 @@ def test_what_a_killed_run_left_is_removed_and_nothing_else(save_dir: Path) -> N
 # --- single files ---
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def small_files() -> Iterator[None]:
-    """No file of this process may grow beyond 100 bytes."""
+    """No file of this process may grow beyond 100 bytes. Not for a whole test: pytest's own output may go to a file."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, small_files: None) -> None:
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     write_text(path, "before")
-    with pytest.raises(UserError, match=r"config.yaml: cannot be written: File too large"):
+    with small_files(), pytest.raises(UserError, match=r"config.yaml: cannot be written: File too large"):
         write_text(path, "x" * 200)
     assert [one.name for one in tmp_path.iterdir()] == ["config.yaml"]
     assert path.read_text() == "before"
 
 
-def test_a_row_is_added_whole_or_not_at_all(tmp_path: Path, small_files: None) -> None:
+def test_a_row_is_added_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     append_jsonl(path, {"text": "x" * 60})
-    with pytest.raises(UserError, match=r"metrics.jsonl: cannot be written: No space left on device"):
+    with small_files(), pytest.raises(UserError, match=r"metrics.jsonl: cannot be written: No space left on device"):
         append_jsonl(path, {"text": "x" * 60})  # 27 of its 73 bytes fit
     assert path.read_text() == json.dumps({"text": "x" * 60}) + "\n"
 
