@@ -80,7 +80,14 @@ def start(root: Path, script: str, *arguments: str, **environment: str) -> subpr
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=heed_signals,
     )
+
+
+def heed_signals() -> None:
+    """What runs in the background, or under nohup, ignores some: bash cannot trap a signal that was ignored when it began."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def run(root: Path, script: str, *arguments: str, **environment: str) -> tuple[int, str, str]:
