@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -17,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import chain_records, read_rows, write_json
+from conftest import ROOT, chain_records, read_rows, write_json
 from safetensors.torch import load_file
 from same_run import differences
 
@@ -162,6 +164,19 @@ def test_a_row_that_was_cut_short_is_written_again(run_arguments: list[str], who
         file.write(tail)
     start(run_arguments)
     assert differences(whole, half) == []
+
+
+def test_a_process_that_is_killed_goes_on_exactly(
+    run_arguments: list[str], whole: Path, save_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The short form of benchmarks/kill_test.py: SIGKILL twice, within a fifth of a second after training began."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    kill_test = importlib.import_module("kill_test")
+    command = kill_test.command(1, [*run_arguments, *SMALL, "save_every_steps=1"])
+    save_dir.parent.mkdir()
+    moments = kill_test.run_with_kills(command, save_dir, kills=2, window=0.2, rng=random.Random(0))
+    assert len(moments) == 2
+    assert differences(whole, save_dir) == []
 
 
 def test_an_evaluation_adds_its_row_after_the_last_whole_one(tmp_path: Path) -> None:
