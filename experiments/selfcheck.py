@@ -2,8 +2,8 @@
 
 Shapes: B questions, T positions, K branches, N thoughts, D width, V vocabulary.
 
-What must agree bit for bit is compared so. What only rounding may change (other batches, no cache) may differ by TOLERANCE;
-then the tokens must be the same in float32, while in 16 bits, where many tokens are exactly as likely, half of the rows must.
+What must agree bit for bit is compared so. What only rounding may change (other batches, no cache) may differ by TOLERANCE.
+Texts must then be the same in float32; in 16 bits, where rounding often chooses among tokens, they are counted, no more.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import itertools
 import math
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple, cast
 
@@ -29,6 +29,7 @@ from coconut import Branch, Branches, Details
 from experiments.answers import extract_answer
 from experiments.benchmarks import BenchmarkQuestion
 from experiments.noise_laws import NoiseSetting, measure
+from experiments.progress import Record
 from experiments.stand_ins import QuickConfig, quick_questions, quick_subject
 from experiments.subjects import Subject
 from experiments.sweep import Answerer, conditions
@@ -117,12 +118,11 @@ class Bench:
         )
         return cast("Branches", found)
 
-    def judge(self, name: str, alike: Sequence[bool], distance: float | None = None) -> Check:
-        """Texts, and thoughts where their distance is known, that only rounding may have changed."""
-        number = f"{sum(alike)} of {len(alike)} texts alike"
-        number += "" if distance is None else f", thoughts differ by {distance:.1e}"
-        needed = len(alike) if self.dtype == torch.float32 else len(alike) / 2
-        return Check(name, number, sum(alike) >= needed and (distance or 0.0) <= TOLERANCE[self.dtype])
+    def judge(self, name: str, alike: Sequence[bool], what: str, distance: float) -> Check:
+        """Texts and some numbers, with their largest relative distance, that only rounding may have changed."""
+        number = f"{sum(alike)} of {len(alike)} texts alike, {what} differ by {distance:.1e}"
+        passed = distance <= TOLERANCE[self.dtype] and (all(alike) or self.dtype != torch.float32)
+        return Check(name, number, passed)
 
 
 def apart(first: Tensor, second: Tensor) -> float:
@@ -130,6 +130,11 @@ def apart(first: Tensor, second: Tensor) -> float:
     first, second = first.double().cpu(), second.double().cpu()
     sizes = second.norm(dim=-1).clamp(min=1e-9)
     return float(((first - second).norm(dim=-1) / sizes).max())
+
+
+def largest(values: Iterable[float]) -> float:
+    """Not a number if one is none, which the built-in maximum may pass over."""
+    return float(torch.tensor([*values]).max())
 
 
 def differing(first: Tensor, second: Tensor) -> int:
@@ -224,7 +229,7 @@ def check_batch(bench: Bench) -> Check:
     alike = [same_tokens(tokens[row], one[0], bench.subject.ids.eos) for row, (one, _) in enumerate(singles)]
     steps = details.steps.tolist()
     distances = [apart(details.thoughts[row, : steps[row]], one.thoughts[0]) for row, (_, one) in enumerate(singles)]
-    return bench.judge("one batch equals one by one", alike, max(distances))
+    return bench.judge("one batch equals one by one", alike, "thoughts", largest(distances))
 
 
 def check_cache(bench: Bench) -> Check:
@@ -236,10 +241,10 @@ def check_cache(bench: Bench) -> Check:
         thoughts, logits = recompute(bench, row, found.tokens)
         scores = logits.log_softmax(dim=-1).gather(1, found.tokens[0, :, None]).squeeze(1)
         spread = logits.amax(dim=-1) - logits.mean(dim=-1)  # (new,)
-        thoughts_apart = max(thoughts_apart, apart(found.thoughts[0], thoughts))
-        scores_apart = max(scores_apart, float(((scores - found.log_probabilities[0]).abs() / spread).max()))
+        thoughts_apart = largest([thoughts_apart, apart(found.thoughts[0], thoughts)])
+        scores_apart = largest([scores_apart, *((scores - found.log_probabilities[0]).abs() / spread).tolist()])
     number = f"thoughts differ by {thoughts_apart:.1e}, scores by {scores_apart:.1e}"
-    return Check("with a cache equals without", number, max(thoughts_apart, scores_apart) <= TOLERANCE[bench.dtype])
+    return Check("with a cache equals without", number, largest([thoughts_apart, scores_apart]) <= TOLERANCE[bench.dtype])
 
 
 @torch.no_grad()
@@ -277,8 +282,8 @@ def check_seed(bench: Bench) -> Check:
 def check_noise_of_branches(bench: Bench) -> Check:
     """K branches; each has its own first thought, or with shared noise all the same."""
     own, shared = bench.branches(), bench.branches(shared_noise=True)
-    least = min(_first_thoughts_apart(own.thoughts), default=math.inf)
-    most = max(_first_thoughts_apart(shared.thoughts), default=0.0)
+    least = min(_first_thoughts_apart(own.thoughts))
+    most = largest(_first_thoughts_apart(shared.thoughts))
     right = tuple(own.tokens.shape[:2]) == (len(bench.ids), bench.config.num_branches)
     number = f"{own.tokens.shape[1]} branches apart by {least:.3f} or more; shared: {most:.3f}"
     return Check("branches: noise of their own or shared", number, right and least > 0 and most == 0)
@@ -295,26 +300,36 @@ def check_first_branch(bench: Bench) -> Check:
     found = bench.branches()
     tokens, details = bench.generate(seed=bench.config.seed, **NOISE)
     alike = [same_tokens(found.tokens[row, 0], one, bench.subject.ids.eos) for row, one in enumerate(tokens)]
-    return bench.judge("branch 0 equals generate", alike, apart(found.thoughts[:, 0], details.thoughts))
+    return bench.judge("branch 0 equals generate", alike, "thoughts", apart(found.thoughts[:, 0], details.thoughts))
 
 
 def check_batch_size(bench: Bench) -> Check:
-    """The texts of an experiment, with noise and samples: a branch at a time, and all branches of all questions at once."""
+    """What an experiment with noise and samples records: a branch at a time, and all branches of all questions at once."""
     few = bench.questions[:RECOMPUTED]
-    alone = [text for question in few for text in texts_of(bench, [question], batch_size=1)]
-    together = texts_of(bench, bench.questions, batch_size=1000)[: len(alone)]
-    alike = [one == other for one, other in zip(alone, together, strict=True)]
-    return bench.judge("answers do not depend on the batch", alike)
+    alone = [record for question in few for record in records_of(bench, [question], batch_size=1)]
+    together = records_of(bench, bench.questions, batch_size=1000)[: len(few)]
+    (texts, numbers), (other_texts, other_numbers) = texts_and_paths(alone), texts_and_paths(together)
+    alike = [one == other for one, other in zip(texts, other_texts, strict=True)]
+    distance = largest(abs(one / other - 1) for one, other in zip(numbers, other_numbers, strict=True))
+    return bench.judge("answers do not depend on the batch", alike, "paths", distance)
 
 
-def texts_of(bench: Bench, questions: Sequence[BenchmarkQuestion], batch_size: int) -> list[str]:
-    """All texts of an experiment in the order of questions, conditions and branches. UserError: a question failed."""
+def records_of(bench: Bench, questions: Sequence[BenchmarkQuestion], batch_size: int) -> list[Record]:
+    """UserError: a question failed."""
     noise = {"noise_type": [NOISE["noise_type"]], "noise_scales": [NOISE["noise_scale"]]}
     config = bench.config.model_copy(update={**noise, "batch_size": batch_size})
     records = Answerer(config, bench.subject, conditions(config), None).answer(questions)
     if failed := [record["error"] for record in records if record["error"] is not None]:
         raise UserError(failed[0])
-    return [branch["text"] for record in records for one in record["conditions"].values() for branch in one["branches"]]
+    return records
+
+
+def texts_and_paths(records: Sequence[Record]) -> tuple[list[str], list[float]]:
+    """All texts; and of the noisy branches the noise ratios and the distance of their paths."""
+    outcomes = [one for record in records for one in record["conditions"].values()]
+    noisy = [one for one in outcomes if one["noise_ratio"] is not None]
+    texts = [branch["text"] for one in outcomes for branch in one["branches"]]
+    return texts, [number for one in noisy for number in (*one["noise_ratio"], one["diversity"]["all_steps"])]
 
 
 # --- answers and speed ---

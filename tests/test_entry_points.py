@@ -157,6 +157,7 @@ DEFECTS: dict[str, tuple[Callable[[selfcheck.Bench], selfcheck.Check], Any, str,
     "one noise for all": (selfcheck.check_noise_of_branches, noise, "noise_generator", ignoring(2)),
     "shared noise ignored": (selfcheck.check_noise_of_branches, noise, "noise_generator", fresh_numbers),
     "branches seeded otherwise": (selfcheck.check_first_branch, noise, "noise_generator", fresh_numbers),
+    "noise by turns": (selfcheck.check_batch_size, noise, "noise_generator", lambda *_: ONE_STREAM),
     "samples by turns": (selfcheck.check_batch_size, coconut, "sampling_generator", lambda *_: ONE_STREAM),
     "extraction": (selfcheck.check_extraction, selfcheck, "extract_answer", lambda *_: "1234"),
 }
@@ -172,7 +173,26 @@ def test_a_defect_is_seen(defect: str, bench: selfcheck.Bench, monkeypatch: pyte
 def test_16_bits_pass() -> None:
     config = load_config(selfcheck.CheckConfig, ["dtype=bfloat16", "num_questions=2", "num_branches=2", "max_new_tokens=3"])
     bench = selfcheck.Bench(config, stand_ins.quick_subject(config, CPU), stand_ins.quick_questions(config))
-    assert selfcheck.check_first_branch(bench).passed
+    for check in (selfcheck.check_first_branch, selfcheck.check_batch_size):
+        assert check(bench).passed
+
+
+@pytest.mark.parametrize(
+    ("dtype", "same", "distance", "passed"),
+    [
+        (torch.float32, True, 5e-4, True),
+        (torch.float32, False, 0.0, False),
+        (torch.float32, True, 2e-3, False),
+        (torch.bfloat16, False, 0.1, True),
+        (torch.bfloat16, True, 0.3, False),
+        (torch.bfloat16, True, float("nan"), False),
+    ],
+)
+def test_what_rounding_may_change(
+    bench: selfcheck.Bench, dtype: torch.dtype, same: bool, distance: float, passed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "dtype", dtype)
+    assert bench.judge("x", [True, same], "thoughts", selfcheck.largest([0.0, distance, 0.0])).passed is passed
 
 
 def test_a_failed_check_is_the_exit_code(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
