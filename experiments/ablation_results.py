@@ -37,8 +37,9 @@ VARIED = {
     "noise_type": "noise type",
     "aggregation": "from branches to an answer",
     "shared_noise": "noise vectors of the branches",
-    "schedule": "noise in the thoughts after that one",
+    "schedule": "schedule of the noise in later thoughts",
 }
+LEGEND = "noise by the norm\nof the thought"
 Cells = dict[tuple[str, str], dict[int, Outcome]]  # (value, amount of noise) -> outcomes by the question's index
 
 
@@ -167,7 +168,7 @@ def write_results(config: BranchConfig, info: dict[str, Any], parts: Sequence[Pa
         }
         text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         write_text(directory / f"{part.name}_{info['timestamp']}.json", text)
-        title = f"{VARIED[part.name].capitalize()}: {config.benchmark}, {config.num_branches} branches"
+        title = f"{VARIED[part.name].capitalize()}: {config.benchmark}, {greedy['total']} questions"
         plot(part, measured, directory / f"{part.name}.png", title, greedy["accuracy"], chance(config.benchmark))
         tables.append(table(part, measured))
     write_text(directory / "table.md", "\n".join(tables))
@@ -182,9 +183,9 @@ def _heading(config: BranchConfig, info: dict[str, Any], greedy: dict[str, Any])
         f"{info['model']}; {config.num_branches} branches, temperature {config.temperature:g}, top-p {config.top_p:g}, seed "
         f"{config.seed}. Varied: {info['noise_type']} noise in thought {config.noise_at_step}, schedule {config.schedule}. "
         f"Greedy, without branches and noise: {greedy['accuracy']:.1f}%.\n\n"
-        "Noise: norm of the noise by the norm of the thought, as asked for; measured: as it was. Accuracy in % with its 95% "
-        "interval. Self-consistency: as many branches without noise on the same questions. Differences in points with 95% "
-        "bootstrap intervals, p of the exact McNemar test, and corrected by Holm for all of the table.\n"
+        "Noise: norm of the noise by the norm of the thought, as asked for; measured: as it was in the first noisy thought. "
+        "Accuracy in % with its 95% interval. Self-consistency: as many branches without noise on the same questions. "
+        "Differences in points with 95% bootstrap intervals, p of the exact McNemar test, corrected by Holm for the table.\n"
     )
 
 
@@ -253,11 +254,18 @@ def plot(
     for name, accuracy, colour in (("greedy", greedy, "#4a78b5"), ("chance", guess, "grey")):
         if accuracy is not None:
             handles.append(axes.axhline(accuracy, color=colour, linestyle="--", linewidth=1, label=name))
-    names = [f"{value}\n(default)" if value == part.default else value for value in values]
+    names = [_tick(part, value, measured) for value in values]
     axes.set_xticks(range(len(values)), names, rotation=20 if max(map(len, values)) > 12 else 0)
     axes.set(xlabel=VARIED[part.name], ylabel=ACCURACY, title=title)
-    axes.legend(handles=handles, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), title="noise by thought's norm")
+    axes.legend(handles=handles, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), title=LEGEND, title_fontsize=8)
     return save_figure(figure, path)
+
+
+def _tick(part: Part, value: str, measured: Sequence[dict[str, Any]]) -> str:
+    """A value, whether it is the default, and how many questions it has if not all."""
+    questions = max(row["total"] for row in measured if row["value"] == value)
+    fewer = questions < max(row["total"] for row in measured)
+    return value + "\n(default)" * (value == part.default) + f"\n({questions} questions)" * fewer
 
 
 def _colours(amounts: Sequence[str]) -> list[Any]:

@@ -21,7 +21,7 @@ from experiments.answers import NO_ANSWER, same_answer
 from experiments.settings import BranchConfig
 from experiments.summary import AGGREGATIONS, setting_name
 from experiments.sweep import Sweep, run_sweep
-from noise import apply_noise_to_hidden_states
+from noise import SCHEDULES, apply_noise_to_hidden_states
 from utils import UserError
 
 CPU = torch.device("cpu")
@@ -116,13 +116,14 @@ def test_every_part(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_finished_ablation_is_not_run_again(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    values["parts"] = "[shared_noise, aggregation]"
+    values["parts"] = "aggregation"
+    monkeypatch.setattr(sweep, "git_commit", lambda: "x")  # a commit between the two runs must not count
     directory = run_main(monkeypatch, values)
     before = {path.name: path.read_bytes() for path in directory.glob("*.json")}
     monkeypatch.setattr(sweep.Answerer, "answer", lambda *_: pytest.fail("answered again"))
     run_main(monkeypatch, values)
     assert {path.name: path.read_bytes() for path in directory.glob("*.json")} == before
-    assert len(before) == 2
+    assert len(before) == 1
 
 
 def test_a_stopped_run_stops_all(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,6 +177,25 @@ def test_defaults() -> None:
     assert (config.parts, config.setting, config.baseline) == (list(PARTS), ("targeted", "same"), "clean")
     assert AblationConfig(**NEEDED, temperature=0).baseline == "self_consistency"
     assert (config.results_path, config.num_branches, config.injection_steps) == ("ablation/results", 5, None)
+
+
+def test_runs_differ_in_one_thing_and_share_a_checkpoint() -> None:
+    changed = {"load_model_path": "run", "noise_ratios": [0.5, 2], "noise_at_step": 2, "shared_noise": True}
+    config = AblationConfig(**NEEDED, **changed)
+    runs = ablation.plan_runs(Ablation(config, Survey("run/checkpoint_3", 3, 0.1), {}))
+    steps = {"injection_step_1": ("noise_at_step", 1), "injection_step_3": ("noise_at_step", 3)}
+    schedules = {f"schedule_{name}": ("schedule", name) for name in SCHEDULES if name != "none"}
+    single = {**steps, "shared_noise_own": ("shared_noise", False), **schedules}
+    assert list(runs) == ["base", *single, "noise_type"]
+    base = runs["base"].model_dump()
+    assert base["scales_of"] == {"gaussian_scaled": [0.5, 2.0]}
+    for name, (key, value) in single.items():
+        assert runs[name].model_dump() == {**base, "name": f"x/{name}", key: value}
+    assert {run.load_model_path for run in runs.values()} == {"run/checkpoint_3"}
+    assert runs["noise_type"].scales_of["snr"] == [2.0, 0.5]
+    assert runs["noise_type"].scales_of["dropout"] == [0.25]
+    assert runs["noise_type"].scales_of["uniform"] == [0.0866, 0.346]
+    assert "gaussian_scaled" not in runs["noise_type"].scales_of
 
 
 def test_all_noise_types_add_as_much() -> None:
@@ -239,6 +259,7 @@ def test_rows_compare_the_same_questions() -> None:
     assert (first["versus_baseline"]["only_first"], first["versus_baseline"]["only_second"]) == (1, 1)
     assert first["versus_baseline"]["p_holm"] == second["versus_baseline"]["p_holm"] == 1
     assert second["versus_baseline"]["difference"] == 0
+    assert [second[kind]["first"] for kind in ("versus_baseline", "versus_default")] == ["2, noise none", "1, noise 1"]
     assert (second["versus_default"]["only_first"], second["versus_default"]["only_second"]) == (1, 1)
     assert second["versus_default"]["questions"] == 2
     assert "versus_default" not in first
