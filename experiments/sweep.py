@@ -396,10 +396,23 @@ def _signals() -> Iterator[None]:
 
 
 def _influences(config: SweepConfig, subject: Subject, questions: list[BenchmarkQuestion]) -> dict[str, Any]:
-    """Everything that the answers depend on: settings, weights by their place, questions by their content."""
+    """Everything that the answers depend on: settings, weights and questions by their content."""
     values = config.model_dump(mode="json", exclude=set(WITHOUT_INFLUENCE))
     content = hashlib.sha256(repr([(one.index, one.question, one.choices, one.gold) for one in questions]).encode())
-    return {**_jsonable(values), "model": subject.source, "questions_sha256": content.hexdigest()}
+    return {
+        **_jsonable(values),
+        "model": subject.source,
+        "weights_sha256": _fingerprint(subject.model),
+        "questions_sha256": content.hexdigest(),
+    }
+
+
+def _fingerprint(model: torch.nn.Module) -> str:
+    """Of the beginning of every parameter: a checkpoint that was trained anew differs there, and large models take no time."""
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _jsonable(values: dict[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import ROOT, chain_records, write_json
 from naive import naive_decode, naive_perturb, naive_sampler
+from safetensors.torch import load_file, save_file
 
 from checkpoint import Facts, id_facts
 from coconut import MAX_N_LATENT
@@ -398,7 +399,7 @@ def test_a_stopped_run_goes_on_to_the_same_files(
 
 
 def test_other_settings_are_refused_until_it_is_finished(
-    arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    arguments: dict[str, Any], trained: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     answer = sweep.Answerer._answer
     monkeypatch.setattr(sweep.Answerer, "_answer", lambda self, questions: (_ for _ in ()).throw(Preempted("SIGTERM")))
@@ -415,6 +416,12 @@ def test_other_settings_are_refused_until_it_is_finished(
             run(arguments, **change)
     write_json(tmp_path / "questions.json", chain_records(QUESTIONS)[::-1])
     with pytest.raises(UserError, match="the experiment there has questions_sha256"):
+        run(arguments)
+    write_json(tmp_path / "questions.json", chain_records(QUESTIONS))
+    weights = load_file(trained / "model.safetensors")
+    changed = {name: value + 0.01 if "layers.1.mlp.up" in name else value for name, value in weights.items()}
+    save_file(changed, trained / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="the experiment there has weights_sha256"):
         run(arguments)
     assert run(arguments, fresh=True)
     assert run(arguments, batch_size=3)
