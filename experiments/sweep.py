@@ -256,7 +256,7 @@ class Answerer:
         same = functools.cache(functools.partial(same_answer, question.benchmark))
         answers = [extract(question.benchmark, answer.text) for answer in given]
         scores = [[min(score, 0.0) for score in answer.log_probabilities] for answer in given]
-        ratios = [0.0 if answer.noise is None else float(answer.noise["scale_ratio"]) for answer in given]
+        ratios = [0.0 if answer.noise is None else _rounded(float(answer.noise["scale_ratio"])) for answer in given]
         votes = {
             "majority": majority_vote(answers, same),
             "probability": probability_vote(answers, scores, same=same),
@@ -284,7 +284,7 @@ class Answerer:
                 }
                 for name, vote in votes.items()
             },
-            "noise_ratio": [_rounded(ratio) for ratio in ratios] if given[0].noise is not None else None,
+            "noise_ratio": ratios if given[0].noise is not None else None,
             "diversity": self._diversity(given),
             **self._displaced_by(question, condition),
         }
