@@ -9,6 +9,7 @@ import distributed
 from experiments.settings import BranchConfig
 from experiments.sweep import run_sweep
 from experiments.sweep_results import write_results
+from preemption import StopRequest
 from reporting import print_config
 from utils import entry_point, load_config
 
@@ -20,7 +21,8 @@ def main(arguments: list[str]) -> None:
         print_config(config)
         sweep = run_sweep(config, device)
         if sweep is not None:
-            distributed.run_on_main(lambda: write_results(sweep))
+            with StopRequest().listening():  # all is answered: the files are finished first
+                distributed.run_on_main(lambda: write_results(sweep))
 
 
 if __name__ == "__main__":
