@@ -53,9 +53,11 @@ def two_nodes(script: Path, arguments: list[str], caches: Path) -> str:
         command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
         command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--rdzv-id", "nodes", "--local-addr", "127.0.0.1"]
         command += ["--rdzv-conf", f"is_host={1 - node}", "--max-restarts", "2", str(script), *arguments]
-        environment = {**ENVIRONMENT, "HF_DATASETS_CACHE": str(caches / f"node{node}")}
+        own = {"HF_DATASETS_CACHE": str(caches / f"node{node}"), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
         with output.open("w") as file:
-            agents.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT))
+            agents.append(
+                subprocess.Popen(command, cwd=ROOT, env={**ENVIRONMENT, **own}, stdout=file, stderr=subprocess.STDOUT)
+            )
     try:
         codes = [agent.wait(timeout=240) for agent in agents]
     finally:
