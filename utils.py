@@ -91,6 +91,7 @@ class RunConfig(Config):
     bf16: bool | Literal["pure"] = False
     reset_optimizer: bool | Literal["epoch"] = False
     grad_clip: Annotated[float | None, Field(gt=0), BeforeValidator(_null)] = None
+    nonfinite_loss: Literal["stop", "skip"] = "stop"
     advance_accuracy: Annotated[float | None, Field(gt=0, le=1), BeforeValidator(_null)] = None
     advance_cot_match: Annotated[float | None, Field(gt=0, le=1), BeforeValidator(_null)] = None
     # model
@@ -99,6 +100,7 @@ class RunConfig(Config):
     resume: NonNegative = 0
     from_scratch: bool = False
     attn_implementation: OptionalText = None
+    trust_remote_code: bool = False
     gguf_file: OptionalText = None
     lora_r: Annotated[int | None, Field(ge=1), BeforeValidator(_null)] = None
     lora_alpha: Annotated[float | None, Field(gt=0), BeforeValidator(_null)] = None
@@ -112,6 +114,7 @@ class RunConfig(Config):
     save_only_improve: bool = False
     save_every_steps: Annotated[int | None, Field(ge=1), BeforeValidator(_null)] = None
     async_save: bool = False
+    sharded_checkpoints: bool = False
     allow_changed_data: bool = False
     keep_last: Annotated[int | None, Field(ge=1), BeforeValidator(_null)] = None
     # evaluation
@@ -119,6 +122,9 @@ class RunConfig(Config):
     max_new_tokens: Positive = 64
     # systems
     parallel: Literal["ddp", "fsdp"] = "ddp"
+    fsdp_gather: Literal["pass", "step"] = "pass"
+    activation_checkpointing: bool = False
+    hang_timeout: Annotated[float | None, Field(gt=0), BeforeValidator(_null)] = 600.0  # seconds
     compile: bool = False
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
     num_workers: Annotated[int | None, Field(ge=0), BeforeValidator(_null)] = None
@@ -155,6 +161,7 @@ class RunConfig(Config):
         if self.resume >= self.num_epochs:
             raise ValueError(f"resume: {self.resume} leaves nothing to train: num_epochs is {self.num_epochs}")
         self._check_lora()
+        self._check_systems()
         if self.from_scratch and self.load_model_path is not None:
             raise ValueError("from_scratch and load_model_path contradict each other: set one of them")
         if self.uniform_prob and self.earlier_stage_prob:
@@ -181,6 +188,14 @@ class RunConfig(Config):
             raise ValueError("lora_r: bf16: pure would train the small LoRA matrices in bfloat16; use bf16: True")
         if self.parallel == "fsdp":
             raise ValueError("lora_r: parallel: fsdp is not supported with LoRA; use parallel: ddp")
+
+    def _check_systems(self) -> None:
+        if self.parallel != "fsdp" and self.fsdp_gather == "step":
+            raise ValueError("fsdp_gather: step needs parallel: fsdp; elsewhere every process has all parameters")
+        if self.parallel != "fsdp" and self.sharded_checkpoints:
+            raise ValueError("sharded_checkpoints needs parallel: fsdp; elsewhere every process has all parameters")
+        if self.activation_checkpointing and self.compile:
+            raise ValueError("activation_checkpointing and compile contradict each other: set one of them")
 
     @property
     def save_dir(self) -> Path:
