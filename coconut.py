@@ -173,6 +173,8 @@ class Coconut(nn.Module):
     Attributes:
         max_over_ranks: maximum of an int over all processes. Whoever shards the model sets it, so that all processes take
             equally many passes; by itself this module knows nothing of process groups.
+        before_last_backward: called in the backward pass when only the gradients of the first pass are still to come; all
+            later passes depend on it.
     """
 
     def __init__(
@@ -192,6 +194,7 @@ class Coconut(nn.Module):
         self.eos_token_id = eos_token_id
         self.hidden_layer_idx = hidden_layer_idx
         self.max_over_ranks: Callable[[int], int] = lambda value: value
+        self.before_last_backward: Callable[[], None] | None = None
 
     @property
     def embedding(self) -> nn.Embedding:
@@ -303,10 +306,16 @@ class Coconut(nn.Module):
                 first = torch.where(is_latent, fed_back.to(segment.dtype), segment[:, :1])
                 segment = torch.cat([first, segment[:, 1:]], dim=1)
             states, layer = self._base_pass(segment, prompt.mask[:, :end], prompt.positions[:, start:end], cache)
+            if start == 0 and self.before_last_backward is not None and states.requires_grad:
+                states.register_hook(self._announce_last_backward)
             thought = layer[:, -1:]  # (B, 1, D)
             hidden.append(states)
             filled.append(segment)
         return Thinking(torch.cat(hidden, dim=1), torch.cat(filled, dim=1), cache, cast("Tensor", thought))
+
+    def _announce_last_backward(self, grad: Tensor) -> None:
+        if self.before_last_backward is not None:
+            self.before_last_backward()
 
     def _noise(
         self,

@@ -6,21 +6,24 @@ Everything works in a plain `python` process too, where there is no process grou
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from activation_checkpointing import recompute_activations
 from coconut import Coconut
-from utils import UserError, get_logger
+from utils import RunConfig, UserError, get_logger
 
 ParallelName = Literal["ddp", "fsdp"]
+GatherName = Literal["pass", "step"]
 
 
 def rank() -> int:
@@ -125,18 +128,20 @@ def run_on_main(action: Callable[[], Any]) -> Any:
     return outcome[0]
 
 
-def wrap(model: Coconut, parallel: ParallelName, bf16: bool | str, device: torch.device, compiled: bool = False) -> nn.Module:
+def wrap(model: Coconut, config: RunConfig, device: torch.device) -> nn.Module:
     """The model ready for training on all processes: DDP, FSDP2, or as it is where there is only one process.
 
     bf16: True computes in bfloat16 from float32 weights; under FSDP2 that is its own mixed precision, else see `autocast`.
-    compiled: torch.compile on each transformer block, for any number of positions.
+    compile: torch.compile on each transformer block, for any number of positions.
     """
     model.to(device)
-    if compiled:
+    if config.activation_checkpointing:
+        recompute_activations(transformer_blocks(model))
+    if config.compile:
         for block in transformer_blocks(model):
             block.compile(dynamic=True)
-    if parallel == "fsdp":
-        return shard(model, bf16, device)
+    if config.parallel == "fsdp":
+        return shard(model, config, device)
     if world_size() == 1:
         return model
     ids = [device.index] if device.type == "cuda" else None
@@ -146,22 +151,30 @@ def wrap(model: Coconut, parallel: ParallelName, bf16: bool | str, device: torch
     return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, **buffers)
 
 
-def shard(model: Coconut, bf16: bool | str, device: torch.device) -> nn.Module:
-    """FSDP2: each transformer block is a shard group; embeddings, final norm and head belong to the root."""
+def shard(model: Coconut, config: RunConfig, device: torch.device) -> nn.Module:
+    """FSDP2: each transformer block is a shard group; embeddings, final norm and head belong to the root.
+
+    fsdp_gather: "pass" gathers a block's parameters for each latent pass, forward and backward, and reduces its gradients
+    after each; all processes must take equally many passes. "step" gathers all parameters once and reduces all gradients
+    once per optimizer step, and gathers once per evaluation: each process then holds the whole model and, until they are
+    reduced, its gradients, but only its shard of the optimizer's state.
+    """
     if not dist.is_initialized():
         raise UserError("parallel: fsdp needs a process group; start with torchrun, or use parallel: ddp")
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(device.type, (world_size(),))
-    mixed = bf16 is True
+    mixed = config.bf16 is True
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if mixed else MixedPrecisionPolicy()
+    each_pass = config.fsdp_gather == "pass"
     for block in transformer_blocks(model):
-        fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=each_pass)
     # The root too: parameters left gathered after an evaluation are other tensors than those an optimizer must hold.
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=each_pass)
     register_fsdp_forward_method(model, "generate")
-    model.max_over_ranks = max_over_ranks
+    if each_pass:
+        model.max_over_ranks = max_over_ranks
     return model
 
 
@@ -180,13 +193,36 @@ def unwrap(model: nn.Module) -> Coconut:
     return model.module if isinstance(model, DistributedDataParallel) else model  # type: ignore[return-value]
 
 
-def gradient_sync(model: nn.Module, enabled: bool) -> AbstractContextManager[Any]:
-    """Gradients are reduced over processes only on the last micro-batch of an optimizer step."""
+def gradient_sync(model: nn.Module, last: bool, gather: GatherName = "pass") -> AbstractContextManager[Any]:
+    """Around a micro-batch: gradients are reduced over processes only in the `last` one of an optimizer step.
+
+    gather: as in `shard`; "step" reduces, and lets go of the parameters, when the last micro-batch reaches its first pass.
+    """
     if isinstance(model, DistributedDataParallel):
-        return contextlib.nullcontext() if enabled else model.no_sync()
-    if hasattr(model, "set_requires_gradient_sync"):
-        model.set_requires_gradient_sync(enabled)  # type: ignore[operator]
+        return contextlib.nullcontext() if last else model.no_sync()
+    if sharded(model):
+        each_pass = gather == "pass"
+        _reduce_in_backward(model, last and each_pass, reshard=each_pass)
+        once = functools.partial(_reduce_in_backward, model, True, reshard=True)
+        unwrap(model).before_last_backward = once if last and not each_pass else None
     return contextlib.nullcontext()
+
+
+def sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 has split the model over processes."""
+    return hasattr(model, "set_requires_gradient_sync")
+
+
+def _reduce_in_backward(model: Any, reduce: bool, reshard: bool) -> None:
+    model.set_requires_gradient_sync(reduce)
+    model.set_reshard_after_backward(reshard)
+
+
+def reshard(model: nn.Module) -> None:
+    """Let go of what an evaluation has gathered: an optimizer must see the shards."""
+    for module in model.modules() if sharded(model) else ():
+        if sharded(module):
+            cast("Any", module).reshard()
 
 
 def autocast(bf16: bool | str, parallel: ParallelName, device: torch.device) -> AbstractContextManager[Any]:
@@ -194,9 +230,10 @@ def autocast(bf16: bool | str, parallel: ParallelName, device: torch.device) -> 
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16 is True and parallel == "ddp")
 
 
-def clip_gradients(model: nn.Module, max_norm: float | None) -> Tensor | None:
-    """Clip the norm of all gradients together; returns the norm before, or None where there is no clipping."""
+def clip_gradients(model: nn.Module, max_norm: float | None) -> float:
+    """The norm of all gradients together, before they are clipped to `max_norm`; None clips nothing."""
     if max_norm is None:
-        return None
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        norm = torch.nn.utils.get_total_norm([each.grad for each in model.parameters() if each.grad is not None])
+    else:
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)

@@ -11,7 +11,9 @@ from conftest import ROOT
 ORDER = (
     "utils",
     "preemption",
+    "watchdog",
     "noise",
+    "activation_checkpointing",
     "coconut",
     "dataset",
     "adapters",

@@ -1,0 +1,100 @@
+"""Activation checkpointing of transformer blocks that keep a key-value cache between latent passes.
+
+transformers' own gradient checkpointing turns the cache off, and a block that is simply run a second time would add its keys
+and values a second time. Here each run of a block gets the cache as it was before the block.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+
+
+def recompute_activations(blocks: Sequence[nn.Module]) -> None:
+    """Let each block keep, for the backward pass, only its inputs and the keys and values; the rest is computed again there.
+
+    Gradients stay what they are, dropout included. Memory falls from all activations of all passes to those of one block at
+    a time; the price is about one more forward pass (arXiv 1604.06174). Nothing changes where no gradients are needed.
+    """
+    for block in blocks:
+        block.forward = _Recomputed(block.forward, _layer_index(block))  # type: ignore[method-assign]
+
+
+def _layer_index(block: nn.Module) -> int | None:
+    """The block's place in a cache, as its attention module knows it; None if it has none."""
+    found = {module.layer_idx for module in block.modules() if isinstance(getattr(module, "layer_idx", None), int)}
+    return found.pop() if len(found) == 1 else None
+
+
+class _Recomputed:
+    """A block's forward whose activations are computed again in the backward pass."""
+
+    def __init__(self, forward: Callable[..., Any], layer: int | None) -> None:
+        self.forward = forward
+        self.layer = layer
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return self.forward(*args, **kwargs)
+        cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
+        if cache is None:
+            return checkpoint(self.forward, *args, use_reentrant=False, **kwargs)
+        return self._with_cache(cache, args, kwargs)
+
+    def _with_cache(self, cache: Cache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.layer is None:
+            raise ValueError("activation_checkpointing: this model's blocks do not say which layer of the cache is theirs")
+        index = self.layer
+        layers = [*cache.layers, *(_Parts() for _ in range(len(cache.layers), index + 1))]
+        before = _Parts.of(layers[index])
+        after: list[CacheLayerMixin] = []
+        ran = False
+
+        def run() -> Any:
+            nonlocal after
+            own = copy.copy(cache)
+            own.layers = [*layers[:index], copy.copy(before), *layers[index + 1 :]]
+            output = self.forward(
+                *(own if value is cache else value for value in args),
+                **{key: own if value is cache else value for key, value in kwargs.items()},
+            )
+            if not ran:
+                after = own.layers
+            return output
+
+        output = checkpoint(run, use_reentrant=False)
+        ran = True
+        cache.layers, after = after, []  # held by `run`, they would keep alive the graph that holds `run`
+        return output
+
+
+class _Parts(DynamicLayer):
+    """A cache layer that keeps what each pass has added; only the passes themselves have it in one piece."""
+
+    def __init__(self, parts: tuple[tuple[Tensor, Tensor], ...] = ()) -> None:
+        super().__init__()
+        self.parts = parts
+
+    @classmethod
+    def of(cls, layer: CacheLayerMixin) -> _Parts:
+        """The same content; of layers that forget what is far away there is no other form."""
+        if isinstance(layer, cls):
+            return layer
+        if type(layer) is not DynamicLayer:
+            raise ValueError(f"activation_checkpointing: a cache layer of {type(layer).__name__} is not known here")
+        return cls(((layer.keys, layer.values),)) if layer.get_seq_length() else cls()
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.parts = (*self.parts, (key_states, value_states))
+        keys, values = zip(*self.parts, strict=True)
+        return torch.cat(keys, dim=-2), torch.cat(values, dim=-2)
+
+    def get_seq_length(self, *args: Any) -> int:
+        return sum(keys.shape[-2] for keys, _ in self.parts)

@@ -1,0 +1,77 @@
+"""FSDP2 in two processes: what is gathered and reduced how often, and that training is that of one process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, read_rows
+from test_run import launch, losses, start
+
+# run.py several times in the same two processes; each writes the collectives of its first optimizer steps.
+SEVERAL = """
+import contextlib, json, os, pathlib, sys
+sys.path.insert(0, {root!r})
+import distributed, run, training
+from torch.utils._python_dispatch import TorchDispatchMode
+class Collectives(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.name())
+        return function(*args, **(kwargs or {{}}))
+step, steps = training.Trainer._optimizer_step, []
+def counting(self, batches):
+    with Collectives() as done:
+        result = step(self, batches)
+    steps.append([sum(name.startswith("c10d::" + kind) for name in done.names) for kind in ("_allgather", "_reduce_scatter")])
+    return result
+training.Trainer._optimizer_step = counting
+with distributed.process_group() as device:
+    distributed.process_group = lambda: contextlib.nullcontext(device)
+    for number, arguments in enumerate(json.loads(pathlib.Path({runs!r}).read_text())):
+        steps.clear()
+        run.main.__wrapped__(arguments)
+        pathlib.Path({runs!r} + f".{{number}}.rank{{os.environ['RANK']}}").write_text(json.dumps(steps))
+"""
+BLOCKS = 2  # of the tiny model
+GROUPS = BLOCKS + 1  # and the root
+
+
+
+
+def several(tmp_path: Path, run_arguments: list[str], variants: dict[str, list[str]]) -> dict[str, list[dict[str, int]]]:
+    """Train each variant under its name on two processes; the collectives of each optimizer step of rank 0."""
+    runs = tmp_path / "runs.json"
+    runs.write_text(json.dumps([[*run_arguments, *more, f"name={name}"] for name, more in variants.items()]))
+    script = tmp_path / "several.py"
+    script.write_text(SEVERAL.format(root=str(ROOT), runs=str(runs)))
+    result = launch(2, [], script=script)
+    assert result.returncode == 0, result.stderr
+    counts = [[json.loads(Path(f"{runs}.{number}.rank{rank}").read_text()) for rank in range(2)] for number in range(len(variants))]
+    assert all(first == second for first, second in counts)  # the processes are in step
+    return {name: one[0] for name, one in zip(variants, counts, strict=True)}
+
+
+def test_sharded_training_is_that_of_one_process(run_arguments: list[str], tmp_path: Path) -> None:
+    common = ["lr=1e-4", "num_epochs=6", "epochs_per_stage=2", "grad_clip=0.5", "save_only_improve=true", "batch_size_eval=2"]
+    common += ["gradient_accumulation_steps=2", "pad_latent_to_max=false"]  # the processes' batches differ in latents
+    start(run_arguments, "name=one", "batch_size_training=4", *common)
+    common += ["parallel=fsdp", "batch_size_training=2"]
+    variants = {
+        "pass": common,
+        "step": [*common, "fsdp_gather=step"],
+        "recomputed": [*common, "activation_checkpointing=true"],
+        "step-recomputed": [*common, "fsdp_gather=step", "activation_checkpointing=true"],
+    }
+    counts = several(tmp_path, run_arguments, variants)
+    directory = tmp_path / "checkpoints"
+    expected = losses(directory / "one")
+    for name in variants:
+        assert losses(directory / name) == pytest.approx(expected, abs=1e-5), name
+        for one, other in zip(*(read_rows(directory / n / "metrics.jsonl", "epoch") for n in ("one", name)), strict=True):
+            assert other["val_loss"] == pytest.approx(one["val_loss"], abs=1e-5)
+            assert other["accuracy"] == one["accuracy"]
+    print(counts)
