@@ -88,6 +88,9 @@ class TrainingState:
     epoch_loss: float = 0.0  # sums over the steps of the epoch in progress
     epoch_tokens: int = 0
     epoch_seconds: float = 0.0
+    skipped: int = 0  # optimizer steps left out, as their loss or gradients were not finite
+    skipped_in_epoch: int = 0
+    skipped_in_a_row: int = 0  # up to now
     wandb_id: str | None = None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -64,13 +65,14 @@ class Evaluation:
 
 @dataclass
 class Evaluator:
-    """Evaluates one model on one data set at any stage."""
+    """Evaluates one model on one data set at any stage. progress: called with what was done after each batch."""
 
     config: RunConfig
     dataset: Dataset
     tokenizer: PreTrainedTokenizerBase
     ids: LatentIds
     device: torch.device
+    progress: Callable[[str], None] = lambda done: None
 
     def evaluate(self, model: nn.Module, stage: int) -> Evaluation:
         """Loss, then greedy answers for all questions, with the model in evaluation mode."""
@@ -81,6 +83,7 @@ class Evaluator:
             began = time.perf_counter()
             predictions = self._predict(model, stage)
             seconds = time.perf_counter() - began
+        distributed.reshard(model)
         model.train(was_training)
         count = len(predictions)
         return Evaluation(
@@ -162,8 +165,9 @@ class Evaluator:
             mine.append(MicroBatch((chunks[0][0], True)))
         loader = batch_loader(examples, mine, collator, self.config.num_workers)
         bar = tqdm(loader, total=len(mine), desc=title, leave=False, disable=not is_main_process())
-        for batch, (_, filler) in zip(bar, mine, strict=True):
+        for number, (batch, (_, filler)) in enumerate(zip(bar, mine, strict=True), start=1):
             yield {key: value.to(self.device) for key, value in batch.items()}, filler
+            self.progress(f"{title}, batch {number} of {len(mine)}")
 
 
 def extract_answer(output: str) -> str:

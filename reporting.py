@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -28,6 +30,7 @@ from utils import (
     is_main_process,
     replacing,
     write_jsonl,
+    write_text,
     writing,
 )
 
@@ -183,7 +186,7 @@ def epoch_table(rows: list[dict[str, Any]]) -> Table:
             str(row["epoch"]),
             str(row["stage"]),
             str(row["latents"]),
-            f"{row['train_loss']:.4f}",
+            "-" if row["train_loss"] is None else f"{row['train_loss']:.4f}",
             f"{row['val_loss']:.4f}",
             f"{100 * row['accuracy']:.1f}%",
             f"{100 * row['cot_match']:.1f}%",
@@ -198,6 +201,45 @@ def save_predictions(config: RunConfig, epoch: int, predictions: Sequence[Predic
     rows = [asdict(one) for one in predictions]
     if not config.debug:
         distributed.run_on_main(lambda: write_jsonl(config.save_dir / f"predictions_{epoch}.jsonl", rows))
+
+
+def save_nonfinite(config: RunConfig, facts: dict[str, Any], processes: list[list[dict[str, Any]]]) -> str:
+    """nonfinite_step_<n>.json: of what an optimizer step was made whose loss or gradients are not finite; for all processes.
+
+    Args:
+        facts: of the step.
+        processes: of each process its micro-batches: {"loss", "labelled_tokens", "questions"}.
+
+    Returns:
+        Words that say where it is, or why it is not there; with debug, which saves nothing, the questions.
+    """
+    if config.debug:
+        return f"its questions, counted from 0 in {config.train_path}: {', '.join(map(str, _suspects(processes)))}"
+    path = config.save_dir / f"nonfinite_step_{facts['step']}.json"
+    ranks = [{"rank": rank, "micro_batches": batches} for rank, batches in enumerate(processes)]
+    record = {**facts, "questions_are": "indices of records in train_path, from 0", "processes": ranks}
+    text = json.dumps(strict(record), indent=1, allow_nan=False) + "\n"
+    try:
+        distributed.run_on_main(lambda: write_text(path, text))
+    except UserError as error:  # what it should tell of is the worse problem
+        return str(error)
+    return f"its questions are in {path}"
+
+
+def _suspects(processes: list[list[dict[str, Any]]]) -> list[int]:
+    """The questions of the micro-batches whose own loss is not finite; all where that is so for the gradients alone."""
+    batches = [batch for process in processes for batch in process]
+    bad = [batch for batch in batches if not math.isfinite(batch["loss"])]
+    return [question for batch in bad or batches for question in batch["questions"]]
+
+
+def strict(value: Any) -> Any:
+    """The same with "nan", "inf" and "-inf" as strings, since JSON has no such numbers."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: strict(entry) for key, entry in value.items()}
+    return [strict(entry) for entry in value] if isinstance(value, list) else value
 
 
 def print_config(config: Config) -> None:

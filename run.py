@@ -26,6 +26,7 @@ from utils import (
     save_config,
     set_seed,
 )
+from watchdog import Watchdog
 
 RESOLVED = ("model_id", "load_model_path")  # a run's directory there is named by its newest checkpoint at the first start
 
@@ -43,12 +44,16 @@ def train(config: RunConfig, device: torch.device, stop: StopRequest) -> None:
     model = build_model(source, tokenizer, ids)
     check_lengths([train_set, valid_set], config, config.max_new_tokens, model.max_positions)
     keep_config(config, resumed=resume_from is not None)
-    wrapped = distributed.wrap(model, config.parallel, config.bf16, device, config.compile)
+    wrapped = distributed.wrap(model, config, device)
     set_seed(config.seed + distributed.rank())  # other dropout masks on each
-    evaluator = InterruptibleEvaluator(config, valid_set, tokenizer, ids, device, stop)
+    watchdog = Watchdog(config.hang_timeout)
+    evaluator = InterruptibleEvaluator(config, valid_set, tokenizer, ids, device, watchdog.beat, stop)
     trainer = Trainer(config, wrapped, tokenizer, ids, train_set, evaluator, device, resume_from, data)
     show(schedule_table(config, trainer.state.epoch, len(train_set), len(trainer.groups()), distributed.world_size()))
-    if trainer.fit():
+    with watchdog:
+        complete = trainer.fit()
+    if complete:
+        trainer.reporter.finish()  # unwatched: wandb may take its time
         place = "nothing saved (debug)" if config.debug else f"checkpoints in {config.save_dir}"
         get_logger().info(f"finished: {trainer.state.global_step} steps, {place}")
 
@@ -73,8 +78,9 @@ def evaluate(config: RunConfig, device: torch.device) -> None:
     model = build_model(config, tokenizer, ids)
     check_lengths([valid_set], config, config.max_new_tokens, model.max_positions)
     keep_config(config)
-    wrapped = distributed.wrap(model, config.parallel, config.bf16, device, config.compile)
-    result = Evaluator(config, valid_set, tokenizer, ids, device).evaluate(wrapped, stage)
+    wrapped = distributed.wrap(model, config, device)
+    with Watchdog(config.hang_timeout) as watchdog:
+        result = Evaluator(config, valid_set, tokenizer, ids, device, watchdog.beat).evaluate(wrapped, stage)
     correct = sum(one.correct for one in result.predictions)
     low, high = interval(correct, result.questions)
     reporter = Reporter(config, keep_rows=None)

@@ -32,10 +32,11 @@ from dataset import (
 from evaluation import Evaluation, Evaluator
 from models import LatentIds
 from preemption import StopRequest
-from reporting import Reporter, epoch_table, save_predictions, show
+from reporting import Reporter, epoch_table, save_nonfinite, save_predictions, show, strict
 from utils import RunConfig, UserError, get_logger, is_main_process
 
 Batch = dict[str, torch.Tensor]
+SKIPPED_IN_A_ROW = 20  # with nonfinite_loss: skip; after so many steps it is not the data
 
 
 class EvaluationStopped(Exception):
@@ -88,6 +89,7 @@ class Trainer:
         self.data = data or {}
         self.history: list[dict[str, Any]] = []
         self.stop = evaluator.stop
+        self.progress = evaluator.progress
         self.writer = checkpoint.Writer(config.async_save)
         self.saved: tuple[int, int] | None = None  # (epoch, step in it) of the newest checkpoint
         self.state = TrainingState(epoch=config.resume, optimizer_stage=config.stage_at(config.resume, 0, 1))
@@ -130,7 +132,6 @@ class Trainer:
                     )
                     return False
             self.writer.wait()
-        self.reporter.finish()
         return True
 
     def _epoch(self) -> bool:
@@ -185,6 +186,7 @@ class Trainer:
             if self.state.step_in_epoch == 0:
                 self.reporter.first_batch(batches[0], self.tokenizer, self.state.epoch + 1, self.state.global_step)
             loss, stop = self._optimizer_step(batches)
+            self.progress(f"step {self.state.global_step}")
             self.state.epoch_seconds += time.perf_counter() - began
             self._log_step(loss, stage, bar)
             if stop:
@@ -215,9 +217,11 @@ class Trainer:
     def _optimizer_step(self, batches: list[Batch]) -> tuple[float, bool]:
         """One update from all micro-batches of all processes, as if they were one batch.
 
+        A step that is skipped, its loss or its gradients not being finite, counts as done: the order of samples goes on.
+
         Returns the mean loss per labelled token, and whether some process was asked to stop.
         """
-        counts = [float((batch["labels"][:, 1:] != IGNORE_INDEX).sum()) for batch in batches]
+        counts = [_labelled(batch) for batch in batches]
         tokens = float(sum(int(batch["attention_mask"].sum()) for batch in batches))
         examples = float(sum(len(batch["idx"]) for batch, count in zip(batches, counts, strict=True) if count))
         labelled, tokens, examples, stop = distributed.all_reduce(
@@ -225,39 +229,69 @@ class Trainer:
         )
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr * min(1.0, (self.state.global_step + 1) / max(1, self.config.warmup_steps))
-        loss = self._accumulate_gradients(batches, labelled / distributed.world_size())
-        loss = distributed.all_reduce([loss], self.device)[0] / distributed.world_size()
-        if not math.isfinite(loss):  # before the step, so that the weights stay as they were
-            raise UserError(f"step {self.state.global_step + 1}: the loss is {loss}; lower lr or set grad_clip: 1.0")
-        distributed.clip_gradients(self.model, self.config.grad_clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        items = labelled / distributed.world_size()
+        losses = self._accumulate_gradients(batches, items)
+        norm = distributed.clip_gradients(self.model, self.config.grad_clip)
+        own = float(sum(losses, torch.zeros((), device=self.device)))
+        loss, broken = distributed.all_reduce([own, float(not math.isfinite(norm))], self.device)
+        loss /= distributed.world_size()
         state = self.state
+        if broken or not math.isfinite(loss):  # before the step, so that the weights stay as they were
+            self._leave_out(loss, norm, _describe(batches, losses, items))
+        else:
+            self.optimizer.step()
+            state.epoch_loss += loss
+            state.skipped_in_a_row = 0
+        self.optimizer.zero_grad(set_to_none=True)
         state.global_step += 1
         state.step_in_epoch += 1
         state.samples_in_epoch += self._samples_per_step
         state.examples += int(examples)
         state.epoch_tokens += int(tokens)
-        state.epoch_loss += loss
         return loss, stop > 0
 
-    def _accumulate_gradients(self, batches: list[Batch], items: float) -> float:
-        """Gradients of the cross entropy summed over the micro-batches and divided by `items`; returns that loss.
+    def _accumulate_gradients(self, batches: list[Batch], items: float) -> list[torch.Tensor]:
+        """Gradients of the cross entropy summed over the micro-batches and divided by `items`; returns each one's part of it.
 
         DDP and FSDP2 average over processes, so `items` is the labelled tokens of all processes divided by their number.
         """
-        total = torch.zeros((), device=self.device)
+        losses = []
         for number, batch in enumerate(batches):
             inputs = {key: value.to(self.device, non_blocking=True) for key, value in batch.items() if key != "idx"}
-            with distributed.gradient_sync(self.model, enabled=number + 1 == len(batches)):
+            with distributed.gradient_sync(self.model, number + 1 == len(batches), self.config.fsdp_gather):
                 with distributed.autocast(self.config.bf16, self.config.parallel, self.device):
                     loss = self.model(**inputs, labelled_only=True, num_items_in_batch=items).loss
                 loss.backward()
-            total += loss.detach()
-        return float(total)
+            losses.append(loss.detach())
+        return losses
+
+    def _leave_out(self, loss: float, norm: float, micro_batches: list[dict[str, Any]]) -> None:
+        """Keep what the step was made of; then stop, or count the step and go on without it, as nonfinite_loss says.
+
+        Raises UserError on all processes when training stops.
+        """
+        state = self.state
+        step = {"step": state.global_step + 1, "epoch": state.epoch + 1, "stage": state.optimizer_stage}
+        facts = {**step, "train_path": self.config.train_path, "loss": loss, "gradient_norm": norm}
+        place = save_nonfinite(self.config, facts, distributed.gather_objects(micro_batches))
+        what = f"the norm of the gradients is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
+        problem = f"step {step['step']}: {what}"
+        if self.config.nonfinite_loss == "stop":
+            raise UserError(f"{problem}; lower lr or set grad_clip: 1.0, or skip such steps (nonfinite_loss: skip); {place}")
+        state.skipped += 1
+        state.skipped_in_epoch += 1
+        state.skipped_in_a_row += 1
+        if state.skipped_in_a_row == SKIPPED_IN_A_ROW:
+            raise UserError(
+                f"{problem}; {SKIPPED_IN_A_ROW} steps in a row had to be skipped, so the weights themselves are broken: "
+                f"go on from an earlier checkpoint, with a lower lr; {place}"
+            )
+        self.reporter.row("skipped", {**step, "loss": strict(loss), "skipped": state.skipped})
+        if is_main_process():
+            get_logger().warning(f"{problem}; skipped, {state.skipped} so far; {place}")
 
     def _log_step(self, loss: float, stage: int, bar: tqdm) -> None:
-        if self.state.global_step % self.config.log_every:
+        if self.state.skipped_in_a_row or self.state.global_step % self.config.log_every:
             return
         bar.set_postfix(loss=f"{loss:.4f}")
         self.reporter.row(
@@ -290,20 +324,23 @@ class Trainer:
             state.best_checkpoint = name
         state.epoch = self._next_epoch(stage, evaluation)
         state.step_in_epoch = state.samples_in_epoch = 0
-        state.epoch_loss, state.epoch_tokens, state.epoch_seconds = 0.0, 0, 0.0
+        state.epoch_loss, state.epoch_tokens, state.epoch_seconds, state.skipped_in_epoch = 0.0, 0, 0.0, 0
         if improved or not self.config.save_only_improve:
             self._save(name, stage, done, evaluation.accuracy)
+        self.progress(f"epoch {done}")
 
     def _epoch_row(self, stage: int, evaluation: Evaluation) -> dict[str, Any]:
         state = self.state
+        updates = state.step_in_epoch - state.skipped_in_epoch
         return {
             "step": state.global_step,
             "epoch": state.epoch + 1,
             "stage": stage,
             "latents": stage_shape(self.config, stage, 1000).thoughts,
-            "train_loss": state.epoch_loss / state.step_in_epoch,
+            "train_loss": state.epoch_loss / updates if updates else None,
             **{f"val_{key}" if key == "loss" else key: value for key, value in evaluation.metrics().items()},
             "examples": state.examples,
+            "skipped": state.skipped,
             "seconds": state.epoch_seconds,
             "tokens_per_second": state.epoch_tokens / max(state.epoch_seconds, 1e-9),
         }
@@ -338,6 +375,7 @@ class Trainer:
         path = config.save_dir / name
         checkpoint.save(path, self.model, self.optimizer, self.tokenizer, facts, state, self.writer, config.keep_last)
         self.saved = (state.epoch, state.step_in_epoch)
+        self.progress(f"saving {name}")
 
     def _facts(self, stage: int, epoch: int, accuracy: float | None) -> Facts:
         config = self.config
@@ -353,3 +391,23 @@ class Trainer:
             data=self.data,
             **checkpoint.id_facts(self.ids),
         )
+
+
+def _labelled(batch: Batch) -> float:
+    """Labelled tokens of a micro-batch, as the loss counts them."""
+    return float((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
+
+
+def _describe(batches: list[Batch], losses: list[torch.Tensor], items: float) -> list[dict[str, Any]]:
+    """Of each micro-batch its loss per labelled token, its labelled tokens, and its questions by their index in the file.
+
+    losses: each divided by `items`, as `Trainer._accumulate_gradients` returns them.
+    """
+    return [
+        {
+            "loss": float(loss) * items / max(1.0, _labelled(batch)),
+            "labelled_tokens": int(_labelled(batch)),
+            "questions": batch["idx"].tolist(),
+        }
+        for batch, loss in zip(batches, losses, strict=True)
+    ]
