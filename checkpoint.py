@@ -214,7 +214,7 @@ def _gguf_files(directory: Path) -> list[str]:
 def load_run_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     """The tokenizer of a run: of the checkpoint that it starts from, else of the model. Raises UserError as load_tokenizer."""
     source = tokenizer_source(config)
-    return load_tokenizer(source, gguf_of(config, source))
+    return load_tokenizer(source, gguf_of(config, source), config.trust_remote_code)
 
 
 def tokenizer_source(config: RunConfig) -> str:

@@ -21,6 +21,7 @@ from utils import RunConfig, UserError, get_logger
 transformers.utils.logging.disable_progress_bar()  # one bar per loaded or saved shard says nothing
 
 WRAPPER_PREFIXES = ("module.", "_orig_mod.", "base_causallm.")  # DDP, torch.compile, Coconut
+_OWN_CODE = "{}: it brings its own code, which is not run: set trust_remote_code: True if you have read it and trust it"
 IDENTITY_KEYS = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads")
 
 
@@ -34,18 +35,21 @@ class LatentIds(NamedTuple):
     thought: int
 
 
-def load_tokenizer(source: str, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: str, gguf_file: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a hub id, a local directory, or a GGUF file there.
 
-    Raises UserError if there is none, none with an EOS token, or one that knows no text.
+    trust_remote_code: run code that comes with it.
+
+    Raises UserError if there is none, none with an EOS token, one that knows no text, or one that is not to be trusted.
     """
     if gguf_file is not None and transformers.__version__.startswith("4."):
         raise UserError("gguf_file needs transformers 5: version 4 takes the wrong token of such files for the end of a text")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **_options(gguf_file))
+        tokenizer = AutoTokenizer.from_pretrained(source, **_options(gguf_file, trust_remote_code))
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, TypeError, ... for what it cannot read
+        _refuse_own_code(source, error, trust_remote_code)
         if (Path(source) / "config.json").is_file():
-            _config_of(source)  # a vision model has no tokenizer either, and that says more
+            _config_of(source, None, trust_remote_code)  # a vision model has no tokenizer either, and that says more
         raise UserError(f"{_place(source, gguf_file)}: no tokenizer could be loaded: {_first_line(error)}") from None
     if not tokenizer("a", add_special_tokens=False)["input_ids"]:
         raise UserError(f"{source}: no tokenizer could be loaded: the one there knows no text; are its files missing?")
@@ -63,9 +67,15 @@ def _place(source: str, gguf_file: str | None) -> str:
     return source if gguf_file is None else f"{source}/{gguf_file} (is the file whole?)"
 
 
-def _options(gguf_file: str | None) -> dict[str, Any]:
-    """Arguments of every from_pretrained: code that comes with a model is never run."""
-    return {"trust_remote_code": False, **({"gguf_file": gguf_file} if gguf_file is not None else {})}
+def _options(gguf_file: str | None, trust_remote_code: bool) -> dict[str, Any]:
+    """Arguments of every from_pretrained. Without trust_remote_code transformers would ask on standard input."""
+    return {"trust_remote_code": trust_remote_code, **({"gguf_file": gguf_file} if gguf_file is not None else {})}
+
+
+def _refuse_own_code(source: str, error: Exception, trust_remote_code: bool) -> None:
+    """Raise UserError if this is how transformers says that a model's own code would have to be run."""
+    if not trust_remote_code and "trust_remote_code" in str(error):
+        raise UserError(_OWN_CODE.format(source)) from None
 
 
 def latent_ids(tokenizer: PreTrainedTokenizerBase, method: str | None) -> LatentIds:
@@ -103,7 +113,7 @@ def build_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase, ids: Late
 
 
 def _base_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase, markers: Sequence[str]) -> PreTrainedModel:
-    path, attention = config.load_model_path, config.attn_implementation
+    path = config.load_model_path
     if config.from_scratch:
         base = _random_model(config, len(tokenizer))
         base.config.coconut_markers = list(markers)  # random like all other rows
@@ -111,9 +121,9 @@ def _base_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase, markers: 
     if path is None:
         if config.resume:
             get_logger().info(f"starts at epoch {config.resume + 1} with the weights of {config.model_id} itself")
-        return _pretrained(config.model_id, config.gguf_file, attention)
+        return _pretrained(config, config.model_id)
     if Path(path).is_file():
-        base = _pretrained(config.model_id, config.gguf_file, attention)
+        base = _pretrained(config, config.model_id)
         load_state_dict_file(base, Path(path))
         # The published code sizes the embeddings to the tokenizer once it adds the markers, and only then. More rows than
         # that may be padding: what is evaluated was trained with its markers, what is trained further perhaps without.
@@ -122,62 +132,74 @@ def _base_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase, markers: 
         base.config.coconut_markers = list(markers) if trained else []
         return base
     check_same_family(config, path)
-    return _pretrained(path, gguf_of(config, path), attention)
+    return _pretrained(config, path)
 
 
 def _random_model(config: RunConfig, vocabulary: int) -> PreTrainedModel:
-    model_config = _config_of(config.model_id, config.gguf_file)
+    model_config = _config_of(config.model_id, config.gguf_file, config.trust_remote_code)
     model_config.vocab_size = max(model_config.vocab_size, vocabulary)
     get_logger().info(f"random weights from the configuration of {config.model_id}")
+    try:
+        return _from_config(model_config, config.attn_implementation, config.trust_remote_code)
+    except Exception as error:  # as in load_tokenizer
+        place = _place(config.model_id, config.gguf_file)
+        raise UserError(f"{place}: no model can be made from its configuration: {_first_line(error)}") from None
+
+
+def _from_config(model_config: Any, attention: str | None, trust_remote_code: bool) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(
-        model_config, dtype=torch.float32, attn_implementation=config.attn_implementation, trust_remote_code=False
+        model_config, dtype=torch.float32, attn_implementation=attention, trust_remote_code=trust_remote_code
     )
 
 
-def _pretrained(source: str, gguf_file: str | None, attention: str | None) -> PreTrainedModel:
-    path = Path(source)
+def _pretrained(config: RunConfig, source: str) -> PreTrainedModel:
+    path, gguf_file = Path(source), gguf_of(config, source)
     if gguf_file is None:
-        _config_of(source)  # says more about what is no causal language model than loading it would
+        _config_of(source, None, config.trust_remote_code)  # says more about what is no causal language model than loading it
         if (path / "config.json").is_file() and not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
             raise UserError(f"{source}: a configuration without weights; set from_scratch: True to start from random ones")
     try:
         if gguf_file is not None:
-            return _from_gguf(source, gguf_file, attention)
+            return _from_gguf(source, gguf_file, config)
+        options = _options(None, config.trust_remote_code)
         return AutoModelForCausalLM.from_pretrained(
-            source, dtype=torch.float32, attn_implementation=attention, **_options(None)
+            source, dtype=torch.float32, attn_implementation=config.attn_implementation, **options
         )
     except Exception as error:  # as in load_tokenizer
+        _refuse_own_code(source, error, config.trust_remote_code)
         place = _place(source, gguf_file)
         raise UserError(f"{place}: no causal language model could be loaded: {_first_line(error)}") from None
 
 
-def _from_gguf(source: str, gguf_file: str, attention: str | None) -> PreTrainedModel:
+def _from_gguf(source: str, gguf_file: str, config: RunConfig) -> PreTrainedModel:
     """The weights of a GGUF file as float32 in a model of the usual classes; the one that is loaded cannot be saved."""
     # From 5.2x on transformers would leave the weights quantised where it has kernels for that; those cannot be trained.
     dense = {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
-    loaded = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **dense, **_options(gguf_file))
+    options = _options(gguf_file, config.trust_remote_code)
+    loaded = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **dense, **options)
     model_config = loaded.config
     if hasattr(model_config, "quantization_config"):
         del model_config.quantization_config
-    base = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32, attn_implementation=attention)
+    base = _from_config(model_config, config.attn_implementation, config.trust_remote_code)
     base.load_state_dict(loaded.state_dict(), assign=True)
     base.tie_weights()
     base.generation_config = loaded.generation_config
     return base.eval()
 
 
-def _config_of(source: str, gguf_file: str | None = None) -> Any:
+def _config_of(source: str, gguf_file: str | None = None, trust_remote_code: bool = False) -> Any:
     """Configuration of a causal language model. Raises UserError if there is none, or it is of another kind of model."""
     try:
-        found = AutoConfig.from_pretrained(source, **_options(gguf_file))
+        found = AutoConfig.from_pretrained(source, **_options(gguf_file, trust_remote_code))
     except Exception as error:  # as in load_tokenizer
-        if "trust_remote_code" in str(error):
-            raise UserError(
-                f"{source}: the model brings its own code, which is never run; choose one that transformers knows itself"
-            ) from None
+        _refuse_own_code(source, error, trust_remote_code)
         raise UserError(f"{_place(source, gguf_file)}: no model configuration could be loaded: {_first_line(error)}") from None
-    if type(found) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+    if type(found) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return found
+    if "AutoModelForCausalLM" not in (getattr(found, "auto_map", None) or {}):
         raise UserError(f"{source}: a model of family {found.model_type!r} is not a causal language model, which is needed")
+    if not trust_remote_code:
+        raise UserError(_OWN_CODE.format(source))
     return found
 
 
@@ -229,7 +251,8 @@ def check_same_family(config: RunConfig, checkpoint: str) -> None:
     if config.gguf_file is not None and Path(model_id).is_dir() and not (Path(model_id) / config.gguf_file).is_file():
         get_logger().info(f"{model_id}: {config.gguf_file} is no longer there; {checkpoint} needs it no more")
         return
-    expected, found = (one.get_text_config() for one in (_config_of(model_id, config.gguf_file), _config_of(checkpoint)))
+    both = ((model_id, config.gguf_file), (checkpoint, None))
+    expected, found = (_config_of(*one, config.trust_remote_code).get_text_config() for one in both)
     for key in IDENTITY_KEYS:
         if getattr(expected, key, None) != getattr(found, key, None):
             raise UserError(

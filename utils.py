@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import difflib
 import errno
@@ -11,6 +12,7 @@ import logging
 import math
 import os
 import random
+import reprlib
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -20,17 +22,23 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args
 import numpy as np
 import torch
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 METHOD_KEYS = ("coconut", "cot", "no_thoughts", "no_cot")  # booleans of the published files
 Method = Literal["coconut", "cot", "no_thoughts", "no_cot", "no_curriculum", "pause", "pause_as_thought", "icot"]
 METHODS: tuple[str, ...] = get_args(Method)
 STAGED_METHODS = ("coconut", "no_thoughts", "pause_as_thought")  # steps are removed stage by stage
 ALL_TOKENS = 1_000_000  # the stage of icot in which no token of the steps is left
+# What only a slip of the finger exceeds, and what would take all memory or forever.
+MOST_EPOCHS, MOST_EXAMPLES, MOST_THOUGHTS, MOST_WORKERS = 100_000, 10_000_000, 10_000, 512
 DEBUG_TRAIN, DEBUG_VALID = 5000, 32  # records that `debug: True` keeps, as in the published code
 
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+PATH_ERRORS = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)
+LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes, on Linux and macOS
+LONGEST_LINE = 2000  # characters of an error
+LARGEST = 2**31 - 1  # of whole numbers: beyond it they no longer fit everywhere
 MEBIBYTE = 2**20
 
 
@@ -42,9 +50,37 @@ def _null(value: Any) -> Any:
     return None if value == "None" else value  # the published YAML files write None, which YAML reads as a string
 
 
+def _usable_path(value: str | None) -> str | None:
+    parts = os.fsencode(value or "").split(b"/")
+    if b"\0" in b"".join(parts):
+        raise ValueError("a path cannot hold the character NUL")
+    if max(map(len, parts)) > LONGEST_NAME or sum(map(len, parts)) + len(parts) > LONGEST_PATH:
+        raise ValueError(f"longer than a path can be ({LONGEST_NAME} bytes a name, {LONGEST_PATH} in all)")
+    return value
+
+
 OptionalText = Annotated[str | None, BeforeValidator(_null)]
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[int, Field(ge=0)]
+PathText = Annotated[str, AfterValidator(_usable_path)]
+OptionalPath = Annotated[str | None, BeforeValidator(_null), AfterValidator(_usable_path)]
+Positive = Annotated[int, Field(ge=1, le=LARGEST)]
+NonNegative = Annotated[int, Field(ge=0, le=LARGEST)]
+Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
+
+
+def check_folder_name(name: str, below: str) -> None:
+    """Raise ValueError unless it names a folder below another one: no way out of it, nothing that breaks a line."""
+    path = PurePath(name)
+    if not name.strip() or not path.parts or path.is_absolute() or ".." in path.parts or not name.isprintable():
+        raise ValueError(f"name: {shown(name)} must be a folder below {below}")
+
+
+def check_kernel(attn_implementation: str | None, trust_remote_code: bool) -> None:
+    """Raise ValueError if the attention is a repository of kernels, which transformers would fetch and run, without trust."""
+    if attn_implementation is not None and "/" in attn_implementation and not trust_remote_code:
+        raise ValueError(
+            f"attn_implementation: {shown(attn_implementation)} is code from a hub, which is not run: set trust_remote_code: "
+            "True if you have read it and trust it"
+        )
 
 
 class Config(BaseModel):
@@ -58,11 +94,11 @@ class RunConfig(Config):
 
     # general
     project: str = "coconut"
-    save_path: str = "checkpoints"
-    name: str
+    save_path: PathText = "checkpoints"
+    name: PathText
     only_eval: bool = False
     debug: bool = False
-    seed: NonNegative = 0
+    seed: Seed = 0
     # method: one of eight names, or exactly one of the four booleans of the published files
     method: Method | None = None
     coconut: bool = False
@@ -70,18 +106,18 @@ class RunConfig(Config):
     no_thoughts: bool = False
     no_cot: bool = False
     # training
-    c_thought: NonNegative = 1
+    c_thought: Annotated[int, Field(ge=0, le=MOST_THOUGHTS)] = 1
     epochs_per_stage: Positive | Annotated[list[Positive], Field(min_length=1)] = 1  # a list: of each stage, the last repeats
-    max_latent_stage: NonNegative = 0
+    max_latent_stage: Annotated[int, Field(ge=0, le=MOST_THOUGHTS)] = 0
     pad_latent_to_max: bool = True
     uniform_prob: Annotated[float, Field(ge=0, le=1)] = 0.0
     earlier_stage_prob: Annotated[float, Field(ge=0, le=1)] = 0.0
-    examples_per_epoch: Annotated[int | None, Field(ge=1), BeforeValidator(_null)] = None
-    icot_tokens_per_epoch: Annotated[float, Field(gt=0)] = 8.0
+    examples_per_epoch: Annotated[int | None, Field(ge=1, le=MOST_EXAMPLES), BeforeValidator(_null)] = None
+    icot_tokens_per_epoch: Annotated[float, Field(gt=0, le=ALL_TOKENS)] = 8.0
     icot_smoothing: Annotated[float | None, Field(gt=0), BeforeValidator(_null)] = 4.0
-    icot_start_epoch: NonNegative = 0
-    icot_remove_all_beyond: Annotated[int | None, Field(ge=0), BeforeValidator(_null)] = None
-    num_epochs: Positive = 1
+    icot_start_epoch: Annotated[int, Field(ge=0, le=MOST_EPOCHS)] = 0
+    icot_remove_all_beyond: Annotated[int | None, Field(ge=0, le=ALL_TOKENS), BeforeValidator(_null)] = None
+    num_epochs: Annotated[int, Field(ge=1, le=MOST_EPOCHS)] = 1
     lr: Annotated[float, Field(gt=0)] = 1e-4
     warmup_steps: NonNegative = 0
     adam_beta2: Annotated[float, Field(gt=0, lt=1)] = 0.999
@@ -95,28 +131,28 @@ class RunConfig(Config):
     advance_accuracy: Annotated[float | None, Field(gt=0, le=1), BeforeValidator(_null)] = None
     advance_cot_match: Annotated[float | None, Field(gt=0, le=1), BeforeValidator(_null)] = None
     # model
-    model_id: str
-    load_model_path: OptionalText = None
-    resume: NonNegative = 0
+    model_id: PathText
+    load_model_path: OptionalPath = None
+    resume: Annotated[int, Field(ge=0, le=MOST_EPOCHS)] = 0
     from_scratch: bool = False
     attn_implementation: OptionalText = None
     trust_remote_code: bool = False
-    gguf_file: OptionalText = None
-    lora_r: Annotated[int | None, Field(ge=1), BeforeValidator(_null)] = None
+    gguf_file: OptionalPath = None
+    lora_r: Annotated[int | None, Field(ge=1, le=LARGEST), BeforeValidator(_null)] = None
     lora_alpha: Annotated[float | None, Field(gt=0), BeforeValidator(_null)] = None
     lora_dropout: Annotated[float | None, Field(ge=0, lt=1), BeforeValidator(_null)] = None
     lora_target_modules: Annotated[str | list[str] | None, BeforeValidator(_null)] = None
     # data
-    train_path: OptionalText = None
-    val_path: str
+    train_path: OptionalPath = None
+    val_path: PathText
     chat_template: bool = False
     # checkpoints
     save_only_improve: bool = False
-    save_every_steps: Annotated[int | None, Field(ge=1), BeforeValidator(_null)] = None
+    save_every_steps: Annotated[int | None, Field(ge=1, le=LARGEST), BeforeValidator(_null)] = None
     async_save: bool = False
     sharded_checkpoints: bool = False
     allow_changed_data: bool = False
-    keep_last: Annotated[int | None, Field(ge=1), BeforeValidator(_null)] = None
+    keep_last: Annotated[int | None, Field(ge=1, le=LARGEST), BeforeValidator(_null)] = None
     # evaluation
     batch_size_eval: Positive = 16
     max_new_tokens: Positive = 64
@@ -127,7 +163,7 @@ class RunConfig(Config):
     hang_timeout: Annotated[float | None, Field(gt=0), BeforeValidator(_null)] = 600.0  # seconds
     compile: bool = False
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
-    num_workers: Annotated[int | None, Field(ge=0), BeforeValidator(_null)] = None
+    num_workers: Annotated[int | None, Field(ge=0, le=MOST_WORKERS), BeforeValidator(_null)] = None
     wandb: Literal["online", "offline", "disabled"] = "online"
     log_every: Positive = 10
 
@@ -138,8 +174,8 @@ class RunConfig(Config):
             raise ValueError("only_eval needs load_model_path: a checkpoint directory, a hub id or a state-dict file")
         if not self.only_eval:
             self._check_training()
-        if not self.name or PurePath(self.name).is_absolute() or ".." in PurePath(self.name).parts:
-            raise ValueError(f"name: {self.name!r} must be a folder below save_path")
+        check_folder_name(self.name, "save_path")
+        check_kernel(self.attn_implementation, self.trust_remote_code)
         return self
 
     def _choose_method(self) -> None:
@@ -214,7 +250,7 @@ class RunConfig(Config):
         last = self.max_latent_stage + 1
         if self.method in ("no_curriculum", "pause"):
             return last
-        return max(stage for stage in range(last + 1) if self.first_epoch(stage) <= epoch)
+        return bisect.bisect_right(range(1, last + 1), epoch, key=self.first_epoch)
 
     def stage_at(self, epoch: int, step: int, steps: int) -> int:
         """The stage of one of the epoch's optimizer steps; only icot goes on to the next one inside an epoch."""
@@ -223,7 +259,7 @@ class RunConfig(Config):
     def first_epoch(self, stage: int) -> int:
         """The epoch with which a stage begins."""
         each = self.epochs_per_stage if isinstance(self.epochs_per_stage, list) else [self.epochs_per_stage]
-        return sum(each[min(before, len(each) - 1)] for before in range(stage))
+        return sum(each[:stage]) + each[-1] * max(0, stage - len(each))
 
     def icot_stage(self, epochs: float, before: bool = False) -> int:
         """Tokens removed after so many epochs (arXiv 2405.14838: s(t) = floor(delta t / T)), or just before that moment."""
@@ -244,7 +280,7 @@ def load_config(kind: type[AnyConfig], arguments: list[str]) -> AnyConfig:
         found, source = _parse_argument(argument)
         for key in found:
             if key not in kind.model_fields:
-                raise UserError(f"{source}: unknown key {key!r}{_nearest(key, kind)}")
+                raise UserError(f"{source}: unknown key {shown(key)}{_nearest(key, kind)}")
         values.update(found)
         sources.update(dict.fromkeys(found, source))
     try:
@@ -267,9 +303,27 @@ def _parse_argument(argument: str) -> tuple[dict[str, Any], str]:
 
 def _parse_yaml(text: str, source: str) -> Any:
     try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: `!!float "x"`
-        raise UserError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
+        return yaml.load(text, Loader=_Loader)
+    except RecursionError:
+        raise UserError(f"{source}: not valid YAML: nested too deeply") from None
+    except Exception as error:  # `!!float "x"` is a ValueError, `!!bool "x"` a KeyError, `!!timestamp "x"` an AttributeError
+        known = isinstance(error, (yaml.YAMLError, ValueError))
+        reason = " ".join(str(error).split()) if known else f"a value that its tag does not allow: {error}"
+        raise UserError(f"{source}: not valid YAML: {reason}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses keys that are given twice, of which YAML itself would silently take the last."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        pairs = node.value if isinstance(node, yaml.MappingNode) else []
+        seen: set[str] = set()
+        for key in (key for key, _ in pairs if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                problem = f"the key {shown(key.value)} is given twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def read_text(path: Path) -> str:
@@ -290,11 +344,25 @@ def _nearest(key: str, kind: type[Config]) -> str:
 def _one_line(error: ValidationError, sources: dict[str, str]) -> str:
     first = error.errors(include_url=False)[0]
     if not first["loc"]:
-        return first["msg"].removeprefix("Value error, ")
+        return _message(first)
     key = str(first["loc"][0])
     if first["type"] == "missing":
         return f"{key}: missing; it must be set in the YAML file or as {key}=VALUE"
-    return f"{sources.get(key, 'default')}: {key}: {first['msg'].lower()}, got {first['input']!r}"
+    return f"{sources.get(key, 'default')}: {key}: {_message(first).lower()}, got {shown(first['input'])}"
+
+
+def _message(error: Any) -> str:
+    return str(error["msg"]).removeprefix("Value error, ")
+
+
+def shown(value: Any) -> str:
+    """A value as an error shows it: what is long or deep is cut, however long or deep."""
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring, short.maxother = 2, 200, 200
+    try:
+        return short.repr(value)
+    except ValueError:  # Python does not write whole numbers of more than 4,300 digits
+        return "a huge number"
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -306,8 +374,8 @@ def save_config(config: Config, path: Path) -> None:
 def config_changes(config: Config, path: Path) -> list[str]:
     """Keys that differ from a saved configuration, each with both values; none where that cannot be read."""
     try:
-        before = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        before = _parse_yaml(read_text(path), str(path))
+    except UserError:
         return []
     now = config.model_dump()
     both = now.keys() & before.keys() if isinstance(before, dict) else set()
@@ -418,7 +486,10 @@ def append_jsonl(path: Path, row: dict[str, Any]) -> None:
 
 
 def entry_point(main: Callable[[list[str]], None]) -> Callable[[], None]:
-    """Run `main` on the command line's arguments; a UserError or a full disk becomes one line on rank 0 and exit code 2."""
+    """Run `main` on the command line's arguments; a UserError or a full disk becomes one line on rank 0 and exit code 2.
+
+    A path that may not be read or is no path is meant for the user too; other errors of the system keep their stack trace.
+    """
 
     @functools.wraps(main)
     def run() -> None:
@@ -429,14 +500,22 @@ def entry_point(main: Callable[[list[str]], None]) -> Callable[[], None]:
         except KeyboardInterrupt:
             _exit("interrupted", 130)
         except OSError as error:
-            if error.errno not in DISK_ERRORS:
+            if error.errno not in (*DISK_ERRORS, *PATH_ERRORS):
                 raise
-            _exit(f"error: {error.filename or 'a file'}: cannot be written: {error.strerror}", 2)
+            problem = "cannot be written" if error.errno in DISK_ERRORS else "cannot be used"
+            _exit(f"error: {error.filename or 'a file'}: {problem}: {error.strerror}", 2)
 
     return run
 
 
 def _exit(line: str, code: int) -> NoReturn:
     if is_main_process():
-        print(" ".join(line.split()), file=sys.stderr, flush=True)
+        print(_one_printable_line(line), file=sys.stderr, flush=True)
     sys.exit(code)
+
+
+def _one_printable_line(text: str) -> str:
+    """Control characters are escaped: what a hostile file says must not move the cursor of a terminal."""
+    line = " ".join(text.split())
+    plain = "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in line)
+    return plain if len(plain) <= LONGEST_LINE else f"{plain[:LONGEST_LINE]} ..."

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from experiments.answers import answer_kind
 from noise import NOISE_TYPES, RECOMMENDED_SCALES, Intervention, check_noise
-from utils import Config, NonNegative, OptionalText, Positive
+from utils import Config, OptionalPath, OptionalText, PathText, Positive, Seed, check_folder_name, check_kernel
 
 NoiseType = Literal["gaussian", "gaussian_scaled", "snr", "orthogonal", "uniform", "dropout", "targeted"]
 Schedule = Literal["none", "constant", "linear", "cosine", "exponential", "adaptive"]
@@ -34,21 +34,22 @@ class SweepConfig(Config):
     """Keys of the noise experiments; accuracy against noise, greedy and without branches, is the default."""
 
     # general
-    name: str
-    results_path: str = "results"
-    seed: NonNegative = 0
+    name: PathText
+    results_path: PathText = "results"
+    seed: Seed = 0
     fresh: bool = False  # forget what an earlier run of this name has done
     # who answers: a checkpoint of this project, or any causal language model without training
-    model_id: OptionalText = None
-    load_model_path: OptionalText = None
-    gguf_file: OptionalText = None
+    model_id: OptionalPath = None
+    load_model_path: OptionalPath = None
+    gguf_file: OptionalPath = None
     attn_implementation: OptionalText = None
+    trust_remote_code: bool = False
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     hidden_layer_idx: Annotated[int | None, BeforeValidator(_null)] = None
     n_latents: Annotated[int | None, Field(ge=1), BeforeValidator(_null)] = None
     # questions
     benchmark: str
-    data_path: OptionalText = None
+    data_path: OptionalPath = None
     subset: OptionalText = None
     split: OptionalText = None
     num_questions: Annotated[int | None, Field(ge=1), BeforeValidator(_null)] = None
@@ -77,8 +78,8 @@ class SweepConfig(Config):
             raise ValueError("model_id or load_model_path is missing: a model without training, or a trained checkpoint")
         if self.apply_noise_to_all_passes and self.schedule not in ("none", "constant"):
             raise ValueError("apply_noise_to_all_passes and schedule contradict each other: set one of them")
-        if not self.name or PurePath(self.name).is_absolute() or ".." in PurePath(self.name).parts:
-            raise ValueError(f"name: {self.name!r} must be a folder below results_path")
+        check_folder_name(self.name, "results_path")
+        check_kernel(self.attn_implementation, self.trust_remote_code)
         for key in ("noise_type", "noise_scales", "controls"):
             values = getattr(self, key) or []
             if len(set(values)) < len(values):

@@ -131,6 +131,7 @@ def _run_config(config: SweepConfig) -> RunConfig:
         load_model_path=source,
         gguf_file=config.gguf_file,
         attn_implementation=config.attn_implementation,
+        trust_remote_code=config.trust_remote_code,
     )
     resolved = checkpoint.resolve_paths(run)
     if config.model_id is None:
