@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import DynamicLayer
 
 
 def recompute_activations(blocks: Sequence[nn.Module]) -> None:
@@ -29,8 +29,8 @@ def recompute_activations(blocks: Sequence[nn.Module]) -> None:
 
 def _layer_index(block: nn.Module) -> int | None:
     """The block's place in a cache, as its attention module knows it; None if it has none."""
-    found = {module.layer_idx for module in block.modules() if isinstance(getattr(module, "layer_idx", None), int)}
-    return found.pop() if len(found) == 1 else None
+    indices = {index for module in block.modules() if isinstance(index := getattr(module, "layer_idx", None), int)}
+    return indices.pop() if len(indices) == 1 else None
 
 
 class _Recomputed:
@@ -52,9 +52,9 @@ class _Recomputed:
         if self.layer is None:
             raise ValueError("activation_checkpointing: this model's blocks do not say which layer of the cache is theirs")
         index = self.layer
-        layers = [*cache.layers, *(_Parts() for _ in range(len(cache.layers), index + 1))]
+        layers: list[Any] = [*cache.layers, *(_Parts() for _ in range(len(cache.layers), index + 1))]
         before = _Parts.of(layers[index])
-        after: list[CacheLayerMixin] = []
+        after: list[Any] = []
         ran = False
 
         def run() -> Any:
@@ -83,13 +83,13 @@ class _Parts(DynamicLayer):
         self.parts = parts
 
     @classmethod
-    def of(cls, layer: CacheLayerMixin) -> _Parts:
+    def of(cls, layer: Any) -> _Parts:
         """The same content; of layers that forget what is far away there is no other form."""
         if isinstance(layer, cls):
             return layer
         if type(layer) is not DynamicLayer:
             raise ValueError(f"activation_checkpointing: a cache layer of {type(layer).__name__} is not known here")
-        return cls(((layer.keys, layer.values),)) if layer.get_seq_length() else cls()
+        return cls(((layer.keys, layer.values),)) if layer.get_seq_length() else cls()  # type: ignore[arg-type]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         self.parts = (*self.parts, (key_states, value_states))

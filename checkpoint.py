@@ -1,11 +1,12 @@
 """Checkpoints: written whole or not at all, found again, and resumed from exactly.
 
 `python checkpoint.py convert IN OUT --model-id ID --method coconut --stage 4 ...` makes a checkpoint directory of a published
-single-file state dict.
+single-file state dict; `python checkpoint.py consolidate IN OUT` one with whole files of a sharded one.
 
 save_path/name/checkpoint_<epoch>/ holds the base model in Hugging Face form (model.safetensors, config.json, tokenizer),
 coconut.json (what evaluation must know), training_state.pt (what training must know) and manifest.json (sizes and hashes).
-checkpoint_<epoch>_step<n> is the same in the middle of an epoch.
+checkpoint_<epoch>_step<n> is the same in the middle of an epoch. With sharded_checkpoints the weights and the optimizer's state
+are in shards/, a part from each process.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import argparse
 import copy
 import json
 import random
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -32,13 +35,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import distributed
 from adapters import adapter_state, is_adapted, load_adapter_state, merged_weights
 from distributed import unwrap
-from models import LatentIds, build_model, gguf_of, latent_ids, load_tokenizer
+from models import LatentIds, build_model, from_shards, gguf_of, latent_ids, load_tokenizer
+from shards import SHARDS, read_shards, wait_for, whole_tensors, write_shards
 from storage import (
     FACTS,
     MANIFEST,
     STATE,
     CheckpointError,
     Writer,
+    begin_directory,
     manifest_problem,
     newest_whole,
     remove_old,
@@ -257,31 +262,85 @@ def save(
     state: TrainingState,
     writer: Writer | None = None,
     keep_last: int | None = None,
+    in_shards: bool = False,
 ) -> None:
     """Write one checkpoint, then remove old ones; called by all processes, written by rank 0.
 
+    in_shards: each process writes its part of the weights and of the optimizer's state, and none gathers them.
     Raises CheckpointError and keeps what was there; if `writer` works in the background, by its next `wait`.
     """
     writer = writer or Writer()
+    training = {"state": asdict(state), "rng": distributed.gather_objects(_rng_state())}
+    best = state.best_checkpoint
+    begun, shards = None, None
+    if in_shards:
+        begun = distributed.run_on_main(lambda: begin_directory(directory))
+        fill, shards = _begin_shards(begun, model, optimizer, tokenizer, facts, training, writer)
+    else:
+        fill = _gathered(model, optimizer, tokenizer, facts, training, writer.background)
+
+    def write() -> None:
+        write_directory(directory, fill, begun)
+        remove_old(directory, keep_last, best)
+
+    writer.start(write, shards)
+
+
+def _gathered(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    tokenizer: PreTrainedTokenizerBase,
+    facts: Facts,
+    training: dict[str, Any],
+    background: bool,
+) -> Callable[[Path], None]:
+    """Gather everything in rank 0; what writes it there."""
     base = unwrap(model).base_causallm
     weights = _plain_weights(model)
     # An optimizer that has not stepped yet has no state; asking for it would make one up by a step with zero gradients.
     optimizer_state = get_optimizer_state_dict(model, optimizer, options=_WHOLE) if optimizer.state else None
-    rng = distributed.gather_objects(_rng_state())
-    training = {"state": asdict(state), "optimizer": optimizer_state, "rng": rng, "adapter": adapter_state(base)}
-    best = state.best_checkpoint
-    if writer.background and distributed.rank() == 0:
+    training = {**training, "optimizer": optimizer_state, "adapter": adapter_state(base)}
+    if background and distributed.rank() == 0:
         weights, training = copy.deepcopy((weights, training))  # the next step changes them
 
     def fill(partial: Path) -> None:
         _fill_model(partial, base, weights, tokenizer, facts)
         torch.save(training, partial / STATE)
 
-    def write() -> None:
-        write_directory(directory, fill)
-        remove_old(directory, keep_last, best)
+    return fill
 
-    writer.start(write)
+
+def _begin_shards(
+    begun: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    tokenizer: PreTrainedTokenizerBase,
+    facts: Facts,
+    training: dict[str, Any],
+    writer: Writer,
+) -> tuple[Callable[[Path], None], Future | None]:
+    """Write this process's tensors; what writes the rest in rank 0, and what to wait for in the background."""
+    base = unwrap(model).base_causallm
+    tensors: dict[str, Any] = {"model": _named_weights(get_model_state_dict(model))}
+    training = {**training, "optimizer": None, "adapter": None}
+    if optimizer.state:
+        training["optimizer"] = get_optimizer_state_dict(model, optimizer)
+        tensors["optimizer"] = training["optimizer"].pop("state")
+    shards, failure = None, None
+    try:
+        shards = write_shards(begun / SHARDS, tensors, writer.group)
+    except OSError as error:
+        failure = error
+
+    def fill(partial: Path) -> None:
+        if failure is not None:
+            raise failure
+        if shards is not None:
+            wait_for(shards)
+        _fill_model(partial, base, None, tokenizer, facts, with_weights=False)
+        torch.save(training, partial / STATE)
+
+    return fill, shards
 
 
 def _fill_model(
@@ -290,9 +349,13 @@ def _fill_model(
     weights: dict[str, Any] | None,
     tokenizer: PreTrainedTokenizerBase,
     facts: Facts,
+    with_weights: bool = True,
 ) -> None:
     """Everything of a checkpoint but the training state; `weights` None are the model's own."""
-    base.save_pretrained(partial, state_dict=weights)
+    if with_weights:
+        base.save_pretrained(partial, state_dict=weights)
+    else:
+        base.config.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     _portable_tokenizer(partial / "tokenizer_config.json")
     (partial / FACTS).write_text(json.dumps(asdict(facts), indent=1) + "\n", encoding="utf-8")
@@ -303,7 +366,12 @@ def _plain_weights(model: nn.Module) -> dict[str, Any]:
     base = unwrap(model).base_causallm
     if is_adapted(base):
         return merged_weights(base)
-    return {key.removeprefix("base_causallm."): value for key, value in get_model_state_dict(model, options=_WHOLE).items()}
+    return _named_weights(get_model_state_dict(model, options=_WHOLE))
+
+
+def _named_weights(state: dict[str, Any]) -> dict[str, Any]:
+    """By the names of the base model."""
+    return {key.removeprefix("base_causallm."): value for key, value in state.items()}
 
 
 def _portable_tokenizer(path: Path) -> None:
@@ -324,13 +392,19 @@ def load_training_state(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"{directory / STATE}: damaged: {str(error).splitlines()[0]}") from None
 
 
-def restore(loaded: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """LoRA weights, optimizer and random number generators as they were.
+def restore(directory: Path, loaded: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """LoRA weights, optimizer and random number generators as they were; `loaded` is what `load_training_state` gave.
 
     With another number of processes generators start anew. Raises UserError if the LoRA weights do not fit.
     """
     load_adapter_state(unwrap(model).base_causallm, loaded.get("adapter"))
-    if loaded["optimizer"] is not None:
+    if loaded["optimizer"] is None:
+        pass  # it had not stepped yet
+    elif (directory / SHARDS).is_dir():
+        own = get_optimizer_state_dict(model, optimizer)
+        read_shards(directory / SHARDS, {"optimizer": own["state"]})
+        set_optimizer_state_dict(model, optimizer, {**loaded["optimizer"], "state": own["state"]})
+    else:
         set_optimizer_state_dict(model, optimizer, loaded["optimizer"], options=_WHOLE)
     if len(loaded["rng"]) == distributed.world_size():
         _set_rng_state(loaded["rng"][distributed.rank()])
@@ -369,8 +443,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="checkpoint.py", description="Checkpoints of published code to checkpoint directories.")
-    command = parser.add_subparsers(dest="command", required=True).add_parser(
+    parser = _Parser(prog="checkpoint.py", description="Checkpoints of other forms to checkpoint directories.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser(
         "convert", help="a single-file state dict (torch or safetensors) to a directory that run.py evaluates and trains"
     )
     command.add_argument("source", metavar="IN", type=Path)
@@ -382,6 +457,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--max-latent-stage", type=_count, help="default: the stage")
     command.add_argument("--epoch", type=_count, default=0, help="finished epochs (default: %(default)s)")
     command.add_argument("--no-pad-latent-to-max", dest="pad_latent_to_max", action="store_false")
+    command = commands.add_parser("consolidate", help="a sharded checkpoint to a directory that transformers loads, too")
+    command.add_argument("source", metavar="IN", type=Path, help="checkpoint_<epoch>, or a run's directory for its newest one")
+    command.add_argument("target", metavar="OUT", type=Path, help="a directory that does not exist yet")
     return parser
 
 
@@ -401,8 +479,7 @@ def convert(source: Path, target: Path, model_id: str, facts: dict[str, Any]) ->
     Raises:
         UserError: no such file, not a state dict, one that does not fit the model, or `target` is there already.
     """
-    if target.exists():
-        raise CheckpointError(f"{target} is there already: choose another directory, or remove it")
+    _check_absent(target)
     if not source.is_file():
         raise CheckpointError(f"{source}: no such file; a state dict in one file is needed")
     config = RunConfig(
@@ -414,6 +491,40 @@ def convert(source: Path, target: Path, model_id: str, facts: dict[str, Any]) ->
     known = Facts(accuracy=None, **id_facts(ids), **facts)
     write_directory(target, lambda partial: _fill_model(partial, base, None, tokenizer, known))
     get_logger().info(f"{target}: {known.method}, stage {known.stage}; load it with load_model_path={target}")
+
+
+def consolidate(source: Path, target: Path) -> None:
+    """Write a sharded checkpoint with its weights and its optimizer's state in whole files; a run can go on from it too.
+
+    Raises UserError if there is none, it is not what was saved, or `target` is there already.
+    """
+    _check_absent(target)
+    source = source if (source / FACTS).is_file() else newest_whole(source) or source
+    facts = read_facts(source)
+    if facts is None or not (source / SHARDS).is_dir():
+        raise CheckpointError(f"{source}: not a sharded checkpoint; a checkpoint_<epoch> with {SHARDS}/ is needed")
+    check_whole(source)
+    base, tokenizer = from_shards(source), load_tokenizer(str(source))
+    training = load_training_state(source) if (source / STATE).is_file() else None
+    if training is not None and training["optimizer"] is not None:
+        state: dict[str, dict[str, Any]] = {}
+        for name, value in whole_tensors(source / SHARDS, "optimizer").items():
+            parameter, _, quantity = name.rpartition(".")
+            state.setdefault(parameter, {})[quantity] = value
+        training["optimizer"]["state"] = state
+
+    def fill(partial: Path) -> None:
+        _fill_model(partial, base, None, tokenizer, facts)
+        if training is not None:
+            torch.save(training, partial / STATE)
+
+    write_directory(target, fill)
+    get_logger().info(f"{target}: {source} with whole files")
+
+
+def _check_absent(target: Path) -> None:
+    if target.exists():
+        raise CheckpointError(f"{target} is there already: choose another directory, or remove it")
 
 
 def id_facts(ids: LatentIds) -> dict[str, Any]:
@@ -429,7 +540,9 @@ def id_facts(ids: LatentIds) -> dict[str, Any]:
 @entry_point
 def main(arguments: list[str]) -> None:
     values = vars(_parser().parse_args(arguments))
-    del values["command"]
+    if values.pop("command") == "consolidate":
+        consolidate(**values)
+        return
     if values["max_latent_stage"] is None:
         values["max_latent_stage"] = values["stage"]
     convert(values.pop("source"), values.pop("target"), values.pop("model_id"), values)

@@ -6,6 +6,7 @@ gets its name, so a directory that was cut, copied halfway or damaged later does
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import fcntl
 import hashlib
@@ -16,8 +17,9 @@ import shutil
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
 
@@ -93,15 +95,35 @@ def _differences(expected: list[tuple[Path, int, str]], hashes: bool) -> Iterato
 # --- directories that are there whole, or not at all ---
 
 
-def write_directory(directory: Path, fill: Callable[[Path], None]) -> None:
-    """Let `fill` write files into a directory of another name, add the manifest, make it durable, then give it its name.
+def begin_directory(directory: Path) -> Path:
+    """The empty directory of another name that `write_directory` fills; other processes may write into it before.
 
-    Raises CheckpointError if that fails; whatever was there before stays.
+    Raises CheckpointError if it cannot be made.
     """
     partial = directory.with_name(f".{directory.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
     try:
-        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
+    except OSError as error:
+        raise _not_written(directory, error) from None
+    return partial
+
+
+def _not_written(directory: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{directory}: the checkpoint could not be written: {disk_problem(error, directory.parent)}; "
+        "the checkpoints before it are untouched"
+    )
+
+
+def write_directory(directory: Path, fill: Callable[[Path], None], begun: Path | None = None) -> None:
+    """Let `fill` write files into a directory of another name, add the manifest, make it durable, then give it its name.
+
+    begun: what `begin_directory` gave, if something is in it already. Raises CheckpointError if that fails; whatever was
+    there before stays.
+    """
+    partial = begun or begin_directory(directory)
+    try:
         fill(partial)
         write_manifest(partial)
         for path in (*partial.rglob("*"), partial):
@@ -110,10 +132,7 @@ def write_directory(directory: Path, fill: Callable[[Path], None]) -> None:
         partial.rename(directory)
         fsync(directory.parent)
     except (OSError, RuntimeError, SafetensorError, UserError) as error:  # torch.save raises RuntimeError on a full disk
-        raise CheckpointError(
-            f"{directory}: the checkpoint could not be written: {disk_problem(error, directory.parent)}; "
-            "the checkpoints before it are untouched"
-        ) from None
+        raise _not_written(directory, error) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -145,9 +164,22 @@ class Writer:
         self.background = background
         self.failure: BaseException | None = None
         self._thread: threading.Thread | None = None
+        self._shards: Future | None = None
+        self._group: Any = None
 
-    def start(self, write: Callable[[], None]) -> None:
-        """Begin to write; called by all processes. What goes wrong in a thread is raised by the next `wait`."""
+    @property
+    def group(self) -> Any:
+        """The process group in which shards are written in the background; None if they are not."""
+        if self.background and self._group is None:
+            self._group = distributed.cpu_group()
+        return self._group
+
+    def start(self, write: Callable[[], None], shards: Future | None = None) -> None:
+        """Begin to write; called by all processes. What goes wrong in a thread is raised by the next `wait`.
+
+        shards: what this process writes itself, in the background; `write` waits for that of all.
+        """
+        self._shards = shards
         if not self.background:
             distributed.run_on_main(write)
         elif distributed.rank() == 0:
@@ -156,6 +188,9 @@ class Writer:
 
     def wait(self) -> None:
         """Until everything is written; called by all processes. Raises CheckpointError on all of them if it was not."""
+        if self._shards is not None:
+            concurrent.futures.wait([self._shards])
+            self._shards = None
         distributed.run_on_main(self._join)
 
     def _run(self, write: Callable[[], None]) -> None:

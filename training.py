@@ -105,7 +105,7 @@ class Trainer:
         saved.setdefault("samples_in_epoch", saved["step_in_epoch"] * self._samples_per_step)  # version 0.1 did not say
         self.state = state = TrainingState(**saved)
         self.saved = (state.epoch, state.step_in_epoch)
-        checkpoint.restore(loaded, self.model, self.optimizer)
+        checkpoint.restore(directory, loaded, self.model, self.optimizer)
         get_logger().info(f"resuming from {directory}: epoch {state.epoch + 1}, after step {state.global_step}")
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
@@ -373,7 +373,8 @@ class Trainer:
         state.metrics_rows = self.reporter.rows
         facts = self._facts(stage, epoch, accuracy)
         path = config.save_dir / name
-        checkpoint.save(path, self.model, self.optimizer, self.tokenizer, facts, state, self.writer, config.keep_last)
+        trained = (self.model, self.optimizer, self.tokenizer)
+        checkpoint.save(path, *trained, facts, state, self.writer, config.keep_last, config.sharded_checkpoints)
         self.saved = (state.epoch, state.step_in_epoch)
         self.progress(f"saving {name}")
 

@@ -17,6 +17,7 @@ ORDER = (
     "coconut",
     "dataset",
     "adapters",
+    "shards",
     "models",
     "distributed",
     "storage",

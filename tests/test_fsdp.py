@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, read_rows
+from same_run import equal, timeless_rows
 from test_run import launch, losses, start
+from transformers import AutoModelForCausalLM
+
+import checkpoint
 
 # run.py several times in the same two processes; each writes the collectives of its first optimizer steps.
 SEVERAL = """
@@ -40,8 +45,6 @@ BLOCKS = 2  # of the tiny model
 GROUPS = BLOCKS + 1  # and the root
 
 
-
-
 def several(tmp_path: Path, run_arguments: list[str], variants: dict[str, list[str]]) -> dict[str, list[dict[str, int]]]:
     """Train each variant under its name on two processes; the collectives of each optimizer step of rank 0."""
     runs = tmp_path / "runs.json"
@@ -50,7 +53,9 @@ def several(tmp_path: Path, run_arguments: list[str], variants: dict[str, list[s
     script.write_text(SEVERAL.format(root=str(ROOT), runs=str(runs)))
     result = launch(2, [], script=script)
     assert result.returncode == 0, result.stderr
-    counts = [[json.loads(Path(f"{runs}.{number}.rank{rank}").read_text()) for rank in range(2)] for number in range(len(variants))]
+    counts = [
+        [json.loads(Path(f"{runs}.{number}.rank{rank}").read_text()) for rank in range(2)] for number in range(len(variants))
+    ]
     assert all(first == second for first, second in counts)  # the processes are in step
     return {name: one[0] for name, one in zip(variants, counts, strict=True)}
 
@@ -74,4 +79,39 @@ def test_sharded_training_is_that_of_one_process(run_arguments: list[str], tmp_p
         for one, other in zip(*(read_rows(directory / n / "metrics.jsonl", "epoch") for n in ("one", name)), strict=True):
             assert other["val_loss"] == pytest.approx(one["val_loss"], abs=1e-5)
             assert other["accuracy"] == one["accuracy"]
-    print(counts)
+    assert set(map(tuple, counts["step"])) == set(map(tuple, counts["step-recomputed"])) == {(GROUPS, GROUPS)}
+    assert max(gathers for gathers, _ in counts["pass"]) > 8 * GROUPS  # two micro-batches of three passes, there and back
+
+
+def test_shards_are_saved_resumed_from_and_made_whole(run_arguments: list[str], tmp_path: Path) -> None:
+    """Saved by two processes, in the background and not; continued by two and by one; made one file again."""
+    common = ["num_epochs=3", "save_every_steps=2", "batch_size_training=4", "parallel=fsdp", "dropout=0"]
+    common = common[:-1]
+    shards = [*common, "sharded_checkpoints=true"]
+    several(tmp_path, run_arguments, {"whole": common, "shards": shards, "late": [*shards, "async_save=true"]})
+    directory = tmp_path / "checkpoints"
+    for name in ("again", "alone"):
+        shutil.copytree(directory / "late", directory / name)
+        for saved in ("checkpoint_2", "checkpoint_3"):
+            shutil.rmtree(directory / name / saved)
+    several(tmp_path, run_arguments, {"again": shards})
+    start(run_arguments, "name=alone", *common, "batch_size_training=8", "parallel=ddp")
+    whole = directory / "whole" / "checkpoint_3"
+    for name in ("shards", "late", "again"):
+        assert not list((directory / name / "checkpoint_3").glob("*.safetensors"))
+        checkpoint.consolidate(directory / name, tmp_path / name)
+        assert same_files(whole, tmp_path / name), name
+        assert timeless_rows(directory / name) == timeless_rows(directory / "whole")
+    assert losses(directory / "alone") == pytest.approx(losses(directory / "whole"), abs=1e-5)
+    start(run_arguments, "name=eval", "only_eval=true", f"load_model_path={directory / 'shards'}")
+    row = read_rows(directory / "eval" / "metrics.jsonl", "evaluation")[0]
+    assert row["loss"] == pytest.approx(read_rows(directory / "shards" / "metrics.jsonl", "epoch")[-1]["val_loss"], abs=1e-5)
+
+
+def same_files(one: Path, two: Path) -> bool:
+    """Whether weights and training state are equal bit for bit."""
+    states = [checkpoint.load_training_state(path) for path in (one, two)]
+    for state in states:
+        del state["state"]["epoch_seconds"]
+    weights = [AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (one, two)]  # a tied head may be there or not
+    return equal(*(dict(one) for one in weights)) and equal(*states)
