@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from adapters import add_adapters
 from coconut import Coconut
 from dataset import END_LATENT, LATENT, PAUSE, START_LATENT, marker_tokens
+from shards import SHARDS, read_shards
 from utils import RunConfig, UserError, get_logger
 
 transformers.utils.logging.disable_progress_bar()  # one bar per loaded or saved shard says nothing
@@ -132,6 +133,8 @@ def _base_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase, markers: 
         base.config.coconut_markers = list(markers) if trained else []
         return base
     check_same_family(config, path)
+    if (Path(path) / SHARDS).is_dir():
+        return from_shards(Path(path), config.attn_implementation, config.trust_remote_code)
     return _pretrained(config, path)
 
 
@@ -150,6 +153,14 @@ def _from_config(model_config: Any, attention: str | None, trust_remote_code: bo
     return AutoModelForCausalLM.from_config(
         model_config, dtype=torch.float32, attn_implementation=attention, trust_remote_code=trust_remote_code
     )
+
+
+def from_shards(source: Path, attention: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model of a sharded checkpoint, whole and in float32; called by all processes. Raises UserError if it is damaged."""
+    base = _from_config(_config_of(str(source), None, trust_remote_code), attention, trust_remote_code)
+    read_shards(source / SHARDS, {"model": base.state_dict()})
+    base.tie_weights()
+    return base.eval()
 
 
 def _pretrained(config: RunConfig, source: str) -> PreTrainedModel:
