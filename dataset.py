@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, Protocol
 
 import datasets
 import numpy as np
+import pyarrow.compute
 import tokenizers
 import torch
 from datasets import Dataset, disable_progress_bars
@@ -29,6 +30,7 @@ from preemption import STOP_SIGNALS
 from utils import STAGED_METHODS, UserError, get_logger, is_main_process, read_text
 
 START_LATENT, END_LATENT, LATENT, PAUSE = "<|start-latent|>", "<|end-latent|>", "<|latent|>", "<pause>"
+MARKERS = (START_LATENT, END_LATENT, LATENT)
 RECORDS_PER_WORKER = 20_000  # below this, starting another tokenising process costs more than it saves
 CACHED_FROM = 2**20  # bytes of a data file: smaller ones are tokenised faster than looked up
 
@@ -71,7 +73,7 @@ def load_records(path: str | Path) -> list[dict[str, Any]]:
 def _parse_records(text: str, path: str | Path) -> list[dict[str, Any]]:
     try:
         records = json.loads(text)
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # JSONDecodeError, or a number of more than 4,300 digits
         raise DataError(f"{path}: not valid JSON: {error}") from None
     except RecursionError:
         raise DataError(f"{path}: not valid JSON: nested too deeply") from None
@@ -96,6 +98,8 @@ def record_problem(record: object) -> str | None:
             return f"field '{field}': expected a string, found {_type_name(record[field])}"
         if not record[field].strip():
             return f"field '{field}' is blank"
+        if problem := _text_problem(record[field]):
+            return f"field '{field}' {problem}"
     if "steps" not in record:
         return "field 'steps' is missing; a question without reasoning has \"steps\": []"
     steps = record["steps"]
@@ -104,7 +108,19 @@ def record_problem(record: object) -> str | None:
     for number, step in enumerate(steps):
         if not isinstance(step, str):
             return f"field 'steps[{number}]': expected a string, found {_type_name(step)}"
+        if problem := _text_problem(step):
+            return f"field 'steps[{number}]' {problem}"
     return None
+
+
+def _text_problem(text: str) -> str | None:
+    """Why a text cannot be tokenised as what it says; None if it can."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"holds half a character ({text[error.start]!a} alone)"
+    found = next((marker for marker in MARKERS if marker in text), None)
+    return f"holds {found}, which stands for a thought: questions must not bring their own" if found else None
 
 
 def _type_name(value: object) -> str:
@@ -157,7 +173,17 @@ def get_dataset(
 def _tokenised(records: list[dict[str, Any]], tokenize: _Tokenize, path: str | Path) -> Dataset:
     dataset = Dataset.from_list([_row(index, record) for index, record in enumerate(records)])
     workers = max(1, min(_machine_cpus(), len(records) // RECORDS_PER_WORKER))
-    return dataset.map(tokenize, batched=True, num_proc=workers if workers > 1 else None, desc=f"tokenising {Path(path).name}")
+    title = f"tokenising {Path(path).name}"
+    tokens = dataset.map(tokenize, batched=True, num_proc=workers if workers > 1 else None, desc=title)
+    nothing = pyarrow.compute.index(pyarrow.compute.list_value_length(tokens.data.column("question_tokenized")), 0).as_py()
+    if nothing >= 0:
+        raise DataError(f"{path}: record {nothing}: field 'question': the tokenizer makes no token of it")
+    if hashes := [index for index, record in enumerate(records) if "#" in record["answer"]]:
+        get_logger().warning(
+            f"{path}: {len(hashes)} answers hold '#', first that of record {hashes[0]}; they cannot be judged right, as what "
+            "follows the last '#' is taken for the answer"
+        )
+    return tokens
 
 
 def _cache_directory(text: str, tokenize: _Tokenize, max_size: int | None) -> Path | None:

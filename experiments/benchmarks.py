@@ -125,7 +125,7 @@ def _file_rows(path: Path) -> list[Row]:
 def _json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also numbers of more than 4,300 digits
         raise UserError(f"{where}: not JSON ({error}); expected a list of records or one a line") from None
 
 

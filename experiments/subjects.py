@@ -46,6 +46,8 @@ class Subject:
             return build_prompt(self.tokenizer, self.ids, message, self.n_latents or MAX_N_LATENT)
         latents = [self.ids.latent] * (self.n_latents or self._trained_latents(question))
         [tokens] = question_ids(self.tokenizer, [question.question], self.curriculum.chat_template)
+        if {self.ids.start, self.ids.latent, self.ids.end} & set(tokens):
+            raise UserError(f"question {question.index} holds a marker that stands for a thought: it must not bring its own")
         return [*tokens, self.ids.start, *latents, self.ids.end]
 
     def _trained_latents(self, question: BenchmarkQuestion) -> int:
