@@ -238,21 +238,24 @@ def test_a_resume_around_a_skipped_step_is_exact(
 # --- several processes ---
 
 POISONED = """
-import sys
+import os, sys
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 import pytest, run, test_nonfinite
-test_nonfinite.poison(pytest.MonkeyPatch(), {{{question}}})
+patch = pytest.MonkeyPatch()
+test_nonfinite.poison(patch, {{{question}}})
+if os.environ["RANK"] == "1":
+    test_nonfinite.infinite_gradient(patch, step=4)
 run.main()
 """
 
 
 def test_all_processes_skip_what_one_of_them_meets(run_arguments: list[str], tmp_path: Path, save_dir: Path) -> None:
-    """The same questions, and the same weights within rounding, as with one process that skips that step."""
+    """A loss, and then a gradient, that is not finite in process 1 alone; as with one process that skips these steps."""
     shares = questions_of(1)
     script = tmp_path / "poisoned.py"
     script.write_text(POISONED.format(root=str(ROOT), question=shares[1][0]))
     common = [*SMALL, "gradient_accumulation_steps=1", "nonfinite_loss=skip", "lr=1e-4"]
-    result = launch(2, run_arguments, *common, script=script)
+    result = launch(2, run_arguments, *common, "hang_timeout=60", script=script)
     assert result.returncode == 0, result.stderr
     record = strict_json(save_dir / "nonfinite_step_2.json")
     (one,), (two,) = [process["micro_batches"] for process in record["processes"]]
@@ -261,8 +264,10 @@ def test_all_processes_skip_what_one_of_them_meets(run_arguments: list[str], tmp
     assert two["loss"] == record["loss"] == "nan"
     with pytest.MonkeyPatch.context() as patch:
         poison(patch, {shares[1][0]})
+        infinite_gradient(patch, step=4)
         start(run_arguments, *common, "gradient_accumulation_steps=2", "name=one")
     rows, expected = (read_rows(path / "metrics.jsonl") for path in (save_dir, tmp_path / "checkpoints" / "one"))
+    assert [row["step"] for row in rows if row["kind"] == "skipped"] == [2, 4]
     assert [(row["kind"], row["step"]) for row in rows] == [(row["kind"], row["step"]) for row in expected]
     for row, other in zip(rows, expected, strict=True):
         if row["kind"] == "step":
