@@ -43,12 +43,12 @@ def train(config: RunConfig, device: torch.device, stop: StopRequest) -> None:
     set_seed(config.seed)  # the same random weights on all processes
     model = build_model(source, tokenizer, ids)
     check_lengths([train_set, valid_set], config, config.max_new_tokens, model.max_positions)
-    keep_config(config, resumed=resume_from is not None)
     wrapped = distributed.wrap(model, config, device)
     set_seed(config.seed + distributed.rank())  # other dropout masks on each
     watchdog = Watchdog(config.hang_timeout)
     evaluator = InterruptibleEvaluator(config, valid_set, tokenizer, ids, device, watchdog.beat, stop)
     trainer = Trainer(config, wrapped, tokenizer, ids, train_set, evaluator, device, resume_from, data)
+    keep_config(config, resumed=resume_from is not None)
     show(schedule_table(config, trainer.state.epoch, len(train_set), len(trainer.groups()), distributed.world_size()))
     with watchdog:
         complete = trainer.fit()
@@ -77,8 +77,8 @@ def evaluate(config: RunConfig, device: torch.device) -> None:
         valid_set = get_dataset(config.val_path, tokenizer, DEBUG_VALID if config.debug else None, config.chat_template)
     model = build_model(config, tokenizer, ids)
     check_lengths([valid_set], config, config.max_new_tokens, model.max_positions)
-    keep_config(config)
     wrapped = distributed.wrap(model, config, device)
+    keep_config(config)
     with Watchdog(config.hang_timeout) as watchdog:
         result = Evaluator(config, valid_set, tokenizer, ids, device, watchdog.beat).evaluate(wrapped, stage)
     correct = sum(one.correct for one in result.predictions)
