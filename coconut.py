@@ -632,7 +632,11 @@ class Coconut(nn.Module):
             if score:
                 scores[rows, new] = -F.cross_entropy(logits.float(), token, reduction="none").masked_fill(finished, 0)
             finished = finished | (token == self.eos_token_id)
-            if new + 1 == max_new_tokens or not self._goes_on(finished, synced_gpus):
+            ended = new + 1 == max_new_tokens or bool(finished.all())
+            if not (self.max_over_ranks(int(not ended)) if synced_gpus else not ended):
+                break
+            if new + 1 == max_new_tokens:
+                self._accompany()
                 break
             if drop_finished and 0 < (going := (~finished).nonzero().squeeze(1)).numel() <= len(finished) // 2:
                 cast("DynamicCache", cache).batch_select_indices(going)
@@ -650,9 +654,12 @@ class Coconut(nn.Module):
             return input_ids, mask
         return insert_latents(input_ids, mask, self.start_latent_id, self.end_latent_id, self.latent_token_id, count)
 
-    def _goes_on(self, finished: Tensor, synced_gpus: bool) -> bool:
-        unfinished = int(not finished.all())
-        return bool(self.max_over_ranks(unfinished) if synced_gpus else unfinished)
+    def _accompany(self) -> None:
+        """Take part in the passes of processes that are given more new tokens, until they end."""
+        going = 1
+        while going:
+            self._idle_passes(1)
+            going = self.max_over_ranks(0)
 
     def _idle_passes(self, count: int) -> Tensor:
         """Zero, by way of `count` passes over one token.

@@ -6,6 +6,7 @@ Everything works in a plain `python` process too, where there is no process grou
 from __future__ import annotations
 
 import contextlib
+import datetime
 import functools
 import inspect
 import os
@@ -40,10 +41,11 @@ def local_rank() -> int:
 
 
 @contextlib.contextmanager
-def process_group() -> Iterator[torch.device]:
+def process_group(hang_timeout: float | None = None) -> Iterator[torch.device]:
     """Join the process group that torchrun describes in the environment, if any; yields this process's device.
 
     The device index is the local rank: on several nodes the global rank would name GPUs that do not exist.
+    hang_timeout: seconds; collective operations wait longer than this, so that the watchdog reports first.
     """
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank()) if cuda else torch.device("cpu")
@@ -58,7 +60,8 @@ def process_group() -> Iterator[torch.device]:
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
         # https://github.com/pytorch/pytorch/issues/135712
         get_logger().info("torchrun --max-restarts: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, or a restart may fail to connect")
-    dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+    timeout = None if hang_timeout is None else datetime.timedelta(seconds=max(1800, 2 * hang_timeout))
+    dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None, timeout=timeout)
     try:
         yield device
     finally:

@@ -112,7 +112,7 @@ def _keep_config(config: RunConfig, path: Path, resumed: bool) -> None:
 def main(arguments: list[str]) -> None:
     config = load_config(RunConfig, arguments)
     torch.set_float32_matmul_precision(config.matmul_precision)
-    with distributed.process_group() as device, alone(None if config.debug else config.save_dir):
+    with distributed.process_group(config.hang_timeout) as device, alone(None if config.debug else config.save_dir):
         print_config(config)
         if config.only_eval:
             evaluate(config, device)

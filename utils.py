@@ -160,7 +160,7 @@ class RunConfig(Config):
     parallel: Literal["ddp", "fsdp"] = "ddp"
     fsdp_gather: Literal["pass", "step"] = "pass"
     activation_checkpointing: bool = False
-    hang_timeout: Annotated[float | None, Field(gt=0), BeforeValidator(_null)] = 600.0  # seconds
+    hang_timeout: Annotated[float | None, Field(gt=0, le=1e6), BeforeValidator(_null)] = 600.0  # seconds
     compile: bool = False
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
     num_workers: Annotated[int | None, Field(ge=0, le=MOST_WORKERS), BeforeValidator(_null)] = None

@@ -7,9 +7,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, read_rows
+from safetensors.torch import load_file
 from same_run import equal, timeless_rows
 from test_run import launch, losses, start
+from tiny_models import FAMILIES
 from transformers import AutoModelForCausalLM
 
 import checkpoint
@@ -35,7 +38,7 @@ def counting(self, batches):
     return result
 training.Trainer._optimizer_step = counting
 with distributed.process_group() as device:
-    distributed.process_group = lambda: contextlib.nullcontext(device)
+    distributed.process_group = lambda timeout: contextlib.nullcontext(device)
     for number, arguments in enumerate(json.loads(pathlib.Path({runs!r}).read_text())):
         steps.clear()
         run.main.__wrapped__(arguments)
@@ -71,7 +74,8 @@ def test_sharded_training_is_that_of_one_process(run_arguments: list[str], tmp_p
         "recomputed": [*common, "activation_checkpointing=true"],
         "step-recomputed": [*common, "fsdp_gather=step", "activation_checkpointing=true"],
     }
-    counts = several(tmp_path, run_arguments, variants)
+    half = {f"bf16-{gather}": [*common, f"fsdp_gather={gather}", "bf16=true"] for gather in ("pass", "step")}
+    counts = several(tmp_path, run_arguments, {**variants, **half})
     directory = tmp_path / "checkpoints"
     expected = losses(directory / "one")
     for name in variants:
@@ -80,7 +84,73 @@ def test_sharded_training_is_that_of_one_process(run_arguments: list[str], tmp_p
             assert other["val_loss"] == pytest.approx(one["val_loss"], abs=1e-5)
             assert other["accuracy"] == one["accuracy"]
     assert set(map(tuple, counts["step"])) == set(map(tuple, counts["step-recomputed"])) == {(GROUPS, GROUPS)}
+    for name in half:  # bfloat16 has 8 bits; the weights stay float32
+        assert losses(directory / name) == pytest.approx(expected, abs=0.05)
+        assert losses(directory / name) != pytest.approx(expected, abs=1e-4)
+        saved = load_file(next((directory / name).glob("checkpoint_*")) / "model.safetensors")
+        assert {value.dtype for value in saved.values()} == {torch.float32}
     assert max(gathers for gathers, _ in counts["pass"]) > 8 * GROUPS  # two micro-batches of three passes, there and back
+
+
+FAMILIES_ALIKE = """
+import sys
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+import faulthandler; faulthandler.dump_traceback_later(200, exit=True)
+import torch, torch.distributed as dist
+import distributed
+from coconut import Coconut
+from tiny_models import FAMILIES, IDS, tiny_model
+from utils import RunConfig
+
+def coconut(family):
+    base, ids = tiny_model(family)
+    return Coconut(base, ids.latent, ids.start_latent, ids.end_latent, ids.eos)
+
+def batch(rank):
+    random = torch.Generator().manual_seed(rank)
+    ids = torch.randint(1, 60, (2, 14), generator=random)
+    ids[:, 4] = IDS.start_latent
+    ids[:, 5 : 6 + 2 * rank] = IDS.latent  # one latent in the first process, three in the second
+    return ids
+
+def gradients(model, ids, labels):
+    output = model(ids, labels=labels, labelled_only=True, num_items_in_batch=8)
+    output.loss.backward()
+    return output.loss.detach()
+
+with distributed.process_group() as device:
+    ids = batch(dist.get_rank())
+    labels = torch.where(torch.arange(14) < 10, -100, ids)
+    for family in FAMILIES:
+        plain = coconut(family)
+        loss = gradients(plain, ids, labels)
+        answer = plain.generate(ids[:, :9], max_new_tokens=4 + 2 * dist.get_rank())
+        for gather in ("pass", "step"):
+            config = RunConfig(name="x", model_id="x", train_path="x", val_path="x", cot=True, parallel="fsdp", fsdp_gather=gather,
+                               activation_checkpointing=gather == "step")
+            model = distributed.wrap(coconut(family), config, device)
+            with distributed.gradient_sync(model, True, gather):
+                assert torch.equal(gradients(model, ids, labels), loss), family
+            for (name, own), other in zip(plain.named_parameters(), model.parameters(), strict=True):
+                assert (own.grad is None) == (other.grad is None), (family, name)
+                if own.grad is not None:
+                    mean = own.grad.clone()
+                    dist.all_reduce(mean)
+                    torch.testing.assert_close(other.grad.full_tensor(), mean / 2, rtol=1e-4, atol=1e-6)
+            model.eval()
+            assert torch.equal(model.generate(ids[:, :9], max_new_tokens=4 + 2 * dist.get_rank(), synced_gpus=True), answer), family
+            distributed.reshard(model)
+        print("equal", family, flush=True)
+"""
+
+
+def test_every_family_is_sharded_by_its_blocks(tmp_path: Path) -> None:
+    """Losses, gradients and answers of two processes, whose batches have 1 and 3 latents and answers other lengths."""
+    script = tmp_path / "families.py"
+    script.write_text(FAMILIES_ALIKE.format(root=str(ROOT)))
+    result = launch(2, [], script=script)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("equal") == 2 * len(FAMILIES)
 
 
 def test_shards_are_saved_resumed_from_and_made_whole(run_arguments: list[str], tmp_path: Path) -> None:
@@ -113,5 +183,7 @@ def same_files(one: Path, two: Path) -> bool:
     states = [checkpoint.load_training_state(path) for path in (one, two)]
     for state in states:
         del state["state"]["epoch_seconds"]
-    weights = [AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (one, two)]  # a tied head may be there or not
+    weights = [
+        AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (one, two)
+    ]  # a tied head may be there or not
     return equal(*(dict(one) for one in weights)) and equal(*states)
