@@ -103,3 +103,18 @@ def test_rows_have_the_shape_they_say(load):
     assert (first == first[0]).all()
     assert not (train_step.without_thoughts(batch, setting.latent)["input_ids"] == setting.latent).any()
     assert batch["attention_mask"].sum(dim=1).float().mean() == 300 + 8 + 10
+
+
+def test_sharded_step(load, tmp_path, monkeypatch, capsys):
+    """One variant is run; what the others would say is made up."""
+    sharded_step = load("sharded_step")
+    measured = sharded_step.run_variant
+    known = {"milliseconds": 6.0, "peak_memory_mib": 1.0, "gathers": 9, "gathered_mib": 1.0, "machine": {}}
+    monkeypatch.setattr(
+        sharded_step, "run_variant", lambda name, *more: measured(name, *more) if name == "step, recomputed" else known
+    )
+    result = run(sharded_step, tmp_path / "sharded.json", "--rounds", "1")
+    found = result["variants"]["step, recomputed"]
+    assert found["gathers"] == 3  # two blocks and the root, once
+    assert found["milliseconds"] > 0
+    assert "pass / step: 1.00 in time" in capsys.readouterr().out

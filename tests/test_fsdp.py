@@ -8,14 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import ROOT, read_rows
 from safetensors.torch import load_file
 from same_run import equal, timeless_rows
 from test_run import launch, losses, start
-from tiny_models import FAMILIES
+from tiny_models import FAMILIES, tiny_model
+from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 
 import checkpoint
+import distributed
+from coconut import Coconut
+from utils import RunConfig
 
 # run.py several times in the same two processes; each writes the collectives of its first optimizer steps.
 SEVERAL = """
@@ -90,6 +95,23 @@ def test_sharded_training_is_that_of_one_process(run_arguments: list[str], tmp_p
         saved = load_file(next((directory / name).glob("checkpoint_*")) / "model.safetensors")
         assert {value.dtype for value in saved.values()} == {torch.float32}
     assert max(gathers for gathers, _ in counts["pass"]) > 8 * GROUPS  # two micro-batches of three passes, there and back
+
+
+def test_ddp_reduces_only_the_last_micro_batch_and_looks_for_no_unused_parameters(tmp_path: Path) -> None:
+    base, ids = tiny_model("llama")
+    model = Coconut(base, ids.latent, ids.start_latent, ids.end_latent, ids.eos)
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        wrapped = DistributedDataParallel(model)
+        for last in (False, True):
+            with distributed.gradient_sync(wrapped, last):
+                assert wrapped.require_backward_grad_sync == last
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(distributed, "world_size", lambda: 2)
+            config = RunConfig(name="x", model_id="x", train_path="x", val_path="x", cot=True)
+            assert not distributed.wrap(model, config, torch.device("cpu")).find_unused_parameters
+    finally:
+        dist.destroy_process_group()
 
 
 FAMILIES_ALIKE = """

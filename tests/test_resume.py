@@ -452,6 +452,12 @@ def test_a_place_that_cannot_be_written_to_is_said_before_anything_else(run_argu
         start(run_arguments, f"save_path={tmp_path / 'file'}", "train_path=nowhere.json")
 
 
+def test_a_read_only_file_system_is_said_before_anything_else(run_arguments: list[str], small_disk: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    with pytest.raises(UserError, match="run: cannot be written to: Read-only file system; choose another save_path"):
+        start(run_arguments, f"save_path={small_disk}", "train_path=nowhere.json")
+
+
 def test_a_second_run_on_the_same_directory_is_refused(run_arguments: list[str], half: Path) -> None:
     hold = "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX); print(flush=True); input()"
     with subprocess.Popen(

@@ -188,7 +188,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(run_arguments: list[str
 # --- several processes ---
 
 
-@pytest.mark.parametrize(("processes", "parallel"), [(2, "ddp"), (2, "fsdp"), (3, "ddp")])
+@pytest.mark.parametrize(("processes", "parallel"), [(2, "ddp"), (3, "ddp"), (3, "fsdp")])
 def test_processes_share_the_work_of_one(run_arguments: list[str], tmp_path: Path, processes: int, parallel: str) -> None:
     """Losses of the first 20 steps within 1e-5 of one process with the same global batch, every question counted once."""
     common = ["lr=1e-4", "num_epochs=6", "epochs_per_stage=2", "save_only_improve=true", "batch_size_eval=2"]
