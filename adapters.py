@@ -26,11 +26,15 @@ WRAPPER_PART = re.compile(r"\.(base_layer|token_adapter)(?=\.)")
 def add_adapters(base: PreTrainedModel, config: RunConfig, new_tokens: Sequence[int]) -> None:
     """Freeze the model and give it LoRA matrices; the rows of `new_tokens` are trained as they are, all others stay.
 
-    Raises UserError if no module fits lora_target_modules, or the head's new rows cannot be trained.
+    Raises UserError if the rank is larger than the model's width, no module fits lora_target_modules, or the head's new rows
+    cannot be trained.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
     rank = cast("int", config.lora_r)
+    width = base.config.get_text_config().hidden_size
+    if rank > width:
+        raise UserError(f"lora_r: {rank} is more than the model's width, {width}, and so no low rank")
     fingerprint = _fingerprint(base)
     settings = LoraConfig(
         r=rank,
@@ -43,7 +47,7 @@ def add_adapters(base: PreTrainedModel, config: RunConfig, new_tokens: Sequence[
     base.requires_grad_(False)
     try:
         inject_adapter_in_model(settings, base, ADAPTER)
-    except ValueError as error:
+    except (ValueError, re.error) as error:
         raise UserError(
             f"lora_target_modules: {config.lora_target_modules} fits no module of the model; its linear modules are "
             f"{', '.join(linear)} ({str(error).split('. ')[0]})"

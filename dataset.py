@@ -32,6 +32,7 @@ from utils import STAGED_METHODS, UserError, get_logger, is_main_process, read_t
 START_LATENT, END_LATENT, LATENT, PAUSE = "<|start-latent|>", "<|end-latent|>", "<|latent|>", "<pause>"
 MARKERS = (START_LATENT, END_LATENT, LATENT)
 RECORDS_PER_WORKER = 20_000  # below this, starting another tokenising process costs more than it saves
+MOST_PASSES = 1000  # of an epoch: each takes a random order of its own
 CACHED_FROM = 2**20  # bytes of a data file: smaller ones are tokenised faster than looked up
 
 
@@ -432,6 +433,15 @@ def get_question_latent_dataset(
     """Prompts of a stage (question, markers, latents): input_ids, attention_mask, position_ids, idx."""
     examples = _StageExamples(configs, scheduled_stage, start_id, latent_id, end_id, with_labels=False)
     return base_dataset.with_transform(examples)
+
+
+def check_passes(size: int, examples: int | None) -> None:
+    """Raise DataError if an epoch of so many examples would be more passes through `size` records than anyone means."""
+    if examples is not None and examples > MOST_PASSES * size:
+        raise DataError(
+            f"examples_per_epoch: {examples:,} are more than {MOST_PASSES:,} passes through the {size:,} records of "
+            "train_path: raise num_epochs instead"
+        )
 
 
 def check_lengths(datasets: Sequence[Dataset], curriculum: Curriculum, max_new_tokens: int, positions: int | None) -> None:

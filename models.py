@@ -100,6 +100,8 @@ def embedding_weight(base: PreTrainedModel) -> Tensor:
 
 def build_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase, ids: LatentIds) -> Coconut:
     """The base model that the configuration names, with rows for the markers, inside a Coconut (float32, on the CPU)."""
+    if config.attn_implementation == "flex_attention" and not config.only_eval and not torch.cuda.is_available():
+        raise UserError("attn_implementation: flex_attention: PyTorch cannot train with it on a CPU; use sdpa or eager")
     markers = marker_tokens(config.method)
     base = _base_model(config, tokenizer, markers)
     _warn_of_scaled_thoughts(base)

@@ -8,7 +8,7 @@ import torch
 
 import checkpoint
 import distributed
-from dataset import check_lengths, get_dataset
+from dataset import check_lengths, check_passes, get_dataset
 from evaluation import Evaluator, interval
 from models import build_model, latent_ids
 from preemption import PREEMPTION, StopRequest
@@ -43,6 +43,7 @@ def train(config: RunConfig, device: torch.device, stop: StopRequest) -> None:
     set_seed(config.seed)  # the same random weights on all processes
     model = build_model(source, tokenizer, ids)
     check_lengths([train_set, valid_set], config, config.max_new_tokens, model.max_positions)
+    check_passes(len(train_set), config.examples_per_epoch)
     wrapped = distributed.wrap(model, config, device)
     set_seed(config.seed + distributed.rank())  # other dropout masks on each
     watchdog = Watchdog(config.hang_timeout)

@@ -38,6 +38,7 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 PATH_ERRORS = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)
 LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes, on Linux and macOS
 LONGEST_LINE = 2000  # characters of an error
+MOST_BITS = 1024  # of a whole number in a file: Python does not write those of more than 4,300 digits
 LARGEST = 2**31 - 1  # of whole numbers: beyond it they no longer fit everywhere
 MEBIBYTE = 2**20
 
@@ -141,7 +142,7 @@ class RunConfig(Config):
     lora_r: Annotated[int | None, Field(ge=1, le=LARGEST), BeforeValidator(_null)] = None
     lora_alpha: Annotated[float | None, Field(gt=0), BeforeValidator(_null)] = None
     lora_dropout: Annotated[float | None, Field(ge=0, lt=1), BeforeValidator(_null)] = None
-    lora_target_modules: Annotated[str | list[str] | None, BeforeValidator(_null)] = None
+    lora_target_modules: Annotated[str | list[str] | None, Field(min_length=1), BeforeValidator(_null)] = None
     # data
     train_path: OptionalPath = None
     val_path: PathText
@@ -290,15 +291,21 @@ def load_config(kind: type[AnyConfig], arguments: list[str]) -> AnyConfig:
 
 
 def _parse_argument(argument: str) -> tuple[dict[str, Any], str]:
-    if "=" in argument and not Path(argument).is_file():
+    if "=" in argument and not _is_file(argument):
         key, text = argument.split("=", 1)
-        return {key: _parse_yaml(text, f"command line: {argument}")}, "command line"
+        return {key: _parse_yaml(text, f"command line: {_cut(argument, LONGEST_NAME)}")}, "command line"
     if not argument.endswith((".yaml", ".yml")):
-        raise UserError(f"command line: {argument!r} is neither a YAML file nor key=value")
+        raise UserError(f"command line: {shown(argument)} is neither a YAML file nor key=value")
     values = _parse_yaml(read_text(Path(argument)), argument)
     if not isinstance(values, dict):
         raise UserError(f"{argument}: expected `key: value` lines, found {type(values).__name__}")
     return {str(key): value for key, value in values.items()}, argument
+
+
+def _is_file(argument: str) -> bool:
+    with contextlib.suppress(OSError):  # what is too long for a path is none
+        return Path(argument).is_file()
+    return False
 
 
 def _parse_yaml(text: str, source: str) -> Any:
@@ -313,7 +320,7 @@ def _parse_yaml(text: str, source: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses keys that are given twice, of which YAML itself would silently take the last."""
+    """Refuses keys that are given twice, of which YAML would silently take the last, and numbers that cannot be shown."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         pairs = node.value if isinstance(node, yaml.MappingNode) else []
@@ -325,6 +332,16 @@ class _Loader(yaml.SafeLoader):
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
+    def construct_yaml_int(self, node: Any) -> int:
+        number = super().construct_yaml_int(node)
+        if number.bit_length() > MOST_BITS:
+            problem = f"a whole number of {number.bit_length()} bits"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return number
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+
 
 def read_text(path: Path) -> str:
     """The text of a file. Raises UserError naming it if it cannot be read."""
@@ -333,7 +350,8 @@ def read_text(path: Path) -> str:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise UserError(f"{path}: cannot be read: {reason}") from None
 
 
 def _nearest(key: str, kind: type[Config]) -> str:
@@ -359,10 +377,7 @@ def shown(value: Any) -> str:
     """A value as an error shows it: what is long or deep is cut, however long or deep."""
     short = reprlib.Repr()
     short.maxlevel, short.maxstring, short.maxother = 2, 200, 200
-    try:
-        return short.repr(value)
-    except ValueError:  # Python does not write whole numbers of more than 4,300 digits
-        return "a huge number"
+    return short.repr(value)
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -518,4 +533,9 @@ def _one_printable_line(text: str) -> str:
     """Control characters are escaped: what a hostile file says must not move the cursor of a terminal."""
     line = " ".join(text.split())
     plain = "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in line)
-    return plain if len(plain) <= LONGEST_LINE else f"{plain[:LONGEST_LINE]} ..."
+    return _cut(plain, LONGEST_LINE)
+
+
+def _cut(text: str, longest: int) -> str:
+    """The beginning and the end of a long text: an error names the place first and the reason last."""
+    return text if len(text) <= longest else f"{text[: longest // 2]} ... {text[-longest // 2 :]}"
