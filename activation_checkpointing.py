@@ -16,6 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
+_CACHE = object()  # stands for the cache among a block's arguments
+
 
 def recompute_activations(blocks: Sequence[nn.Module]) -> None:
     """Let each block keep, for the backward pass, only its inputs and the keys and values; the rest is computed again there.
@@ -52,18 +54,19 @@ class _Recomputed:
         if self.layer is None:
             raise ValueError("activation_checkpointing: this model's blocks do not say which layer of the cache is theirs")
         index = self.layer
-        layers: list[Any] = [*cache.layers, *(_Parts() for _ in range(len(cache.layers), index + 1))]
-        before = _Parts.of(layers[index])
+        before = _before(cache, index)
+        args = tuple(_CACHE if value is cache else value for value in args)
+        kwargs = {key: _CACHE if value is cache else value for key, value in kwargs.items()}
         after: list[Any] = []
         ran = False
 
+        # It is held by the graph, so it must not hold what holds the graph: neither the cache nor, later, `after`.
         def run() -> Any:
             nonlocal after
-            own = copy.copy(cache)
-            own.layers = [*layers[:index], copy.copy(before), *layers[index + 1 :]]
+            own = _before(before, index)
             output = self.forward(
-                *(own if value is cache else value for value in args),
-                **{key: own if value is cache else value for key, value in kwargs.items()},
+                *(own if value is _CACHE else value for value in args),
+                **{key: own if value is _CACHE else value for key, value in kwargs.items()},
             )
             if not ran:
                 after = own.layers
@@ -71,8 +74,16 @@ class _Recomputed:
 
         output = checkpoint(run, use_reentrant=False)
         ran = True
-        cache.layers, after = after, []  # held by `run`, they would keep alive the graph that holds `run`
+        cache.layers, after = after, []
         return output
+
+
+def _before(cache: Cache, layer: int) -> Cache:
+    """A cache with the same content, whose list of layers, and this one layer in it, can change without changing the other."""
+    copied = copy.copy(cache)
+    copied.layers = [*cache.layers, *(_Parts() for _ in range(len(cache.layers), layer + 1))]
+    copied.layers[layer] = copy.copy(_Parts.of(copied.layers[layer]))
+    return copied
 
 
 class _Parts(DynamicLayer):

@@ -80,22 +80,34 @@ def test_generation_is_what_it_was() -> None:
 
 def test_nothing_outlives_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cache that the graph holds and that holds the graph would stay until the machine is full."""
-    layers: list[weakref.ref[_Parts]] = []
-    made = _Parts.__init__
+    added: list[weakref.ref[Tensor]] = []
+    update = _Parts.update
 
-    def remember(self: _Parts, *arguments: Any) -> None:
-        made(self, *arguments)
-        layers.append(weakref.ref(self))
+    def remember(self: _Parts, keys: Tensor, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        added.append(weakref.ref(keys))
+        return update(self, keys, *arguments, **options)
 
-    monkeypatch.setattr(_Parts, "__init__", remember)
+    monkeypatch.setattr(_Parts, "update", remember)
     model = coconut("llama", recomputed=True)
+    ids, labels = batch()
     gc.disable()
     try:
-        step(model)
-        assert layers
-        assert not [layer for layer in layers if layer() is not None]
+        loss = model(ids, labels=labels, labelled_only=True).loss
+        first = len(added)
+        assert any(keys() is not None for keys in added)
+        loss.backward(retain_graph=True)
+        assert len(added) > first
+        assert not [keys for keys in added[first:] if keys() is not None]  # of the second run
+        del loss
+        assert not [keys for keys in added if keys() is not None]
     finally:
         gc.enable()
+
+
+def test_without_gradients_nothing_changes() -> None:
+    with torch.no_grad():
+        cache = coconut("llama", recomputed=True).think(batch()[0], keep_cache=True).cache
+    assert {type(layer) for layer in cache.layers} == {DynamicLayer}  # type: ignore[union-attr]
 
 
 def test_a_cache_that_is_not_known_is_refused() -> None:

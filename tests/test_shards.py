@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import pickle
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from conftest import ROOT
 from same_run import equal
@@ -74,6 +77,13 @@ class Bomb:
         return self.command
 
 
+@pytest.mark.parametrize("name", ["pickle", "os", "ThreadPoolExecutor", "Callable", "Metadata.__init__"])
+def test_metadata_names_nothing_but_its_own_classes(written: Path, name: str) -> None:
+    (written / ".metadata").write_bytes(f"ctorch.distributed.checkpoint.filesystem\n{name}\n.".encode())
+    with pytest.raises(UserError, match="which no checkpoint of tensors needs"):
+        read_shards(written, tensors(2))
+
+
 @pytest.mark.parametrize(
     "command",
     [
@@ -122,16 +132,36 @@ def save(directory: Path, background: bool = False) -> Coconut:
     return model
 
 
+@pytest.fixture
+def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Of this process alone."""
+    store = dist.FileStore(str(tmp_path_factory.mktemp("store") / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
 @pytest.mark.parametrize("background", [False, True])
-def test_a_checkpoint_in_shards_is_the_model(tmp_path: Path, background: bool) -> None:
+def test_a_checkpoint_in_shards_is_the_model(
+    tmp_path: Path, background: bool, process_group: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, there = dcp.FileSystemWriter.write_data, []
+
+    def late(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(0.3)
+        there.extend(path.name for path in tmp_path.iterdir())
+        return write(*args, **kwargs)
+
+    monkeypatch.setattr(dcp.FileSystemWriter, "write_data", late)
     model = save(tmp_path / "checkpoint_1", background)
     assert equal(dict(from_shards(tmp_path / "checkpoint_1").state_dict()), dict(model.base_causallm.state_dict()))
+    assert there == [".checkpoint_1.partial"]
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint_1"]
 
 
 @pytest.mark.parametrize("background", [False, True])
 def test_shards_that_cannot_be_written_leave_what_was_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, background: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, background: bool, process_group: None
 ) -> None:
     model = save(tmp_path / "checkpoint_1")
 
