@@ -3,8 +3,9 @@
     python benchmarks/kill_test.py [--kills 60] [--processes 2] [--parallel fsdp] [--out results/benchmarks/kill_test.json]
 
 The same command is started again after each kill until the run is finished, then the next run begins, until so many kills
-are reached. A moment is drawn uniformly from the time between two kills in which a part of the run's steps, saves and
-evaluations fits. With several processes all are killed together, or one of them, which ends the others.
+are reached. A moment is drawn uniformly from a part of the run after each start; two of three kills then wait for the next
+save, or the next evaluation, and fall into that. With several processes all are killed together, or one of them, which ends
+the others.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "PYTHONUNBUFFERED": "1",
 }
+AIMS = ("anything", "saving", "evaluation")  # what a kill waits for
+INSIDE = 0.02  # seconds: how far into it, at most
 SIZES = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
 
 
@@ -127,8 +130,24 @@ def moment(directory: Path) -> str:
         return "saving"
     if names:
         return "removing old checkpoints"
-    rows = timeless_rows(directory) if (directory / "metrics.jsonl").exists() else []
+    try:
+        rows = timeless_rows(directory) if (directory / "metrics.jsonl").exists() else []
+    except ValueError:  # a row that is being written
+        return "steps"
     return "evaluation" if rows and rows[-1]["kind"] == "step" and rows[-1]["step"] % 8 == 0 else "steps"
+
+
+def aim(attempt: Attempt, directory: Path, window: float, rng: random.Random) -> bool:
+    """Wait until the moment of a kill has come; False if the process ended before it."""
+    target = rng.choice(AIMS)
+    if attempt.ended_within(rng.uniform(0, window)):
+        return False
+    while target != "anything" and moment(directory) != target:
+        if attempt.process.poll() is not None:
+            return False
+        time.sleep(0.0005)
+    time.sleep(rng.uniform(0, INSIDE))
+    return attempt.process.poll() is None
 
 
 def run_with_kills(command: Sequence[str], directory: Path, kills: int, window: float, rng: random.Random) -> list[str]:
@@ -149,7 +168,7 @@ def run_with_kills(command: Sequence[str], directory: Path, kills: int, window: 
     while True:
         attempt = Attempt(command, directory.with_suffix(f".{len(moments)}.log"))
         try:
-            if attempt.wait_for_training() and len(moments) < kills and not attempt.ended_within(rng.uniform(0, window)):
+            if attempt.wait_for_training() and len(moments) < kills and aim(attempt, directory, window, rng):
                 attempt.kill(rng if several and rng.random() < 1 / 3 else None)
                 moments.append(moment(directory))
                 continue

@@ -31,7 +31,7 @@ import training
 import watchdog
 from utils import METHODS, RunConfig
 
-CONFIGURATIONS, COMMAND_LINES, DATA_FILES = 230, 120, 340
+CONFIGURATIONS, COMMAND_LINES, DATA_FILES = 220, 90, 310
 FIRST = int(os.environ.get("FUZZ_FIRST", "0"))  # number of the first case: others find more
 STEPS = 3  # optimizer steps after which a run is stopped as by a signal
 ROOM = 6 * 2**30  # bytes of address space that a case may take
