@@ -316,10 +316,10 @@ def test_what_a_configuration_holds_reaches_no_shell(tmp_path: Path) -> None:
 
 
 def test_errors_do_not_reach_the_terminal_as_commands(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.setattr(sys, "argv", ["run.py", "\x1b[2J\nerror: twice\u2028=1"])
+    monkeypatch.setattr(sys, "argv", ["run.py", "\x1b[2J\nerror: twice\u2028.yaml"])
     with pytest.raises(SystemExit) as stopped:
         run.main()
     [line] = capsys.readouterr().err.splitlines()
     assert stopped.value.code == 2
-    assert line.startswith("error: command line: unknown key")
+    assert line == "error: \\x1b[2J error: twice .yaml: no such file"
     assert line.isprintable()
