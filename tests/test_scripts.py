@@ -192,6 +192,18 @@ def test_signals_reach_the_workers_of_torchrun(root):
     assert events(root, "torchrun") == []
 
 
+def test_training_on_this_machine(root):
+    slurm(root)
+    process = start(root, "train", "args/x.yaml", "name=a b", STUB="wait", PROCESSES="2", SLURM_JOB_ID="7", SLURM_RESTART_COUNT="1")
+    code, _ = stop(root, process, signal.SIGTERM, programs=2)
+    assert (code, events(root, "received")) == (0, [["TERM"], ["TERM"]])
+    assert events(root, "called")[0][1:] == [
+        *["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+        *["run.py", "args/x.yaml", "name=a b"],
+    ]
+    assert recorded(root, "scontrol") is None
+
+
 def test_exit_code_of_a_program_that_the_signal_killed(root):
     code, output = stop(root, start(root, "run_branch_experiment", STUB="killed"), signal.SIGTERM)
     assert (code, events(root, "received")) == (128 + signal.SIGTERM, [])
