@@ -26,7 +26,7 @@ import distributed
 from experiments.ablation_results import MIXED, NO_NOISE, Cells, Part, judged_by, ratio_name, vote, write_results
 from experiments.answers import same_answer
 from experiments.benchmarks import BenchmarkQuestion, load_questions
-from experiments.settings import BranchConfig, NoiseType, Setting
+from experiments.settings import BranchConfig, NoiseType, Setting, Voters
 from experiments.subjects import Subject, load_subject
 from experiments.summary import AGGREGATIONS, CLEAN, JUDGE, SELF_CONSISTENCY, Outcome, condition_key, setting_name
 from experiments.sweep import Sweep, clean_thoughts, run_sweep
@@ -66,7 +66,7 @@ class AblationConfig(BranchConfig):
 
     results_path: str = "ablation/results"
     noise_type: Annotated[list[NoiseType], Field(min_length=1), BeforeValidator(_listed)] = Field(default=["gaussian_scaled"])
-    num_branches: Annotated[int, Field(ge=2)] = 5
+    num_branches: Voters = 5
     noise_ratios: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1), BeforeValidator(_listed)] = Field(
         default=[0.5, 1.0, 2.0]
     )

@@ -15,11 +15,10 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import transformers
-from pydantic import Field
 from rich import box
 from rich.table import Table
 from torch import Tensor
@@ -30,6 +29,7 @@ from experiments.answers import extract_answer
 from experiments.benchmarks import BenchmarkQuestion
 from experiments.noise_laws import NoiseSetting, measure
 from experiments.progress import Record
+from experiments.settings import Voters
 from experiments.stand_ins import QuickConfig, quick_questions, quick_subject
 from experiments.subjects import Subject
 from experiments.sweep import Answerer, conditions
@@ -60,7 +60,7 @@ class CheckConfig(QuickConfig):
     """Keys of quick_test.py."""
 
     num_questions: Positive | None = 4
-    num_branches: Annotated[int, Field(ge=2)] = 3
+    num_branches: Voters = 3
     max_new_tokens: Positive = 12
 
     @classmethod

@@ -9,12 +9,15 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from experiments.answers import answer_kind
 from noise import NOISE_TYPES, RECOMMENDED_SCALES, Intervention, check_noise
-from utils import Config, OptionalPath, OptionalText, PathText, Positive, Seed, check_folder_name, check_kernel
+from utils import MOST_THOUGHTS, Config, OptionalPath, OptionalText, PathText, Positive, Seed, check_folder_name, check_kernel
 
 NoiseType = Literal["gaussian", "gaussian_scaled", "snr", "orthogonal", "uniform", "dropout", "targeted"]
 Schedule = Literal["none", "constant", "linear", "cosine", "exponential", "adaptive"]
 Control = Literal["zero", "mean", "other", "pause"]
 Setting = tuple[str, str | None]  # noise type and direction
+MOST_BRANCHES = 10_000  # of a question: what only a slip of the finger exceeds
+Branches = Annotated[int, Field(ge=1, le=MOST_BRANCHES)]
+Voters = Annotated[int, Field(ge=2, le=MOST_BRANCHES)]  # one alone does not vote
 
 
 def _null(value: Any) -> Any:
@@ -46,7 +49,7 @@ class SweepConfig(Config):
     trust_remote_code: bool = False
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     hidden_layer_idx: Annotated[int | None, BeforeValidator(_null)] = None
-    n_latents: Annotated[int | None, Field(ge=1), BeforeValidator(_null)] = None
+    n_latents: Annotated[int | None, Field(ge=1, le=MOST_THOUGHTS), BeforeValidator(_null)] = None
     # questions
     benchmark: str
     data_path: OptionalPath = None
@@ -63,7 +66,7 @@ class SweepConfig(Config):
     shared_noise: bool = False
     controls: Annotated[list[Control], BeforeValidator(lambda value: _listed(value) or [])] = Field(default=[])
     # branches
-    num_branches: Positive = 1
+    num_branches: Branches = 1
     temperature: Annotated[float, Field(ge=0)] = 0.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     self_consistency_temperature: Annotated[float, Field(gt=0)] = 0.7
@@ -116,7 +119,7 @@ class SweepConfig(Config):
 class BranchConfig(SweepConfig):
     """The same keys with the defaults of run_noisy_experiment.py: five noisy branches vote (NoisyCoconut, arXiv 2605.08221)."""
 
-    num_branches: Positive = 5
+    num_branches: Branches = 5
     temperature: Annotated[float, Field(ge=0)] = 0.7
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
     max_new_tokens: Positive = 256
@@ -132,7 +135,7 @@ class FullConfig(SweepConfig):
         default=list(get_args(Control))
     )
     branch_noise_type: NoiseType = "gaussian_scaled"
-    num_branches: Annotated[int, Field(ge=2)] = 5  # one alone does not vote
+    num_branches: Voters = 5
     temperature: Annotated[float, Field(ge=0)] = 0.7
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
 

@@ -12,6 +12,7 @@ import json
 import os
 import random
 import resource
+import runpy
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -29,9 +30,11 @@ import reporting
 import run
 import training
 import watchdog
+from experiments import sweep
+from experiments.settings import SweepConfig
 from utils import METHODS, RunConfig
 
-CONFIGURATIONS, COMMAND_LINES, DATA_FILES = 220, 90, 310
+CONFIGURATIONS, COMMAND_LINES, DATA_FILES, SWEEPS = 220, 90, 310, 60
 FIRST = int(os.environ.get("FUZZ_FIRST", "0"))  # number of the first case: others find more
 STEPS = 3  # optimizer steps after which a run is stopped as by a signal
 ROOM = 6 * 2**30  # bytes of address space that a case may take
@@ -124,11 +127,11 @@ def short_and_harmless(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 # --- what must hold of every case ---
 
 
-def start(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
-    """The exit code of run.py with these arguments; any exception but SystemExit is the failure of the test."""
-    monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
+def start(main: Callable[[], None], arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
+    """The exit code of a program with these arguments; any exception but SystemExit is the failure of the test."""
+    monkeypatch.setattr(sys, "argv", ["program", *arguments])
     try:
-        run.main()
+        main()
     except SystemExit as stop:
         return int(stop.code or 0)
     return 0
@@ -147,14 +150,16 @@ def unknown_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def check(arguments: list[str], place: Place, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> str | None:
+def check(
+    main: Callable[[], None], arguments: list[str], place: Place, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> str | None:
     """The error of a refused start, None after a run. Fails if it was neither refused in one line nor ran to a tidy end."""
-    begun = []
-    for owner, name in ((training.Trainer, "fit"), (evaluation.Evaluator, "evaluate")):
+    begun: list[int] = []
+    for owner, name in ((training.Trainer, "fit"), (evaluation.Evaluator, "evaluate"), (sweep, "open_progress")):
         original = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *given, original=original: (begun.append(1), original(*given))[1])
     before = tree(place.root)
-    code = start(arguments, monkeypatch)
+    code = start(main, arguments, monkeypatch)
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     after = tree(place.root)
     assert code in (0, 2)
@@ -216,13 +221,15 @@ def test_what_was_found_in_configurations(
 ) -> None:
     values = [f"{key}={value}" for key, value in place.values.items()]
     more = [argument.replace("{model}", place.values["model_id"]) for argument in arguments]
-    assert message in str(check([*values, *more], place, monkeypatch, capsys))
+    assert message in str(check(run.main, [*values, *more], place, monkeypatch, capsys))
 
 
 @pytest.mark.parametrize(("text", "message"), FOUND_IN_DATA, ids=lambda value: value[-40:])
 def test_what_was_found_in_data(text: str, message: str, place: Place, monkeypatch: Any, capsys: Any) -> None:
     (place.cwd / "data.json").write_text(text)
-    assert message in str(check([f"{key}={value}" for key, value in place.values.items()], place, monkeypatch, capsys))
+    assert message in str(
+        check(run.main, [f"{key}={value}" for key, value in place.values.items()], place, monkeypatch, capsys)
+    )
 
 
 # --- configurations ---
@@ -382,8 +389,30 @@ STARTS = (  # what is mutated: training of random weights, of the model's own, o
     {"from_scratch": "false", "lora_r": "2"},
     {"from_scratch": "false", "only_eval": "true", "load_model_path": "{model}"},
 )
-NUMERIC = sorted(
-    key for key, field in RunConfig.model_fields.items() if any(kind in str(field.annotation) for kind in ("int", "float"))
+
+
+class Space(NamedTuple):
+    """What is mutated: the keys of a program, values for them that may be right, and changes to begin with."""
+
+    fields: dict[str, Any]
+    plausible: dict[str, tuple[str, ...]]
+    starts: tuple[dict[str, str], ...]
+
+
+TRAINING = Space(RunConfig.model_fields, VALUES, STARTS)
+SWEEPING = Space(
+    SweepConfig.model_fields,
+    {
+        "dtype": ("bfloat16", "float16"),
+        "noise_type": ("all", "snr", "[targeted, dropout]", "[gaussian, gaussian]"),
+        "noise_direction": ("same", "opposite"),
+        "noise_scales": ("0", "[0, 1]", "[1.0e+300]", "[.inf]", "[-1]"),
+        "schedule": ("constant", "adaptive"),
+        "controls": ("[zero, mean]", "all"),
+        "benchmark": ("gsm8k", "mmlu", "prontoqa"),
+        "n_latents": ("1", "100"),
+    },
+    ({}, {"num_branches": "2", "temperature": "0.7"}),
 )
 
 
@@ -407,11 +436,11 @@ def misspelt(key: str, draw: random.Random) -> str:
     )
 
 
-def mutated_values(values: dict[str, str], draw: random.Random) -> dict[str, str]:
+def mutated_values(values: dict[str, str], draw: random.Random, space: Space) -> dict[str, str]:
     """One to four changes: a value that is wrong, too large or contradicts others, a key that is missing or unknown."""
-    values = values | draw.choice(STARTS)
+    values = values | draw.choice(space.starts)
     for _ in range(draw.choice([1, 1, 1, 2, 3, 4])):
-        present, every = sorted(values), sorted(RunConfig.model_fields)
+        present, every = sorted(values), sorted(space.fields)
         kind = draw.randrange(20)
         if kind == 0:
             values.pop(draw.choice(present))
@@ -423,20 +452,24 @@ def mutated_values(values: dict[str, str], draw: random.Random) -> dict[str, str
         elif kind == 5:
             values[draw.choice(every)] = draw.choice(NASTY)
         elif kind <= 10:
-            values[draw.choice(NUMERIC)] = draw.choice(NUMBERS)
+            values[
+                draw.choice(
+                    [key for key in every if any(kind in str(space.fields[key].annotation) for kind in ("int", "float"))]
+                )
+            ] = draw.choice(NUMBERS)
         elif kind <= 13:
-            key = draw.choice([one for one in every if RunConfig.model_fields[one].annotation is bool])
+            key = draw.choice([one for one in every if space.fields[one].annotation is bool])
             values[key] = draw.choice(["true", "false"])
         else:
-            key = draw.choice(sorted(VALUES))
-            values[key] = draw.choice(VALUES[key])
+            key = draw.choice(sorted(space.plausible))
+            values[key] = draw.choice(space.plausible[key])
     return {key: value.replace("{model}", values.get("model_id", "")) for key, value in values.items()}
 
 
 def mutated_file(values: dict[str, str], draw: random.Random) -> bytes:
     """A YAML file of mutated values, or of the right ones with its text mutated."""
     kind = draw.randrange(10)
-    lines = [f"{key}: {value}" for key, value in (mutated_values(values, draw) if kind < 6 else values).items()]
+    lines = [f"{key}: {value}" for key, value in (mutated_values(values, draw, TRAINING) if kind < 6 else values).items()]
     if kind == 6:
         lines.insert(draw.randrange(len(lines)), draw.choice(lines))
     elif kind == 7:
@@ -452,18 +485,18 @@ def mutated_file(values: dict[str, str], draw: random.Random) -> bytes:
 @pytest.mark.parametrize("number", range(FIRST, FIRST + CONFIGURATIONS), ids=lambda number: f"configuration-{number}")
 def test_a_mutated_configuration_runs_or_is_one_line(number: int, place: Place, monkeypatch: Any, capsys: Any) -> None:
     (place.cwd / "x.yaml").write_bytes(mutated_file(place.values, random.Random(f"configuration {number}")))
-    check(["x.yaml"], place, monkeypatch, capsys)
+    check(run.main, ["x.yaml"], place, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("number", range(FIRST, FIRST + COMMAND_LINES), ids=lambda number: f"command-line-{number}")
 def test_a_mutated_command_line_runs_or_is_one_line(number: int, place: Place, monkeypatch: Any, capsys: Any) -> None:
     draw = random.Random(f"command line {number}")
-    arguments = [f"{key}={value}" for key, value in mutated_values(place.values, draw).items()]
+    arguments = [f"{key}={value}" for key, value in mutated_values(place.values, draw, TRAINING).items()]
     if draw.random() < 0.15:
         arguments.append(
             draw.choice(["", "=", "==", "x", "x=", "=x", "a.yaml", ".yaml", "y.yml=1", "a.yaml" * 900, "\udcff=1", "loop.yaml"])
         )
-    check(arguments, place, monkeypatch, capsys)
+    check(run.main, arguments, place, monkeypatch, capsys)
 
 
 # --- data files ---
@@ -601,4 +634,26 @@ def test_a_mutated_data_file_runs_or_is_one_line(number: int, place: Place, monk
             "load_model_path": values["model_id"],
             "val_path": "mutated.json",
         }
-    check([f"{key}={value}" for key, value in values.items()], place, monkeypatch, capsys)
+    check(run.main, [f"{key}={value}" for key, value in values.items()], place, monkeypatch, capsys)
+
+
+# --- noise experiments ---
+
+
+@pytest.mark.parametrize("number", range(FIRST, FIRST + SWEEPS), ids=lambda number: f"sweep-{number}")
+def test_a_mutated_noise_sweep_runs_or_is_one_line(number: int, place: Place, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda _, path, **__: Path(path).touch())
+    values = {
+        "name": "sweep",
+        "results_path": "results",
+        "model_id": place.values["model_id"],
+        "benchmark": "prosqa",
+        "data_path": "data.json",
+        "num_questions": "1",
+        "noise_scales": "[0, 1]",
+        "n_latents": "2",
+        "max_new_tokens": "2",
+    }
+    mutated = mutated_values(values, random.Random(f"sweep {number}"), SWEEPING)
+    main = runpy.run_path(str(ROOT / "test.py"), run_name="started")["main"]
+    check(main, [f"{key}={value}" for key, value in mutated.items()], place, monkeypatch, capsys)
