@@ -193,6 +193,13 @@ class Writer:
             self._shards = None
         distributed.run_on_main(self._join)
 
+    def settle(self) -> None:
+        """Until what this process writes is written or has failed: for a run that ends with an error, without the others."""
+        if self._shards is not None:
+            concurrent.futures.wait([self._shards])
+        if self._thread is not None:
+            self._thread.join()
+
     def _run(self, write: Callable[[], None]) -> None:
         try:
             write()

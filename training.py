@@ -123,15 +123,20 @@ class Trainer:
     def fit(self) -> bool:
         """Train until num_epochs, or until a signal asks to stop. Returns whether training is complete."""
         with self.stop.listening():
-            while self.state.epoch < self.config.num_epochs:
-                if not self._epoch():
-                    self._save_inside_epoch()
-                    self.writer.wait()
-                    get_logger().info(
-                        f"stopped by a signal at step {self.state.global_step}; the same command goes on from here"
-                    )
-                    return False
-            self.writer.wait()
+            try:
+                return self._epochs()
+            except UserError:
+                self.writer.settle()  # a checkpoint that is being written is not lost with the run
+                raise
+
+    def _epochs(self) -> bool:
+        while self.state.epoch < self.config.num_epochs:
+            if not self._epoch():
+                self._save_inside_epoch()
+                self.writer.wait()
+                get_logger().info(f"stopped by a signal at step {self.state.global_step}; the same command goes on from here")
+                return False
+        self.writer.wait()
         return True
 
     def _epoch(self) -> bool:

@@ -521,3 +521,24 @@ def test_an_error_in_the_background_ends_the_run(
     with pytest.raises(CheckpointError, match="checkpoint_0_step2: the checkpoint could not be written: unexpected pos 576"):
         start(run_arguments, "async_save=true", "save_every_steps=1")
     assert [path.name for path in complete_checkpoints(save_dir)] == ["checkpoint_0_step1"]
+
+
+def test_a_run_that_ends_with_an_error_finishes_what_it_is_writing(
+    run_arguments: list[str], save_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, fill = training.Trainer._optimizer_step, checkpoint._fill_model
+
+    def optimizer_step(self: training.Trainer, batches: Any) -> Any:
+        if self.state.global_step == 1:
+            raise UserError("the loss is nan")
+        return step(self, batches)
+
+    def slow(*arguments: Any) -> None:
+        time.sleep(0.5)
+        fill(*arguments)
+
+    monkeypatch.setattr(training.Trainer, "_optimizer_step", optimizer_step)
+    monkeypatch.setattr(checkpoint, "_fill_model", slow)
+    with pytest.raises(UserError, match="the loss is nan"):
+        start(run_arguments, "async_save=true", "save_every_steps=1")
+    assert [path.name for path in complete_checkpoints(save_dir)] == ["checkpoint_0_step1"]

@@ -194,7 +194,9 @@ def test_signals_reach_the_workers_of_torchrun(root):
 
 def test_training_on_this_machine(root):
     slurm(root)
-    process = start(root, "train", "args/x.yaml", "name=a b", STUB="wait", PROCESSES="2", SLURM_JOB_ID="7", SLURM_RESTART_COUNT="1")
+    process = start(
+        root, "train", "args/x.yaml", "name=a b", STUB="wait", PROCESSES="2", SLURM_JOB_ID="7", SLURM_RESTART_COUNT="1"
+    )
     code, _ = stop(root, process, signal.SIGTERM, programs=2)
     assert (code, events(root, "received")) == (0, [["TERM"], ["TERM"]])
     assert events(root, "called")[0][1:] == [
