@@ -37,6 +37,7 @@ DEBUG_TRAIN, DEBUG_VALID = 5000, 32  # records that `debug: True` keeps, as in t
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 PATH_ERRORS = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)
 LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes, on Linux and macOS
+LONGEST_PROJECT = 128  # characters, of wandb
 LONGEST_LINE = 2000  # characters of an error
 MOST_BITS = 1024  # of a whole number in a file: Python does not write those of more than 4,300 digits
 LARGEST = 2**31 - 1  # of whole numbers: beyond it they no longer fit everywhere
@@ -177,6 +178,10 @@ class RunConfig(Config):
             self._check_training()
         check_folder_name(self.name, "save_path")
         check_kernel(self.attn_implementation, self.trust_remote_code)
+        if self.wandb != "disabled" and (len(self.project) > LONGEST_PROJECT or set(self.project) & set("/\\#?%:")):
+            raise ValueError(
+                f"project: {shown(self.project)}: wandb takes at most {LONGEST_PROJECT} characters, and none of / \\ # ? % :"
+            )
         return self
 
     def _choose_method(self) -> None:

@@ -387,7 +387,7 @@ def test_directories_that_lack_a_part_or_bring_code_are_one_line(saved: Path, tm
         build(configuration(saved))
     code = {"AutoConfig": "modeling.Config", "AutoModelForCausalLM": "modeling.Model"}
     write_json(saved / "config.json", {**config, "model_type": "foo", "auto_map": code})
-    with pytest.raises(UserError, match="the model brings its own code, which is never run"):
+    with pytest.raises(UserError, match="it brings its own code, which is not run: set trust_remote_code: True"):
         build(configuration(saved))
 
 
