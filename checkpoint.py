@@ -144,11 +144,14 @@ def data_hashes(config: RunConfig) -> dict[str, str]:
     for key in ("train_path", "val_path"):
         path = Path(getattr(config, key))
         try:
-            hashes[key] = sha256(path)
+            endless = path.exists() and not path.is_file()  # a pipe, a device; a directory has no bytes
+            hashes[key] = "" if endless else sha256(path)
         except FileNotFoundError:
             raise UserError(f"{path}: no such file") from None
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: cannot be read: {error}") from None
+        if endless:
+            raise UserError(f"{path}: not a regular file; {key} must be a JSON file of records")
     return hashes
 
 

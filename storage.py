@@ -298,10 +298,10 @@ def locked(directory: Path) -> Iterator[None]:
     Raises:
         UserError: another process holds the directory, or it cannot be written to.
     """
-    made = [path for path in (directory, *directory.parents) if not path.exists()]
     with contextlib.ExitStack() as stack:
-        stack.callback(_remove_empty, made)
         try:
+            made = [path for path in (directory, *directory.parents) if not path.exists()]
+            stack.callback(_remove_empty, made)
             directory.mkdir(parents=True, exist_ok=True)
             file = stack.enter_context(_open_locked(directory / LOCK))
             stack.callback((directory / LOCK).unlink, missing_ok=True)

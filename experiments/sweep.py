@@ -40,7 +40,7 @@ from noise import Intervention, path_diversity
 from utils import UserError, get_logger, is_main_process
 
 PLACES = ("all", "first", "after")  # which thoughts a control displaces, see `Thoughts`
-WITHOUT_INFLUENCE = ("results_path", "fresh", "batch_size")  # keys that may differ when a run goes on
+WITHOUT_INFLUENCE = ("results_path", "fresh", "batch_size", "trust_remote_code")  # keys that may differ when a run goes on
 DIGITS = 6  # significant ones of recorded numbers
 
 

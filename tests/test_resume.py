@@ -452,6 +452,13 @@ def test_a_place_that_cannot_be_written_to_is_said_before_anything_else(run_argu
         start(run_arguments, f"save_path={tmp_path / 'file'}", "train_path=nowhere.json")
 
 
+def test_data_that_may_never_end_are_refused(run_arguments: list[str], tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path):
+        with pytest.raises(UserError, match=f"{path}: not a regular file; val_path must be a JSON file of records"):
+            start(run_arguments, f"val_path={path}")
+
+
 def test_a_read_only_file_system_is_said_before_anything_else(run_arguments: list[str], small_disk: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     with pytest.raises(UserError, match="run: cannot be written to: Read-only file system; choose another save_path"):
