@@ -69,17 +69,16 @@ def several(tmp_path: Path, run_arguments: list[str], variants: dict[str, list[s
 
 
 def test_sharded_training_is_that_of_one_process(run_arguments: list[str], tmp_path: Path) -> None:
-    common = ["lr=1e-4", "num_epochs=6", "epochs_per_stage=2", "grad_clip=0.5", "save_only_improve=true", "batch_size_eval=2"]
+    common = ["lr=1e-4", "num_epochs=3", "grad_clip=0.5", "save_only_improve=true", "batch_size_eval=2"]
     common += ["gradient_accumulation_steps=2", "pad_latent_to_max=false"]  # the processes' batches differ in latents
     start(run_arguments, "name=one", "batch_size_training=4", *common)
     common += ["parallel=fsdp", "batch_size_training=2"]
     variants = {
         "pass": common,
         "step": [*common, "fsdp_gather=step"],
-        "recomputed": [*common, "activation_checkpointing=true"],
         "step-recomputed": [*common, "fsdp_gather=step", "activation_checkpointing=true"],
     }
-    half = {f"bf16-{gather}": [*common, f"fsdp_gather={gather}", "bf16=true"] for gather in ("pass", "step")}
+    half = {"bf16": [*common, "fsdp_gather=step", "bf16=true"]}
     counts = several(tmp_path, run_arguments, {**variants, **half})
     directory = tmp_path / "checkpoints"
     expected = losses(directory / "one")
@@ -177,20 +176,18 @@ def test_every_family_is_sharded_by_its_blocks(tmp_path: Path) -> None:
 
 def test_shards_are_saved_resumed_from_and_made_whole(run_arguments: list[str], tmp_path: Path) -> None:
     """Saved by two processes, in the background and not; continued by two and by one; made one file again."""
-    common = ["num_epochs=3", "save_every_steps=2", "batch_size_training=4", "parallel=fsdp", "dropout=0"]
-    common = common[:-1]
+    common = ["num_epochs=2", "save_every_steps=2", "batch_size_training=4", "parallel=fsdp"]
     shards = [*common, "sharded_checkpoints=true"]
     several(tmp_path, run_arguments, {"whole": common, "shards": shards, "late": [*shards, "async_save=true"]})
     directory = tmp_path / "checkpoints"
     for name in ("again", "alone"):
         shutil.copytree(directory / "late", directory / name)
-        for saved in ("checkpoint_2", "checkpoint_3"):
-            shutil.rmtree(directory / name / saved)
+        shutil.rmtree(directory / name / "checkpoint_2")
     several(tmp_path, run_arguments, {"again": shards})
     start(run_arguments, "name=alone", *common, "batch_size_training=8", "parallel=ddp")
-    whole = directory / "whole" / "checkpoint_3"
+    whole = directory / "whole" / "checkpoint_2"
     for name in ("shards", "late", "again"):
-        assert not list((directory / name / "checkpoint_3").glob("*.safetensors"))
+        assert not list((directory / name / "checkpoint_2").glob("*.safetensors"))
         checkpoint.consolidate(directory / name, tmp_path / name)
         assert same_files(whole, tmp_path / name), name
         assert timeless_rows(directory / name) == timeless_rows(directory / "whole")

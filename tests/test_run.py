@@ -248,6 +248,7 @@ def test_all_processes_stop_for_one_and_another_number_goes_on(
 def test_sharded_generation_with_different_latents_does_not_hang(run_arguments: list[str], tmp_path: Path) -> None:
     """Questions with 1 to 3 steps get as many latents (up to 24), and the processes have different numbers of batches."""
     more = ["pad_latent_to_max=false", "c_thought=8", "max_latent_stage=3", "batch_size_eval=1", "num_epochs=4"]
+    more += ["examples_per_epoch=8"]
     result = launch(2, run_arguments, *more, "parallel=fsdp", "save_only_improve=true", "max_new_tokens=12")
     assert result.returncode == 0, result.stderr
     assert [row["idx"] for row in read_rows(tmp_path / "checkpoints" / "run" / "predictions_4.jsonl")] == list(range(7))
