@@ -69,8 +69,9 @@ def several(tmp_path: Path, run_arguments: list[str], variants: dict[str, list[s
 
 
 def test_sharded_training_is_that_of_one_process(run_arguments: list[str], tmp_path: Path) -> None:
-    common = ["lr=1e-4", "num_epochs=3", "grad_clip=0.5", "save_only_improve=true", "batch_size_eval=2"]
+    common = ["lr=1e-4", "num_epochs=3", "epochs_per_stage=2", "c_thought=2", "grad_clip=0.5", "batch_size_eval=2"]
     common += ["gradient_accumulation_steps=2", "pad_latent_to_max=false"]  # the processes' batches differ in latents
+    common += ["save_only_improve=true", "reset_optimizer=epoch"]  # an optimizer is made after an evaluation without a save
     start(run_arguments, "name=one", "batch_size_training=4", *common)
     common += ["parallel=fsdp", "batch_size_training=2"]
     variants = {
@@ -176,7 +177,7 @@ def test_every_family_is_sharded_by_its_blocks(tmp_path: Path) -> None:
 
 def test_shards_are_saved_resumed_from_and_made_whole(run_arguments: list[str], tmp_path: Path) -> None:
     """Saved by two processes, in the background and not; continued by two and by one; made one file again."""
-    common = ["num_epochs=2", "save_every_steps=2", "batch_size_training=4", "parallel=fsdp"]
+    common = ["num_epochs=2", "save_every_steps=2", "batch_size_training=4", "parallel=fsdp", "reset_optimizer=false"]
     shards = [*common, "sharded_checkpoints=true"]
     several(tmp_path, run_arguments, {"whole": common, "shards": shards, "late": [*shards, "async_save=true"]})
     directory = tmp_path / "checkpoints"
