@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -145,17 +146,19 @@ def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def test_a_checkpoint_in_shards_is_the_model(
     tmp_path: Path, background: bool, process_group: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write, there = dcp.FileSystemWriter.write_data, []
+    write, there, threads = dcp.FileSystemWriter.write_data, [], []
 
     def late(*args: Any, **kwargs: Any) -> Any:
         time.sleep(0.3)
         there.extend(path.name for path in tmp_path.iterdir())
+        threads.append(threading.current_thread() is threading.main_thread())
         return write(*args, **kwargs)
 
     monkeypatch.setattr(dcp.FileSystemWriter, "write_data", late)
     model = save(tmp_path / "checkpoint_1", background)
     assert equal(dict(from_shards(tmp_path / "checkpoint_1").state_dict()), dict(model.base_causallm.state_dict()))
     assert there == [".checkpoint_1.partial"]
+    assert threads == [not background]
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint_1"]
 
 
