@@ -16,6 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
+from utils import UserError
+
 _CACHE = object()  # stands for the cache among a block's arguments
 
 
@@ -24,21 +26,26 @@ def recompute_activations(blocks: Sequence[nn.Module]) -> None:
 
     Gradients stay what they are, dropout included. Memory falls from all activations of all passes to those of one block at
     a time; the price is about one more forward pass (arXiv 1604.06174). Nothing changes where no gradients are needed.
+    Raises UserError if a block does not say which layer of the cache is its own.
     """
     for block in blocks:
         block.forward = _Recomputed(block.forward, _layer_index(block))  # type: ignore[method-assign]
 
 
-def _layer_index(block: nn.Module) -> int | None:
-    """The block's place in a cache, as its attention module knows it; None if it has none."""
+def _layer_index(block: nn.Module) -> int:
+    """The block's place in a cache, as its attention module knows it."""
     indices = {index for module in block.modules() if isinstance(index := getattr(module, "layer_idx", None), int)}
-    return indices.pop() if len(indices) == 1 else None
+    if len(indices) != 1:
+        raise UserError(
+            "activation_checkpointing: this model's blocks do not say which layer of the cache is theirs; leave it out"
+        )
+    return indices.pop()
 
 
 class _Recomputed:
     """A block's forward whose activations are computed again in the backward pass."""
 
-    def __init__(self, forward: Callable[..., Any], layer: int | None) -> None:
+    def __init__(self, forward: Callable[..., Any], layer: int) -> None:
         self.forward = forward
         self.layer = layer
 
@@ -51,8 +58,6 @@ class _Recomputed:
         return self._with_cache(cache, args, kwargs)
 
     def _with_cache(self, cache: Cache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.layer is None:
-            raise ValueError("activation_checkpointing: this model's blocks do not say which layer of the cache is theirs")
         index = self.layer
         before = _before(cache, index)
         args = tuple(_CACHE if value is cache else value for value in args)
@@ -99,7 +104,7 @@ class _Parts(DynamicLayer):
         if isinstance(layer, cls):
             return layer
         if type(layer) is not DynamicLayer:
-            raise ValueError(f"activation_checkpointing: a cache layer of {type(layer).__name__} is not known here")
+            raise UserError(f"activation_checkpointing: a cache layer of {type(layer).__name__} is not known here")
         return cls(((layer.keys, layer.values),)) if layer.get_seq_length() else cls()  # type: ignore[arg-type]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

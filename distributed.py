@@ -192,7 +192,10 @@ def transformer_blocks(model: Coconut) -> list[nn.Module]:
     blocks = [module for module in model.base_causallm.modules() if type(module).__name__ in names]
     if not blocks:
         family = model.base_causallm.config.model_type
-        raise UserError(f"parallel: fsdp: model family {family!r} does not name its transformer blocks; use parallel: ddp")
+        raise UserError(
+            f"model family {family!r} does not name its transformer blocks, which parallel: fsdp, compile and "
+            "activation_checkpointing need: leave them out"
+        )
     return blocks
 
 

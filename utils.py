@@ -236,6 +236,10 @@ class RunConfig(Config):
             raise ValueError("fsdp_gather: step needs parallel: fsdp; elsewhere every process has all parameters")
         if self.parallel != "fsdp" and self.sharded_checkpoints:
             raise ValueError("sharded_checkpoints needs parallel: fsdp; elsewhere every process has all parameters")
+        if self.sharded_checkpoints and self.trust_remote_code:
+            raise ValueError(
+                "sharded_checkpoints: the code of a model that brings its own is not kept beside shards; leave it out"
+            )
         if self.activation_checkpointing and self.compile:
             raise ValueError("activation_checkpointing and compile contradict each other: set one of them")
 
