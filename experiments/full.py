@@ -27,7 +27,7 @@ def parts(config: FullConfig) -> dict[str, SweepConfig]:
         "all_passes": GREEDILY | EVERYWHERE,
         "branching": {"noise_type": [config.branch_noise_type], "controls": []},
     }
-    common = config.model_dump(exclude={"branch_noise_type"})
+    common = config.model_dump(exclude={"branch_noise_type", "harmless_margin"})
     return {
         name: SweepConfig.model_validate({**common, **changed, "name": f"{config.name}/{name}"})
         for name, changed in changes.items()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.settings import FullConfig, Setting
+from experiments.statistics import least_difference, questions_for_margin
 from experiments.summary import (
     AGGREGATIONS,
     CLEAN,
@@ -24,7 +25,6 @@ from experiments.sweep import PLACES, Sweep
 from experiments.sweep_results import chance
 from utils import get_logger, write_text
 
-SIGNIFICANT = 0.05  # level of the p-values, after Holm's correction
 NOISE_PARTS = {"noise": "one thought", "all_passes": "all thoughts"}
 PLACE_NAMES = {
     "all": "all thoughts",
@@ -60,8 +60,11 @@ def report_content(config: FullConfig, sweeps: Mapping[str, Sweep]) -> dict[str,
         "seconds": {name: sweep.info["seconds"] for name, sweep in sweeps.items()},
         "chance": chance(config.benchmark),
         "clean": summaries["noise"][GREEDY],
+        "harmless_margin": config.harmless_margin,
         "noise": {
-            setting_name(*setting): {name: noise_result(sweeps[name], summaries[name], setting) for name in NOISE_PARTS}
+            setting_name(*setting): {
+                name: noise_result(sweeps[name], summaries[name], setting, config.harmless_margin) for name in NOISE_PARTS
+            }
             for setting in noise.config.settings()
         },
         "controls": {key: one for key, one in summaries["noise"].items() if "/" in key},
@@ -70,7 +73,7 @@ def report_content(config: FullConfig, sweeps: Mapping[str, Sweep]) -> dict[str,
     }
 
 
-def noise_result(sweep: Sweep, summary: Mapping[str, Numbers], setting: Setting) -> dict[str, Any]:
+def noise_result(sweep: Sweep, summary: Mapping[str, Numbers], setting: Setting, margin: float) -> dict[str, Any]:
     """One noise type and direction in one part.
 
     half_scale: where half of the clean accuracy is lost. harmless_scale: see there. most_scale, most_accuracy: the most noise
@@ -79,26 +82,27 @@ def noise_result(sweep: Sweep, summary: Mapping[str, Numbers], setting: Setting)
     scales = sorted(sweep.config.scales(*setting), key=lambda scale: noise_axis(setting[0], scale))
     return {
         "half_scale": setting_result(sweep.records, *setting, scales)["half_scale"],
-        "harmless_scale": harmless_scale(summary, setting, scales),
+        "harmless_scale": harmless_scale(summary, setting, scales, margin),
         "most_scale": scales[-1],
         "most_accuracy": summary[measured_key(*setting, scales[-1])]["accuracy"],
     }
 
 
-def harmless_scale(summary: Mapping[str, Numbers], setting: Setting, scales: Sequence[float]) -> float | None:
-    """The most noise such that neither it nor less is significantly below clean; None if the least is.
+def harmless_scale(summary: Mapping[str, Numbers], setting: Setting, scales: Sequence[float], margin: float) -> float | None:
+    """The most noise such that it and all less are shown to cost less than `margin` points; None: not even the least is.
 
-    scales: the least noise first. The tests are McNemar's, corrected by Holm for all conditions of a `summarise`.
+    scales: the least noise first. Shown: the whole 95% interval of the difference from clean lies above -margin. So a large
+    loss that few questions cannot prove is not called harmless. Scales without noise say nothing.
     """
-    below = (is_below(summary[measured_key(*setting, scale)]) for scale in scales)
-    harmless = next((count for count, one in enumerate(below) if one), len(scales))
-    return scales[harmless - 1] if harmless else None
+    noisy = [scale for scale in scales if noise_axis(setting[0], scale)]
+    shown = (is_harmless(summary[measured_key(*setting, scale)]["versus_clean"], margin) for scale in noisy)
+    harmless = next((count for count, one in enumerate(shown) if not one), len(noisy))
+    return noisy[harmless - 1] if harmless else None
 
 
-def is_below(condition: Numbers) -> bool:
-    """Whether a condition of a `summarise` is significantly less accurate than the clean one."""
-    versus = condition["versus_clean"]
-    return versus is not None and versus["difference"] < 0 and versus["p_holm"] < SIGNIFICANT
+def is_harmless(versus: Numbers, margin: float) -> bool:
+    """Whether a comparison with clean excludes a loss of `margin` points."""
+    return 100 * least_difference(versus["only_first"], versus["only_second"], versus["questions"]) > -margin
 
 
 def branching_result(sweep: Sweep, summary: Mapping[str, Numbers]) -> dict[str, Any]:
@@ -182,7 +186,7 @@ def with_interval(condition: Numbers) -> str:
 def noise_table(content: Mapping[str, Any]) -> str:
     columns = ["noise"]
     for where in NOISE_PARTS.values():
-        columns += [f"{where}: half is lost at", "no loss up to", "accuracy at the most noise"]
+        columns += [f"{where}: half is lost at", "harmless up to", "accuracy at the most noise"]
     return table(columns, ([name, *noise_cells(parts)] for name, parts in content["noise"].items()))
 
 
@@ -192,16 +196,19 @@ def noise_cells(parts: Mapping[str, Numbers]) -> list[str]:
         one = parts[name]
         half, harmless, most = one["half_scale"], one["harmless_scale"], one["most_scale"]
         cells.append("never" if half is None else f"{half:.3g}")
-        cells.append("none tried" if harmless is None else f"{harmless:g}{' (the most tried)' if harmless == most else ''}")
+        cells.append("not shown" if harmless is None else f"{harmless:g}{' (the most tried)' if harmless == most else ''}")
         cells.append(f"{one['most_accuracy']:.1f}% at {most:g}")
     return cells
 
 
 def noise_notes(content: Mapping[str, Any]) -> str:
+    margin = content["harmless_margin"]
+    needed = [f"{questions_for_margin(margin / 100, share):,}" for share in (0, 0.02, 0.05)]
     lines = [
-        "Scales, interpolated where half is lost; for snr less is more noise. No loss: neither this scale nor one with less "
-        f"noise is significantly below clean (McNemar's exact test, p < {SIGNIFICANT} after Holm's correction over all "
-        "conditions of the part)."
+        "Scales, interpolated where half is lost; for snr less is more noise. Harmless: for this scale, and every one with "
+        f"less noise, the 95% interval of the difference from clean lies above -{margin:g} points (`harmless_margin`). That "
+        f"takes {needed[0]} questions if no answer turns from right to wrong or back, {needed[1]} if 2 in 100 do, {needed[2]} "
+        "if 5 in 100 do."
     ]
     half, guess = content["clean"]["accuracy"] / 2, content["chance"]
     if guess is not None and half <= guess:

@@ -135,6 +135,7 @@ class FullConfig(SweepConfig):
         default=list(get_args(Control))
     )
     branch_noise_type: NoiseType = "gaussian_scaled"
+    harmless_margin: Annotated[float, Field(gt=0, le=100)] = 2.0  # points: noise that is shown to cost less is called harmless
     num_branches: Voters = 5
     temperature: Annotated[float, Field(ge=0)] = 0.7
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95

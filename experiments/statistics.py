@@ -7,6 +7,7 @@ path would put this file in the place of the standard library's statistics.
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from scipy.stats import binomtest
 from statsmodels.stats.multitest import multipletests
 
 GOOD, DEGRADED = 0.6, 0.2
+Z_95 = 1.959964  # of the normal distribution, both sides
 
 
 def status(accuracy: float) -> str:
@@ -75,6 +77,27 @@ def paired_difference(
     means = (counts[:, 2] - counts[:, 0]) / differences.size
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Difference(float(differences.mean()), float(low), float(high))
+
+
+def least_difference(only_first: float, only_second: float, questions: int) -> float:
+    """Lower bound of the 95% interval of the second's accuracy minus the first's, from the counts of `mcnemar`.
+
+    Wald's interval with half a question added to each of the four cells (Agresti and Min 2005). Unlike a bootstrap's it has a
+    width where no question differs. Nothing is known of no question: minus infinity.
+    """
+    if not questions:
+        return -math.inf
+    total = questions + 2
+    difference = (only_second - only_first) / total
+    return difference - Z_95 * math.sqrt(max(0.0, (only_first + only_second + 1) / total - difference**2) / total)
+
+
+def questions_for_margin(margin: float, differing: float) -> int:
+    """Questions from which `least_difference` lies above -margin.
+
+    margin: a fraction. differing: share of questions right in one condition alone, as many gained as lost.
+    """
+    return next(n for n in itertools.count(1) if least_difference(differing * n / 2, differing * n / 2, n) > -margin)
 
 
 # --- decay with noise ---

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import coconut
 import noise
-from experiments import branch_check, full, full_report, selfcheck, stand_ins, sweep, sweep_plots
+from experiments import branch_check, full, full_report, selfcheck, stand_ins, statistics, sweep, sweep_plots
 from experiments.answers import BENCHMARKS
 from experiments.benchmarks import BenchmarkQuestion
 from experiments.settings import FullConfig, SweepConfig
@@ -305,7 +305,7 @@ def test_the_suite_and_its_report(suite: list[str], tmp_path: Path, monkeypatch:
     for path in content["figures"]:
         assert (directory / path).is_file()
         assert f"]({path})" in text
-    for needed in ("seed 0", "torch 2", "| commit | abc |", "Clean accuracy", "self-consistency, no noise"):
+    for needed in ("seed 0", "torch 2", "| commit | abc |", "Clean accuracy", "self-consistency, no noise", "-2 points (`h"):
         assert needed in text
 
     def decoded_again(*_: Any) -> None:
@@ -348,19 +348,32 @@ def test_parts_of_the_suite() -> None:
     assert (branching.top_p, branching.controls, branching.schedule) == (0.95, [], "linear")
 
 
-def compared(difference: float, p: float) -> dict[str, Any]:
-    return {"versus_clean": {"difference": difference, "p_holm": p}}
+def planted(only_first: int, only_second: int = 0, questions: int = 500) -> dict[str, Any]:
+    """A comparison with clean in which so many answers became wrong, and right."""
+    tested = statistics.mcnemar(
+        [True] * only_first + [False] * only_second + [True] * (questions - only_first - only_second),
+        [False] * only_first + [True] * (questions - only_first),
+    )
+    return {"versus_clean": {**tested._asdict(), "questions": questions}}
 
 
 def test_the_most_noise_without_loss() -> None:
-    clean = {"clean": {"versus_clean": None}}
-    found = {1.0: compared(-5, 0.2), 2.0: compared(-30, 0.01), 5.0: compared(-8, 0.09)}
-    gaussian = clean | {f"gaussian@{scale}": one for scale, one in found.items()}
-    assert full_report.harmless_scale(gaussian, ("gaussian", None), [0.0, 1.0, 2.0, 5.0]) == 1.0  # not 5: 2 is a loss
-    assert full_report.harmless_scale(gaussian, ("gaussian", None), [0.0, 1.0]) == 1.0
-    assert full_report.harmless_scale(gaussian, ("gaussian", None), [2.0, 5.0]) is None
-    better = {"snr@1.0": compared(+30, 0.01)}
-    assert full_report.harmless_scale(better, ("snr", None), [1.0]) == 1.0
+    def found(planted_losses: dict[float, dict[str, Any]], noise_type: str = "gaussian", margin: float = 2.0) -> float | None:
+        summary = {f"{noise_type}@{scale}": one for scale, one in planted_losses.items()}
+        scales = sorted(planted_losses, reverse=noise_type == "snr")
+        return full_report.harmless_scale(summary, (noise_type, None), scales, margin)
+
+    assert found({1.0: planted(2, 1), 2.0: planted(150), 5.0: planted(0)}) == 1.0  # not 5: 2 is a loss
+    assert found({1.0: planted(0), 2.0: planted(10)}) == 1.0  # 2 points
+    assert found({1.0: planted(10)}, margin=5) == 1.0
+    assert found({2.0: planted(150)}) is None
+    assert found({5.0: planted(1), 1.0: planted(0, 150)}, "snr") == 1.0  # a gain
+    loss = planted(21, 10, questions=100)  # 11 points that the test of 67 conditions does not find
+    assert statistics.holm([loss["versus_clean"]["p_value"]] * 67)[0] > 0.05
+    assert found({1.0: loss}, margin=5) is None
+    assert found({1.0: planted(0, questions=20)}, margin=5) is None  # no loss, but too few questions to exclude one
+    no_noise = {"clean": {"versus_clean": None}}
+    assert full_report.harmless_scale(no_noise, ("gaussian", None), [0.0], 2.0) is None
 
 
 def test_self_consistency_is_the_reference_of_branches_without_samples(
