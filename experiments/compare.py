@@ -1,25 +1,23 @@
 """Paired tests of any two conditions of a noise experiment: `python -m experiments.compare DIRECTORY FIRST SECOND`.
 
-DIRECTORY is that of the experiment (results/NAME), FIRST and SECOND are keys of conditions as in its tables: greedy, clean,
-gaussian@0.5, zero/all. Without keys they are listed. McNemar's exact test and the bootstrap interval of the difference.
+DIRECTORY is that of the experiment (results/NAME, or a copy that scripts/keep_records.sh made), FIRST and SECOND are keys of
+conditions as in its tables: greedy, clean, gaussian@0.5, zero/all. Without keys they are listed. McNemar's exact test and the
+bootstrap interval of the difference.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-from experiments.progress import Progress
+from experiments.progress import finished_records
 from experiments.summary import compare, condition_keys
-from utils import UserError, get_logger
+from utils import UserError, entry_point, get_logger
 
 
 def report(directory: Path, keys: list[str]) -> str:
     """One line. Raises UserError if there is no such experiment or condition."""
-    records = Progress(directory, "").records()
-    if not records:
-        raise UserError(f"{directory}: no questions of an experiment there (progress/part-*.jsonl)")
+    records = finished_records(directory)
     known = condition_keys(records)
     for key in keys:
         if key not in known:
@@ -35,16 +33,13 @@ def report(directory: Path, keys: list[str]) -> str:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+@entry_point
+def main(given: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m experiments.compare", description=__doc__)
     parser.add_argument("directory", type=Path)
     parser.add_argument("keys", nargs="*", help="two conditions")
-    arguments = parser.parse_args()
-    try:
-        get_logger().info(report(arguments.directory, arguments.keys))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    arguments = parser.parse_args(given)
+    get_logger().info(report(arguments.directory, arguments.keys))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ are all. A line that a kill tore apart is dropped; everything else stays.
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 from collections.abc import Iterable
@@ -44,7 +45,7 @@ class Progress:
     def records(self) -> list[Record]:
         """Of all processes, in the order of the questions; of a question that failed first, what came of it later."""
         found: dict[int, Record] = {}
-        for path in sorted(self.folder.glob("part-*.jsonl")):
+        for path in sorted([*self.folder.glob("part-*.jsonl"), *self.folder.glob("part-*.jsonl.gz")]):
             for record in _whole_lines(path):
                 if record["error"] is None or record["index"] not in found:
                     found[record["index"]] = record
@@ -116,6 +117,17 @@ def _gather_parts(progress: Progress) -> None:
         get_logger().info(f"going on after {len(done)} questions of an earlier run in {progress.directory}")
 
 
+def finished_records(directory: Path) -> list[Record]:
+    """The questions of an experiment, also where scripts/keep_records.sh put them. UserError: there are none."""
+    records = Progress(directory, "").records()
+    if not records:
+        tables = any(directory.glob("summary_*.json"))
+        there = "only its tables are kept; run its command for the answers" if tables else "no questions of an experiment there"
+        raise UserError(f"{directory}: {there} ({FOLDER}/part-*.jsonl or part-*.jsonl.gz)")
+    return records
+
+
 def _whole_lines(path: Path) -> list[Record]:
-    lines = path.read_text(encoding="utf-8").split("\n")
+    text = gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else path.read_text(encoding="utf-8")
+    lines = text.split("\n")
     return [json.loads(line) for line in lines[:-1]]  # what follows the last line break was torn apart by a kill

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 from evaluation import interval
-from experiments.progress import Progress, Record
-from utils import UserError, get_logger
+from experiments.progress import Record, finished_records
+from utils import UserError, entry_point, get_logger
 
 FILE = "transfer.json"
 
@@ -54,7 +53,7 @@ def _percent(which: list[bool]) -> dict[str, float] | None:
 
 def report(directory: Path) -> str:
     """Write transfer.json into the experiment's directory; one line for each place. UserError: there is nothing to look at."""
-    found = transfer(Progress(directory, "").records())
+    found = transfer(finished_records(directory))
     if not found:
         raise UserError(f"{directory}: no experiment with the control `other` there (controls=[other])")
     (directory / FILE).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
@@ -69,14 +68,11 @@ def _text(share: dict[str, float] | None) -> str:
     return "-" if share is None else f"{share['percent']:.1f}% ({share['low']:.1f} to {share['high']:.1f})"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+@entry_point
+def main(given: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m experiments.transfer", description=__doc__)
     parser.add_argument("directory", type=Path)
-    try:
-        get_logger().info(report(parser.parse_args().directory))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    get_logger().info(report(parser.parse_args(given).directory))
 
 
 if __name__ == "__main__":

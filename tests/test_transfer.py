@@ -1,12 +1,16 @@
-"""Whose answer is given with another question's thoughts."""
+"""Whose answer is given with another question's thoughts; records that are kept, and those that are not."""
 
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
+from experiments import compare
 from experiments.transfer import report, transfer
 from utils import UserError
 
@@ -35,9 +39,39 @@ def test_shares() -> None:
 
 
 def test_report(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no experiment with the control `other`"):
+    with pytest.raises(UserError, match="no questions of an experiment there"):
         report(tmp_path)
     (tmp_path / "progress").mkdir()
-    (tmp_path / "progress" / "part-0.jsonl").write_text("".join(json.dumps(one) + "\n" for one in RECORDS))
+    part = tmp_path / "progress" / "part-0.jsonl"
+    part.write_text(json.dumps({"index": 0, "error": None, "conditions": {"greedy": {}}}) + "\n")
+    with pytest.raises(UserError, match="no experiment with the control `other`"):
+        report(tmp_path)
+    part.write_text("".join(json.dumps(one) + "\n" for one in RECORDS))
     assert report(tmp_path).startswith("other/all: 3 questions, answer of the other 33.3% (")
     assert json.loads((tmp_path / "transfer.json").read_text())["other/all"]["questions"] == 3
+
+
+def test_kept_records_are_compared_as_the_experiment_itself(tmp_path: Path) -> None:
+    directory, kept = tmp_path / "results" / "a b", tmp_path / "kept"
+    (directory / "progress").mkdir(parents=True)
+    for name in ("summary_1.json", "gaussian_1.json", "progress/settings.json"):
+        (directory / name).write_text("{}")
+    for rank in (0, 1):
+        conditions = {"clean": {"majority": {"correct": True}}, "zero/all": {"majority": {"correct": rank == 0}}}
+        line = json.dumps({"index": rank, "error": None, "conditions": conditions})
+        (directory / "progress" / f"part-{rank}.jsonl").write_text(line + "\n")
+    found = compare.report(directory, ["clean", "zero/all"])
+    assert found.startswith("zero/all minus clean: -50.0 points")
+    script = [str(shutil.which("bash")), str(ROOT / "scripts" / "keep_records.sh"), str(tmp_path / "results"), str(kept)]
+    for _ in range(2):
+        subprocess.run(script, check=True, capture_output=True)
+    assert compare.report(kept / "a b", ["clean", "zero/all"]) == found
+    files = {path.relative_to(kept / "a b").as_posix() for path in kept.rglob("*.*")}
+    progress = {f"progress/{name}.gz" for name in ("part-0.jsonl", "part-1.jsonl", "settings.json")}
+    assert files == {"summary_1.json.gz", *progress}
+
+    shutil.rmtree(directory / "progress")
+    with pytest.raises(UserError, match="only its tables are kept; run its command for the answers"):
+        compare.report(directory, [])
+    nothing = subprocess.run([*script[:2], str(tmp_path / "x"), str(kept)], capture_output=True, text=True)
+    assert (nothing.returncode, nothing.stderr.count("\n")) == (2, 1)
