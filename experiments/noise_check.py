@@ -3,8 +3,7 @@
 
 CHECKPOINT is a checkpoint directory, a run's directory, or a model without training; DATA_FILE a JSON file of records. Every
 type of noise is put on the clean thoughts of the first N questions at every recommended scale, drawn as in the experiments;
-on the first thought of each also in float16 and bfloat16. What noise in the first thought makes of the second is measured
-on the first 100 questions. Writes OUT/noise_check.json and prints a table. Exit code 1 if a
+on the first thought of each also in float16 and bfloat16. Writes OUT/noise_check.json and prints a table. Exit code 1 if a
 check fails: a p-value below 1e-4, or what must hold exactly does not.
 """
 
@@ -30,7 +29,7 @@ from experiments.noise_laws import SMALLEST_P, measure, measure_below_rounding, 
 from experiments.settings import SweepConfig
 from experiments.subjects import Subject, load_subject
 from models import embedding_weight
-from noise import Intervention, ThoughtInterventions, count_passes, noise_generator
+from noise import count_passes, noise_generator
 from reporting import show
 from utils import UserError, entry_point, load_config
 
@@ -83,10 +82,8 @@ def clean_thoughts(subject: Subject, questions: Sequence[BenchmarkQuestion]) -> 
 
 
 @torch.no_grad()
-def think(
-    subject: Subject, questions: Sequence[BenchmarkQuestion], noise: Intervention | None = None, seed: int = 0, branch: int = 0
-) -> Thoughts:
-    """The thoughts of one batch of questions, without noise or with the same in all of them."""
+def think(subject: Subject, questions: Sequence[BenchmarkQuestion]) -> Thoughts:
+    """The thoughts of one batch of questions, without noise."""
     collator = MyCollator(subject.tokenizer, subject.ids.latent)
     prompts = [subject.prompt(question) for question in questions]
     batch = collator(
@@ -96,24 +93,9 @@ def think(
         ]
     )
     latent, indices = batch["input_ids"] == subject.ids.latent, batch["idx"].tolist()  # (B, T), B
-    changes = noise and ThoughtInterventions(latent, [noise] * len(latent), indices, [branch] * len(latent), seed)
-    states = subject.model.think(batch["input_ids"], batch["attention_mask"], interventions=changes).inputs_embeds[latent]
+    states = subject.model.think(batch["input_ids"], batch["attention_mask"]).inputs_embeds[latent]
     numbers = [indices[row] for row in latent.nonzero()[:, 0].tolist()]
     return Thoughts(states, numbers, torch.tensor(count_passes(latent))[latent].tolist())
-
-
-def echoes(subject: Subject, questions: Sequence[BenchmarkQuestion], seed: int) -> list[float | None]:
-    """For each setting the mean cosine of the second thought with what it is without noise, after noise in the first.
-
-    None where no question has a second thought.
-    """
-    clean = think(subject, questions).of_pass(2).states
-    found = []
-    for branch, setting in enumerate(recommended_settings()):
-        noise = Intervention(setting.scale, setting.noise_type, setting.direction)
-        noisy = think(subject, questions, noise, seed, branch).of_pass(2).states
-        found.append(torch.cosine_similarity(noisy, clean, dim=-1).mean().item() if len(clean) else None)
-    return found
 
 
 def norms(thoughts: Thoughts) -> dict[str, Any]:
@@ -169,8 +151,6 @@ def check(subject: Subject, questions: Sequence[BenchmarkQuestion], seed: int) -
     """The content of noise_check.json, without the data file; what is no number is None."""
     thoughts = clean_thoughts(subject, questions)
     checks = check_noise_on(thoughts, seed)
-    for row, echo in zip(checks["float32"]["settings"], echoes(subject, questions[:BATCH], seed), strict=True):
-        row["second_thought"] = echo
     result = {
         "model": "/".join(Path(subject.source).parts[-2:]),
         "questions": len(set(thoughts.questions)),
@@ -197,7 +177,7 @@ def result_table(result: dict[str, Any]) -> Table:
     )
     table = Table(title=title, caption=_caption(result), box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     table.title_justify = table.caption_justify = "left"
-    for column in ("noise", "scale", "|n|/|h|", "formula", "cosine", "|h'|/|h|", "2nd", "p", "lowest of", ""):
+    for column in ("noise", "scale", "|n|/|h|", "formula", "cosine", "|h'|/|h|", "p", "lowest of", ""):
         table.add_column(column, justify="left" if column in ("noise", "lowest of", "") else "right", no_wrap=True)
     for row in result["float32"]["settings"]:
         table.add_row(*_cells(row))
@@ -206,7 +186,7 @@ def result_table(result: dict[str, Any]) -> Table:
 
 def _caption(result: dict[str, Any]) -> str:
     """The checks that have no row of their own, counted, and what is wrong."""
-    lines = [f"2nd: cosine of the second thought with the clean one, noise in the first alone, {BATCH} questions"]
+    lines = []
     for dtype in map(_name, DTYPES):
         counts = [f"{_words(kind)} {sum(row['passed'] for row in rows)} of {len(rows)}" for kind, rows in result[dtype].items()]
         lines.append(f"{dtype}: {', '.join(counts)} as they should be")
@@ -230,7 +210,7 @@ def _words(kind: str) -> str:
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    numbers = [row[key] for key in ("ratio", "expected_ratio", "cosine", "norm_change", "second_thought")]
+    numbers = [row[key] for key in ("ratio", "expected_ratio", "cosine", "norm_change")]
     return [
         row["name"],
         f"{row['scale']:g}",

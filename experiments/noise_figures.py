@@ -1,8 +1,8 @@
 """Figures of the noise types: `python -m experiments.noise_figures NOISE_CHECK_JSON OUT`.
 
 NOISE_CHECK_JSON is what `python -m experiments.noise_check` wrote. Writes to OUT: noise_ratio.png (size of the noise, and what
-is left of the thought's direction, by scale), noise_echo.png (what noise in a thought makes of the next one),
-noise_vectors.png (each type on one vector of two dimensions) and noise_schedules.png (the share of the scale in later passes).
+is left of the thought's direction, by scale), noise_vectors.png (each type on one vector of two dimensions) and
+noise_schedules.png (the share of the scale in later passes).
 """
 
 from __future__ import annotations
@@ -82,24 +82,6 @@ def ratio_figure(result: dict[str, Any], path: Path) -> Figure:
     return save_figure(figure, path)
 
 
-def echo_figure(result: dict[str, Any], path: Path) -> Figure:
-    """What noise in the first thought makes of the second: types that turn the thought beside those that only scale it."""
-    figure, panels = plt.subplots(1, 2, figsize=(10.5, 4.2), layout="constrained", sharey=True)
-    rows = [row for row in result["float32"]["settings"] if row["ratio"] > 0 and row["second_thought"] is not None]
-    for axes, key in zip(panels, ("ratio", "norm_change"), strict=True):
-        for name in dict.fromkeys(row["name"] for row in rows):
-            colour, marker, _ = STYLES[name]
-            points = sorted((row[key], row["second_thought"]) for row in rows if row["name"] == name and row[key] > 0)
-            axes.plot(*zip(*points, strict=True), marker=marker, color=colour, linewidth=0.8, markersize=5, label=name)
-        axes.set(xscale="log", ylim=(-0.1, 1.04))
-        axes.grid(alpha=0.3)
-    panels[0].set(xlabel="‖n‖ / ‖h‖ of the first thought", ylabel="cosine of the second thought\nwith the clean one")
-    panels[1].set(xlabel="‖h'‖ / ‖h‖ of the first thought")
-    panels[1].legend(fontsize=8, loc="upper right")
-    figure.suptitle("Noise in the first thought, seen in the second")
-    return save_figure(figure, path)
-
-
 # --- one vector ---
 
 
@@ -176,7 +158,6 @@ def main(given: list[str]) -> None:
     result = read_result(arguments.result)
     figures: dict[str, Callable[[Path], Figure]] = {
         "noise_ratio.png": lambda path: ratio_figure(result, path),
-        "noise_echo.png": lambda path: echo_figure(result, path),
         "noise_vectors.png": vector_figure,
         "noise_schedules.png": schedule_figure,
     }

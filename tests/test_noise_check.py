@@ -258,23 +258,6 @@ def test_thoughts_are_those_of_an_evaluation(trained: Path, data_file: Path):
         torch.testing.assert_close(found.states[rows], details.thoughts[0], rtol=1e-4, atol=1e-5)
 
 
-def test_echoes_are_those_of_generation(trained: Path, data_file: Path, monkeypatch: Any):
-    settings = [NoiseSetting("uniform", None, 0.0), NoiseSetting("uniform", None, 2.0), NoiseSetting("targeted", "same", 3.0)]
-    monkeypatch.setattr(noise_check, "recommended_settings", lambda: settings)
-    subject, questions = noise_check.load(trained, data_file, "prosqa", 2)
-    none, uniform, same = noise_check.echoes(subject, questions[1:], seed=5)
-    assert none == pytest.approx(1)
-    prompt = torch.tensor([subject.prompt(questions[1])])
-    how = {"max_new_tokens": 1, "question_index": 1, "seed": 5, "return_details": True}
-    branches = subject.model.generate_with_branching(
-        prompt, num_branches=2, noise_scale=2.0, noise_type="uniform", **how
-    ).thoughts[0, 1, 1]  # fmt: skip
-    clean = subject.model.generate(prompt, **how)[1].thoughts[0, 1]
-    assert uniform == pytest.approx(torch.cosine_similarity(branches, clean, dim=0).item(), abs=1e-5)
-    assert abs(same) < 1.001
-    assert uniform < 0.999
-
-
 def test_the_command(trained: Path, data_file: Path, tmp_path: Path, monkeypatch: Any, capsys: Any):
     out = tmp_path / "out"
     assert run(monkeypatch, trained, data_file, out, "--questions", 12, "--seed", 3) == 0

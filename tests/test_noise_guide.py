@@ -18,7 +18,7 @@ from experiments.noise_laws import expected_cosine, expected_norm_change, expect
 from experiments.settings import SweepConfig
 from noise import DECAY, MOMENTUM, NOISE_TYPES, OVERWHELMING_SNR, RECOMMENDED_SCALES, SCHEDULES
 
-FIGURES = {"noise_ratio.png", "noise_echo.png", "noise_vectors.png", "noise_schedules.png"}
+FIGURES = {"noise_ratio.png", "noise_vectors.png", "noise_schedules.png"}
 GUIDE = (ROOT / "NOISE_TYPES_GUIDE.md").read_text(encoding="utf-8")
 
 
@@ -71,7 +71,7 @@ def made_up_result() -> dict[str, Any]:
     for setting in recommended_settings():
         ratio = float(expected_ratio(setting, 1 / 16, 16))
         cosine = float(expected_cosine(setting, ratio))
-        row = {**setting._asdict(), "name": setting.name, "ratio": ratio, "cosine": cosine, "second_thought": 1 / (1 + ratio)}
+        row = {**setting._asdict(), "name": setting.name, "ratio": ratio, "cosine": cosine}
         rows.append(row | {"norm_change": float(expected_norm_change(setting, ratio))})
     spread = {"count": 100, "mean": 4.0, "deviation": 0.0}
     return {"norms": {"mean_inverse_square": 1 / 16, "width": 16, "all": spread}, "float32": {"settings": rows}}
