@@ -17,7 +17,7 @@ import json
 import random
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -34,13 +34,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import distributed
 from adapters import adapter_state, is_adapted, load_adapter_state, merged_weights
+from dataset import END_LATENT, LATENT, START_LATENT, marker_tokens
 from distributed import unwrap
+from files import FACTS, MANIFEST, STATE, Facts, TrainingState, read_facts, read_training_state
 from models import LatentIds, build_model, from_shards, gguf_of, latent_ids, load_tokenizer
 from shards import SHARDS, read_shards, wait_for, whole_tensors, write_shards
 from storage import (
-    FACTS,
-    MANIFEST,
-    STATE,
     CheckpointError,
     Writer,
     begin_directory,
@@ -52,65 +51,10 @@ from storage import (
 )
 from utils import METHODS, RunConfig, UserError, entry_point, get_logger
 
-FORMAT = 1
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
-@dataclass
-class Facts:
-    """coconut.json: what a checkpoint knows of itself. epoch counts finished epochs; accuracy is a fraction."""
-
-    method: str
-    stage: int
-    c_thought: int
-    max_latent_stage: int
-    pad_latent_to_max: bool
-    epoch: int
-    accuracy: float | None
-    start_latent_id: int
-    end_latent_id: int
-    latent_token_id: int
-    eos_token_id: int
-    hidden_layer_idx: int = -1
-    chat_template: bool = False
-    data: dict[str, str] = field(default_factory=dict)  # SHA-256 of the files of train_path and val_path
-    format: int = FORMAT
-
-
-@dataclass
-class TrainingState:
-    """Where training is. `best` maps a stage to its best accuracy: early stages still write their reasoning as text."""
-
-    epoch: int = 0  # the epoch in progress, or the next one
-    step_in_epoch: int = 0  # optimizer steps done in it
-    samples_in_epoch: int = 0  # how far it is in its order of samples
-    global_step: int = 0
-    examples: int = 0  # training examples seen
-    optimizer_stage: int = 0  # the stage for which the optimizer was made
-    best: dict[str, float] = field(default_factory=dict)
-    best_checkpoint: str | None = None
-    metrics_rows: int = 0  # rows of metrics.jsonl that belong to this state
-    epoch_loss: float = 0.0  # sums over the steps of the epoch in progress
-    epoch_tokens: int = 0
-    epoch_seconds: float = 0.0
-    skipped: int = 0  # optimizer steps left out, as their loss or gradients were not finite
-    skipped_in_epoch: int = 0
-    skipped_in_a_row: int = 0  # up to now
-    wandb_id: str | None = None
-
-
 # --- finding ---
-
-
-def read_facts(directory: Path) -> Facts | None:
-    """coconut.json of a checkpoint directory; None where there is none (a plain Hugging Face model)."""
-    path = directory / FACTS
-    if not path.is_file():
-        return None
-    try:
-        return Facts(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path}: not a checkpoint description: {error}") from None
 
 
 def newest_for(config: RunConfig, data: dict[str, str]) -> Path | None:
@@ -220,9 +164,20 @@ def _gguf_files(directory: Path) -> list[str]:
 
 
 def load_run_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer of a run: of the checkpoint that it starts from, else of the model. Raises UserError as load_tokenizer."""
+    """The tokenizer of a run: of the checkpoint that it starts from, else of the model.
+
+    Raises UserError as load_tokenizer, or if the checkpoint's facts name other markers than its tokenizer.
+    """
     source = tokenizer_source(config)
-    return load_tokenizer(source, gguf_of(config, source), config.trust_remote_code)
+    tokenizer = load_tokenizer(source, gguf_of(config, source), config.trust_remote_code)
+    facts = read_facts(Path(source))
+    known = {START_LATENT: "start_latent_id", END_LATENT: "end_latent_id", LATENT: "latent_token_id"}
+    for marker, key in known.items() if facts is not None else ():
+        expected = tokenizer.convert_tokens_to_ids(marker)
+        if marker in marker_tokens(facts.method) and getattr(facts, key) != expected:
+            said = f"{key} is {getattr(facts, key)}, its tokenizer has {marker} as {expected}"
+            raise CheckpointError(f"{Path(source) / FACTS}: damaged or of another version: {said}")
+    return tokenizer
 
 
 def tokenizer_source(config: RunConfig) -> str:
@@ -387,20 +342,12 @@ def _portable_tokenizer(path: Path) -> None:
 # --- resuming ---
 
 
-def load_training_state(directory: Path) -> dict[str, Any]:
-    """training_state.pt: {"state", "optimizer", "rng", "adapter"}. Raises CheckpointError if it cannot be read."""
-    try:
-        return torch.load(directory / STATE, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file can raise anything from zipfile, pickle or torch
-        raise CheckpointError(f"{directory / STATE}: damaged: {str(error).splitlines()[0]}") from None
-
-
 def restore(directory: Path, loaded: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """LoRA weights, optimizer and random number generators as they were; `loaded` is what `load_training_state` gave.
+    """LoRA weights, optimizer and random number generators as they were; `loaded` is what `read_training_state` gave.
 
     With another number of processes generators start anew. Raises UserError if the LoRA weights do not fit.
     """
-    load_adapter_state(unwrap(model).base_causallm, loaded.get("adapter"))
+    load_adapter_state(unwrap(model).base_causallm, loaded["adapter"])
     if loaded["optimizer"] is None:
         pass  # it had not stepped yet
     elif (directory / SHARDS).is_dir():
@@ -508,7 +455,7 @@ def consolidate(source: Path, target: Path) -> None:
         raise CheckpointError(f"{source}: not a sharded checkpoint; a checkpoint_<epoch> with {SHARDS}/ is needed")
     check_whole(source)
     base, tokenizer = from_shards(source), load_tokenizer(str(source))
-    training = load_training_state(source) if (source / STATE).is_file() else None
+    training = read_training_state(source) if (source / STATE).is_file() else None
     if training is not None and training["optimizer"] is not None:
         state: dict[str, dict[str, Any]] = {}
         for name, value in whole_tensors(source / SHARDS, "optimizer").items():

@@ -24,10 +24,11 @@ from typing import Any, BinaryIO
 from safetensors import SafetensorError
 
 import distributed
+from files import FACTS, FORMAT, MANIFEST, STATE, Manifest, read_facts, read_training_state, read_typed
 from utils import UserError, disk_problem, fsync, get_logger, write_text, writing
 
 NAME = re.compile(r"checkpoint_(\d+)(?:_step(\d+))?")
-FACTS, STATE, MANIFEST, LOCK = "coconut.json", "training_state.pt", "manifest.json", ".lock"
+LOCK = ".lock"
 CHUNK = 2**20
 
 
@@ -54,7 +55,7 @@ def write_manifest(directory: Path) -> None:
         for path in sorted(directory.rglob("*"))
         if path.is_file()
     }
-    write_text(directory / MANIFEST, json.dumps({"format": 1, "files": files}, indent=1) + "\n")
+    write_text(directory / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=1) + "\n")
 
 
 def manifest_problem(directory: Path, hashes: bool, optional: str | None = None) -> str | None:
@@ -69,10 +70,10 @@ def manifest_problem(directory: Path, hashes: bool, optional: str | None = None)
     if not (directory / MANIFEST).is_file():
         return None
     try:
-        files = json.loads((directory / MANIFEST).read_bytes())["files"]
-        expected = [(directory / name, int(entry["size"]), str(entry["sha256"])) for name, entry in files.items()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return f"{MANIFEST} is damaged"
+        files = read_typed(directory / MANIFEST, Manifest).files
+    except UserError as error:
+        return str(error).removeprefix(f"{directory}/")
+    expected = [(directory / name, entry.size, entry.sha256) for name, entry in files.items()]
     return next(_differences([entry for entry in expected if entry[0].name != optional or entry[0].exists()], hashes), None)
 
 
@@ -225,21 +226,29 @@ def complete_checkpoints(save_dir: Path) -> list[Path]:
 def newest_whole(save_dir: Path) -> Path | None:
     """The newest checkpoint that is what it was when it was saved, its hashes too; None if there is none of any kind.
 
-    Damaged ones that are newer are named in the log. Raises CheckpointError if there are only such.
+    Damaged ones that are newer are named in the log. One without a manifest may be a copy that was cut short, or of a version
+    before 0.2, so it counts only where none has a manifest. Raises CheckpointError if there are only damaged ones.
     """
-    damaged = []
+    found: Path | None = None
+    passed_over: dict[Path, str] = {}
     for path in reversed(_named(save_dir)):
         problem = _problem(path, hashes=True)
-        if problem is None:
-            return path
-        damaged.append(f"{path.name}: {problem}")
-        get_logger().warning(f"{path} is passed over: {problem}")
-    if damaged:
+        proven = problem is None and (path / MANIFEST).is_file()
+        if proven or (problem is None and found is None):
+            found = path
+        if proven:
+            break
+        passed_over[path] = problem or f"{MANIFEST} is missing"
+    others = [path for path in passed_over if path != found]
+    for path in others:
+        get_logger().warning(f"{path} is passed over: {passed_over[path]}")
+    if others and found is None:
+        damaged = "; ".join(f"{path.name}: {passed_over[path]}" for path in others)
         raise CheckpointError(
-            f"{save_dir}: no whole checkpoint is left ({'; '.join(damaged)}): put back a copy of one, or choose another name "
+            f"{save_dir}: no whole checkpoint is left ({damaged}): put back a copy of one, or choose another name "
             "or remove them to start from the beginning"
         )
-    return None
+    return found
 
 
 def _named(save_dir: Path) -> list[Path]:
@@ -251,11 +260,20 @@ def _named(save_dir: Path) -> list[Path]:
 
 
 def _problem(directory: Path, hashes: bool) -> str | None:
-    """Why training cannot go on from a directory; None if it can."""
-    for name in (FACTS, STATE):
-        if not (directory / name).is_file():
-            return f"{name} is missing"
-    return manifest_problem(directory, hashes)
+    """Why training cannot go on from a directory; None if it can. hashes: read all files as well."""
+    try:
+        for name in (FACTS, STATE):
+            if not (directory / name).is_file():
+                return f"{name} is missing"
+        problem = manifest_problem(directory, hashes)
+        if hashes and problem is None:
+            read_facts(directory)
+            read_training_state(directory, mmap=True)
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    except UserError as error:
+        return str(error).removeprefix(f"{directory}/")
+    return problem
 
 
 def remove_old(newest: Path, keep_last: int | None, best: str | None) -> None:

@@ -18,7 +18,6 @@ from transformers import PreTrainedTokenizerBase
 
 import checkpoint
 import distributed
-from checkpoint import Facts, TrainingState
 from dataset import (
     IGNORE_INDEX,
     MicroBatch,
@@ -30,6 +29,7 @@ from dataset import (
     stage_shape,
 )
 from evaluation import Evaluation, Evaluator
+from files import Facts, TrainingState, read_training_state
 from models import LatentIds
 from preemption import StopRequest
 from reporting import Reporter, epoch_table, save_nonfinite, save_predictions, show, strict
@@ -100,10 +100,10 @@ class Trainer:
         self.state.wandb_id = self.reporter.wandb_id
 
     def _resume(self, directory: Path) -> None:
-        loaded = checkpoint.load_training_state(directory)
-        saved = loaded["state"]
-        saved.setdefault("samples_in_epoch", saved["step_in_epoch"] * self._samples_per_step)  # version 0.1 did not say
-        self.state = state = TrainingState(**saved)
+        loaded = read_training_state(directory)
+        self.state = state = TrainingState(**loaded["state"])
+        if state.samples_in_epoch < 0:
+            state.samples_in_epoch = state.step_in_epoch * self._samples_per_step
         self.saved = (state.epoch, state.step_in_epoch)
         checkpoint.restore(directory, loaded, self.model, self.optimizer)
         get_logger().info(f"resuming from {directory}: epoch {state.epoch + 1}, after step {state.global_step}")

@@ -38,7 +38,7 @@ def differences(first: Path, second: Path) -> list[str]:
     found = []
     if not equal(load_file(one / "model.safetensors"), load_file(two / "model.safetensors")):
         found.append("weights")
-    states = [checkpoint.load_training_state(path) for path in (one, two)]
+    states = [checkpoint.read_training_state(path) for path in (one, two)]
     for state in states:
         del state["state"]["epoch_seconds"], state["state"]["wandb_id"]
     found += [f"training state: {key}" for key in states[0] if not equal(states[0][key], states[1][key])]

@@ -152,7 +152,7 @@ def test_adapters_of_a_checkpoint_are_copied_not_shared(tmp_path: Path) -> None:
     facts = Facts("coconut", 1, 1, 1, True, 1, None, 61, 62, 63, 0)
     words = AutoTokenizer.from_pretrained(Path(__file__).parents[1] / "configs" / "llama_small")
     checkpoint.save(tmp_path / "checkpoint_1", model, optimizer, words, facts, TrainingState())
-    state = checkpoint.load_training_state(tmp_path / "checkpoint_1")["adapter"]
+    state = checkpoint.read_training_state(tmp_path / "checkpoint_1")["adapter"]
     with torch.no_grad():
         for weight in adapter_weights(base).values():
             weight.add_(1)

@@ -10,6 +10,7 @@ from conftest import ROOT
 
 ORDER = (
     "utils",
+    "files",
     "preemption",
     "watchdog",
     "noise",

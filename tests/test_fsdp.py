@@ -200,7 +200,7 @@ def test_shards_are_saved_resumed_from_and_made_whole(run_arguments: list[str], 
 
 def same_files(one: Path, two: Path) -> bool:
     """Whether weights and training state are equal bit for bit."""
-    states = [checkpoint.load_training_state(path) for path in (one, two)]
+    states = [checkpoint.read_training_state(path) for path in (one, two)]
     for state in states:
         del state["state"]["epoch_seconds"]
     weights = [

@@ -118,7 +118,7 @@ class Kills:
         newest = newest_whole(self.directory)
         name = "none" if newest is None else newest.name
         if name not in self.states:
-            self.states[name] = {} if newest is None else checkpoint.load_training_state(newest)["state"]
+            self.states[name] = {} if newest is None else checkpoint.read_training_state(newest)["state"]
         assert name == list(self.states)[-1], "back to an older checkpoint"
         self.check(**self.states[name])
         shutil.rmtree(self.copies / name, ignore_errors=True)
@@ -211,7 +211,7 @@ def test_a_checkpoint_of_an_earlier_version_goes_on(run_arguments: list[str], wh
     (directory / "manifest.json").unlink()
     facts = json.loads((directory / "coconut.json").read_text())
     write_json(directory / "coconut.json", {key: value for key, value in facts.items() if key != "data"})
-    loaded = checkpoint.load_training_state(directory)
+    loaded = checkpoint.read_training_state(directory)
     del loaded["state"]["samples_in_epoch"]
     torch.save(loaded, directory / "training_state.pt")
     start(run_arguments)
@@ -378,7 +378,7 @@ def test_a_resume_with_other_batches_takes_the_same_samples(
     assert len(seen) == 15
     start(run_arguments, *more, f"batch_size_training={samples}")
     assert seen == training.epoch_order(22, 0, 0).tolist()
-    assert checkpoint.load_training_state(save_dir / "checkpoint_1")["state"]["epoch"] == 1
+    assert checkpoint.read_training_state(save_dir / "checkpoint_1")["state"]["epoch"] == 1
 
 
 # --- a full disk, a read-only one, a second run ---

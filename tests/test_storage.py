@@ -6,27 +6,38 @@ import contextlib
 import errno
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from conftest import write_json
 from safetensors import SafetensorError
 
 import storage
 import utils
+from files import Facts, TrainingState, read_typed_lines
 from storage import CheckpointError, complete_checkpoints, newest_whole, remove_old, write_directory
 from utils import UserError, append_jsonl, write_text
 
+IDS = {"start_latent_id": 5, "end_latent_id": 6, "latent_token_id": 7, "eos_token_id": 0}
+FACTS = asdict(Facts("coconut", 1, 2, 3, True, 4, 0.5, **IDS))
+RANDOM = {"python": (3, (1, 2), None), "numpy": ("MT19937", [1], 0, 0, 0.0), "torch": torch.zeros(2), "cuda": None}
+SAVED = {"state": asdict(TrainingState(epoch=4)), "rng": [RANDOM], "optimizer": None, "adapter": None}
+
 
 def fill(directory: Path) -> None:
-    for name in ("coconut.json", "training_state.pt", "model.safetensors"):
-        (directory / name).write_text(f"{name} of {directory.name}")
+    write_json(directory / "coconut.json", FACTS)
+    torch.save(SAVED, directory / "training_state.pt")
+    (directory / "model.safetensors").write_text(f"model.safetensors of {directory.name}")
 
 
 @pytest.fixture
@@ -57,7 +68,7 @@ DAMAGE: list[tuple[str, Callable[[Path], Any], str]] = [
     ("model.safetensors", Path.unlink, "model.safetensors is missing"),
     ("training_state.pt", Path.unlink, "training_state.pt is missing"),
     ("coconut.json", cut, "coconut.json has"),
-    ("manifest.json", cut, "manifest.json is damaged"),
+    ("manifest.json", cut, "manifest.json: damaged or of another version: Invalid JSON"),
 ]
 
 
@@ -83,9 +94,76 @@ def test_with_damaged_checkpoints_alone_nothing_starts_over(save_dir: Path) -> N
     assert newest_whole(save_dir / "nowhere") is None
 
 
-def test_a_checkpoint_of_before_manifests_counts(save_dir: Path) -> None:
+def test_a_checkpoint_without_a_manifest_counts_only_where_none_has_one(save_dir: Path, capsys: Any) -> None:
+    """The newest one may be a copy that was cut short; versions before 0.2 wrote no manifests at all."""
     (save_dir / "checkpoint_10_step30" / "manifest.json").unlink()
+    assert newest_whole(save_dir) == save_dir / "checkpoint_10"
+    assert "checkpoint_10_step30 is passed over: manifest.json is missing" in capsys.readouterr().out
+    for name in ("checkpoint_9", "checkpoint_10"):
+        (save_dir / name / "manifest.json").unlink()
     assert newest_whole(save_dir) == save_dir / "checkpoint_10_step30"
+
+
+def test_a_checkpoint_that_cannot_be_entered_is_passed_over(save_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    is_file = Path.is_file
+
+    def refused(path: Path) -> bool:
+        if path.parent.name == "checkpoint_10_step30":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", refused)
+    assert newest_whole(save_dir) == save_dir / "checkpoint_10"
+
+
+WRONG: list[tuple[str, Any, str]] = [
+    ("coconut.json", {**FACTS, "stage": -3}, "stage: Input should be greater than or equal to 0, got -3"),
+    ("coconut.json", {**FACTS, "method": "banana"}, "method: Input should be 'coconut'"),
+    ("coconut.json", {**FACTS, "format": 99}, "format: Input should be 1, got 99"),
+    ("coconut.json", {**FACTS, "new": 1}, "new: "),
+    ("coconut.json", {**FACTS, "accuracy": "many"}, "accuracy: "),
+    ("coconut.json", [], "Input should be "),
+    ("manifest.json", b'{"format": 1, "files": {"a": {"size": Infinity, "sha256": ""}}}', "files.a.size: "),
+    ("manifest.json", b"[" * 100_000, "Invalid JSON: recursion limit"),
+    ("manifest.json", {"format": 2, "files": {}}, "format: Input should be 1, got 2"),
+    ("training_state.pt", b"", "not whole, or not written by torch.save"),
+    ("training_state.pt", torch.zeros(2), "Input should be "),
+    ("training_state.pt", {**SAVED, "state": {"epoch": 4, "from_the_future": 1}}, "state.from_the_future: "),
+    ("training_state.pt", {**SAVED, "state": {"epoch": -4}}, "state.epoch: "),
+    ("training_state.pt", {**SAVED, "rng": []}, "rng: "),
+    ("training_state.pt", {**SAVED, "rng": [{**RANDOM, "torch": 7}]}, "rng.0.torch: "),
+    ("training_state.pt", {**SAVED, "optimizer": {"state": {}}}, "optimizer.param_groups: "),
+    ("training_state.pt", {"state": {}}, "rng: "),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "reason"), WRONG)
+def test_files_of_another_shape_are_named_and_the_checkpoint_before_is_taken(
+    save_dir: Path, name: str, content: Any, reason: str, capsys: Any
+) -> None:
+    """Whole as its manifest says, but not what this version writes."""
+    path = save_dir / "checkpoint_10_step30" / name
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif name == "training_state.pt":
+        torch.save(content, path)
+    else:
+        write_json(path, content)
+    if name != "manifest.json":
+        (path.parent / "manifest.json").unlink()
+        storage.write_manifest(path.parent)
+    assert newest_whole(save_dir) == save_dir / "checkpoint_10"
+    (line,) = capsys.readouterr().out.splitlines()
+    assert re.search(f"checkpoint_10_step30 is passed over: {name}: damaged or of another version: ({reason})", line)
+
+
+def test_a_bad_line_costs_itself_alone(tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / "part-0.jsonl"
+    path.write_bytes(b'{"index": 1}\n\n\xff\n[]\n{"index": 2}\n{"ind')
+    assert read_typed_lines(path, dict[str, int]) == [{"index": 1}, {"index": 2}]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[-18:] for line in lines] == [f"line {number} is left out" for number in (2, 3, 4)]
+    assert all(line.startswith(f"{path}: damaged or of another version: ") for line in lines)
 
 
 def test_the_manifest_knows_every_file_in_subdirectories_too(tmp_path: Path) -> None:

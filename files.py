@@ -1,0 +1,186 @@
+"""Every file of our own is read here, against a type: what does not fit is one line that names the file, and never used.
+
+`read_typed` reads JSON, `read_typed_lines` one JSON value a line, `read_training_state` what torch saved. Each type below says
+what a file of this version holds; pydantic compares.
+"""
+
+from __future__ import annotations
+
+import functools
+import zipfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, InstanceOf, TypeAdapter, ValidationError
+
+from utils import ALL_TOKENS, LARGEST, MOST_EPOCHS, MOST_THOUGHTS, Method, UserError, get_logger, shown
+
+FACTS, STATE, MANIFEST = "coconut.json", "training_state.pt", "manifest.json"
+FORMAT = 1
+
+Kind = TypeVar("Kind")
+Count = Annotated[int, Field(ge=0)]
+TokenId = Annotated[int, Field(ge=0, le=LARGEST)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Tensor = InstanceOf[torch.Tensor]
+
+
+@dataclass
+class Facts:
+    """coconut.json: what a checkpoint knows of itself. epoch counts finished epochs; accuracy is a fraction."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    method: Method
+    stage: Annotated[int, Field(ge=0, le=ALL_TOKENS)]
+    c_thought: Annotated[int, Field(ge=0, le=MOST_THOUGHTS)]
+    max_latent_stage: Annotated[int, Field(ge=0, le=MOST_THOUGHTS)]
+    pad_latent_to_max: bool
+    epoch: Annotated[int, Field(ge=0, le=MOST_EPOCHS)]
+    accuracy: Fraction | None
+    start_latent_id: TokenId
+    end_latent_id: TokenId
+    latent_token_id: TokenId
+    eos_token_id: int | None
+    hidden_layer_idx: Annotated[int, Field(ge=-1)] = -1
+    chat_template: bool = False
+    data: dict[str, str] = field(default_factory=dict)  # SHA-256 of the files of train_path and val_path
+    format: Literal[1] = FORMAT  # type: ignore[assignment]
+
+
+@dataclass
+class TrainingState:
+    """Where training is. `best` maps a stage to its best accuracy: early stages still write their reasoning as text."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    epoch: Count = 0  # the epoch in progress, or the next one
+    step_in_epoch: Count = 0  # optimizer steps done in it
+    samples_in_epoch: Annotated[int, Field(ge=-1)] = 0  # how far it is in its order of samples; -1: version 0.1 did not say
+    global_step: Count = 0
+    examples: Count = 0  # training examples seen
+    optimizer_stage: Count = 0  # the stage for which the optimizer was made
+    best: dict[str, Fraction] = field(default_factory=dict)
+    best_checkpoint: str | None = None  # the best one of the last stage that was evaluated
+    metrics_rows: Count = 0  # rows of metrics.jsonl that belong to this state
+    epoch_loss: float = 0.0  # sums over the steps of the epoch in progress
+    epoch_tokens: Count = 0
+    epoch_seconds: float = 0.0
+    skipped: Count = 0  # optimizer steps left out, as their loss or gradients were not finite
+    skipped_in_epoch: Count = 0
+    skipped_in_a_row: Count = 0  # up to now
+    wandb_id: str | None = None
+
+
+class _RandomState(BaseModel):
+    python: tuple[int, tuple[int, ...], float | None]
+    numpy: tuple[str, list[int], int, int, float]
+    torch: Tensor
+    cuda: Tensor | None
+
+
+class _Groups(BaseModel):
+    param_groups: list[dict[str, Any]]
+    state: dict[str, Any] = {}  # in shards, it stands there
+
+
+class _Saved(BaseModel):
+    """training_state.pt."""
+
+    state: TrainingState
+    rng: Annotated[list[_RandomState], Field(min_length=1)]
+    optimizer: _Groups | None
+    adapter: dict[str, Tensor] | None = None
+
+
+class FileEntry(BaseModel):
+    size: Count
+    sha256: str
+
+
+class Manifest(BaseModel):
+    """manifest.json: every other file of a directory."""
+
+    format: Literal[1]
+    files: dict[str, FileEntry]
+
+
+def read_typed(path: Path, kind: type[Kind]) -> Kind:
+    """The JSON value of a file as `kind` (a dataclass, a pydantic model, or a type such as dict[str, int]).
+
+    Raises UserError, `FILE: damaged or of another version: REASON`, if it does not fit or cannot be read.
+    """
+    return _parsed(path, kind, _content(path))
+
+
+def read_typed_lines(path: Path, kind: type[Kind]) -> list[Kind]:
+    """The values of a file with one JSON value a line. A line that does not fit is named in the log and left out.
+
+    What follows the last line break was torn apart by a kill, and is left out too. Raises UserError if it cannot be read.
+    """
+    found = []
+    for number, line in enumerate(_content(path).split(b"\n")[:-1], 1):
+        try:
+            found.append(_parsed(path, kind, line))
+        except UserError as error:
+            get_logger().warning(f"{error}; line {number} is left out")
+    return found
+
+
+def read_facts(directory: Path) -> Facts | None:
+    """coconut.json of a checkpoint directory; None where there is none (a plain Hugging Face model). Raises as read_typed."""
+    path = directory / FACTS
+    return read_typed(path, Facts) if path.is_file() else None
+
+
+def read_training_state(directory: Path, mmap: bool = False) -> dict[str, Any]:
+    """training_state.pt: {"state", "optimizer", "rng", "adapter"}. mmap: tensors are read when they are used.
+
+    Raises UserError as read_typed.
+    """
+    path = directory / STATE
+    try:
+        if path.exists() and not zipfile.is_zipfile(path):
+            raise ValueError("not whole, or not written by torch.save")
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:  # a damaged file can raise anything from zipfile, pickle or torch
+        raise _damaged(path, (str(error).strip() or type(error).__name__).splitlines()[0]) from None
+    try:
+        state = _adapter(_Saved).validate_python(loaded).state
+    except ValidationError as error:
+        raise _damaged(path, _reason(error)) from None
+    if "samples_in_epoch" not in loaded["state"]:
+        state.samples_in_epoch = -1
+    return {"adapter": None, **loaded, "state": asdict(state)}
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _parsed(path: Path, kind: type[Kind], content: bytes) -> Kind:
+    try:
+        return _adapter(kind).validate_json(content)
+    except ValidationError as error:
+        raise _damaged(path, _reason(error)) from None
+
+
+@functools.cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
+def _damaged(path: Path, reason: str) -> UserError:
+    return UserError(f"{path}: damaged or of another version: {reason}")
+
+
+def _reason(error: ValidationError) -> str:
+    """The first difference: where, what is right, what is there."""
+    first = error.errors(include_url=False)[0]
+    place = ".".join(map(str, first["loc"]))
+    return f"{place}: {first['msg']}, got {shown(first['input'])}" if place else str(first["msg"])
