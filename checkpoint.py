@@ -172,9 +172,9 @@ def load_run_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     tokenizer = load_tokenizer(source, gguf_of(config, source), config.trust_remote_code)
     facts = read_facts(Path(source))
     known = {START_LATENT: "start_latent_id", END_LATENT: "end_latent_id", LATENT: "latent_token_id"}
-    for marker, key in known.items() if facts is not None else ():
-        expected = tokenizer.convert_tokens_to_ids(marker)
-        if marker in marker_tokens(facts.method) and getattr(facts, key) != expected:
+    for marker in marker_tokens(facts.method) if facts is not None else ():
+        key, expected = known.get(marker), tokenizer.convert_tokens_to_ids(marker)
+        if key and getattr(facts, key) != expected:
             said = f"{key} is {getattr(facts, key)}, its tokenizer has {marker} as {expected}"
             raise CheckpointError(f"{Path(source) / FACTS}: damaged or of another version: {said}")
     return tokenizer

@@ -10,7 +10,7 @@ import functools
 import zipfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, InstanceOf, TypeAdapter, ValidationError
@@ -165,7 +165,7 @@ def _content(path: Path) -> bytes:
 
 def _parsed(path: Path, kind: type[Kind], content: bytes) -> Kind:
     try:
-        return _adapter(kind).validate_json(content)
+        return _adapter(cast("Any", kind)).validate_json(content)
     except ValidationError as error:
         raise _damaged(path, _reason(error)) from None
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
@@ -33,7 +33,7 @@ from files import Facts, TrainingState, read_training_state
 from models import LatentIds
 from preemption import StopRequest
 from reporting import Reporter, epoch_table, save_nonfinite, save_predictions, show, strict
-from utils import RunConfig, UserError, get_logger, is_main_process
+from utils import Method, RunConfig, UserError, get_logger, is_main_process
 
 Batch = dict[str, torch.Tensor]
 SKIPPED_IN_A_ROW = 20  # with nonfinite_loss: skip; after so many steps it is not the data
@@ -386,7 +386,7 @@ class Trainer:
     def _facts(self, stage: int, epoch: int, accuracy: float | None) -> Facts:
         config = self.config
         return Facts(
-            method=str(config.method),
+            method=cast("Method", config.method),
             stage=stage,
             c_thought=config.c_thought,
             max_latent_stage=config.max_latent_stage,
