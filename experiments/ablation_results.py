@@ -12,20 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import numpy as np
-from matplotlib import pyplot as plt
-from matplotlib.figure import Figure
+from matplotlib.axes import Axes
 
 from experiments.answers import Same, majority_vote, noise_weighted_vote, probability_vote
-from experiments.plots import save_figure
+from experiments.plots import grouped, shades
 from experiments.settings import BranchConfig
 from experiments.statistics import holm
 from experiments.summary import GREEDY, JUDGE, Outcome, Record, compare, condition_summary
-from experiments.sweep_plots import ACCURACY
 from experiments.sweep_results import chance
+from experiments.tables import markdown, text
 from utils import get_logger, save_config, write_text
 
 NO_NOISE, MIXED = "none", "mixed"  # amounts of noise that are no ratio: self-consistency, and all ratios in turns
@@ -196,23 +191,17 @@ COMPARED = ("minus self-consistency", "p", "p (Holm)", "minus {}", "p", "p (Holm
 def table(part: Part, measured: Sequence[dict[str, Any]]) -> str:
     """Markdown with a heading."""
     compared = [column.format(part.default) for column in COMPARED]
-    header = [VARIED[part.name], *COLUMNS, *compared]
-    lines = [f"## {part.name}\n", _line(header), "|---" * len(header) + "|"]
+    columns = [VARIED[part.name], *COLUMNS, *compared]
     shown = [row for row in measured if part.name in OF_SELF_CONSISTENCY or row["noise"] != NO_NOISE or row is measured[0]]
-    return "\n".join([*lines, *(_line(_row_cells(part, row)) for row in shown)]) + "\n"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+    return f"## {part.name}\n\n{markdown(columns, (_row_cells(part, row) for row in shown))}\n"
 
 
 def _row_cells(part: Part, row: dict[str, Any]) -> list[str]:
     clean = row["noise"] == NO_NOISE
-    ratio = row["noise_ratio"]
     return [
         "" if clean and part.name not in OF_SELF_CONSISTENCY else row["value"],
         "self-consistency" if clean else row["noise"],
-        "" if ratio is None else f"{ratio:.2f}",
+        text(row["noise_ratio"], "{:.2f}"),
         str(row["total"]),
         f"{row['accuracy']:.1f} ({row['low']:.1f} to {row['high']:.1f})",
         f"{row['agreement']:.2f}",
@@ -230,35 +219,24 @@ def _compared_cells(comparison: dict[str, Any] | None) -> list[str]:
 
 def plot(
     part: Part, measured: Sequence[dict[str, Any]], path: Path, title: str, greedy: float | None, guess: float | None
-) -> Figure:
+) -> Axes:
     """Accuracy with its 95% interval of each value, side by side for the amounts of noise; black is self-consistency.
 
     greedy, guess: accuracies drawn as lines.
     """
-    figure, axes = plt.subplots(figsize=(9, 4.6), layout="constrained")
-    axes.grid(axis="y", alpha=0.3)
-    values = list(dict.fromkeys(row["value"] for row in measured))
     amounts = list(dict.fromkeys(row["noise"] for row in measured))
-    colours = dict(zip(amounts, _colours(amounts), strict=True))
-    handles: list[Any] = []
-    for number, noise in enumerate(amounts):
-        shift = 0.6 * (number - (len(amounts) - 1) / 2) / len(amounts)
-        drawn = [row for row in measured if row["noise"] == noise]
-        places = [values.index(row["value"]) + shift for row in drawn]
-        accuracies = np.array([row["accuracy"] for row in drawn])
-        bounds = np.abs(np.array([[row[side] for row in drawn] for side in ("low", "high")]) - accuracies)
-        line = ":" if part.name in ORDERED else "none"
-        label = "self-consistency" if noise == NO_NOISE else f"noise {noise}"
-        style: dict[str, Any] = {"marker": "o", "markersize": 5, "linestyle": line, "linewidth": 1.2, "capsize": 3}
-        handles.append(axes.errorbar(places, accuracies, bounds, color=colours[noise], label=label, **style))
-    for name, accuracy, colour in (("greedy", greedy, "#4a78b5"), ("chance", guess, "grey")):
-        if accuracy is not None:
-            handles.append(axes.axhline(accuracy, color=colour, linestyle="--", linewidth=1, label=name))
-    names = [_tick(part, value, measured) for value in values]
-    axes.set_xticks(range(len(values)), names, rotation=20 if max(map(len, values)) > 12 else 0)
-    axes.set(xlabel=VARIED[part.name], ylabel=ACCURACY, title=title)
-    axes.legend(handles=handles, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), title=LEGEND, title_fontsize=8)
-    return save_figure(figure, path)
+    series = {
+        "self-consistency" if noise == NO_NOISE else f"noise {noise}": {
+            row["value"]: row for row in measured if row["noise"] == noise
+        }
+        for noise in amounts
+    }
+    names = {row["value"]: _tick(part, row["value"], measured) for row in measured}
+    ratios = shades([noise for noise in amounts if noise not in (NO_NOISE, MIXED)])
+    colours = [{NO_NOISE: "black", MIXED: "C3"}.get(noise, ratios.get(noise)) for noise in amounts]
+    style = {"marker": "o", "linestyle": ":" if part.name in ORDERED else "none", "linewidth": 1.2}
+    xlabel = VARIED[part.name]
+    return grouped(series, path, title, xlabel, names, colours, style, legend=LEGEND, greedy=greedy, chance=guess)
 
 
 def _tick(part: Part, value: str, measured: Sequence[dict[str, Any]]) -> str:
@@ -266,9 +244,3 @@ def _tick(part: Part, value: str, measured: Sequence[dict[str, Any]]) -> str:
     questions = max(row["total"] for row in measured if row["value"] == value)
     fewer = questions < max(row["total"] for row in measured)
     return value + "\n(default)" * (value == part.default) + f"\n({questions} questions)" * fewer
-
-
-def _colours(amounts: Sequence[str]) -> list[Any]:
-    ratios = [noise for noise in amounts if noise not in (NO_NOISE, MIXED)]
-    shades = dict(zip(ratios, plt.get_cmap("viridis")(np.linspace(0, 0.85, len(ratios))), strict=True))
-    return [{NO_NOISE: "black", MIXED: "C3"}.get(noise, shades.get(noise)) for noise in amounts]

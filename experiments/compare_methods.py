@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
@@ -19,9 +18,10 @@ from typing import Any
 from dataset import load_records, stage_shape
 from experiments.plots import method_bars
 from experiments.quickstart import CHANCE, read_metrics
+from experiments.tables import markdown, text
 from preprocessing.prosqa_shortcuts import depth_shortcut
 from reporting import METRICS
-from utils import METHODS, RunConfig, UserError, get_logger, load_config
+from utils import METHODS, RunConfig, entry_point, get_logger, load_config
 
 TIMED = "-single"  # suffix of the runs that answer one question at a time
 LABELS = {
@@ -83,21 +83,21 @@ def table(summary: dict[str, Any]) -> str:
         "seconds a question",
         "training minutes",
     ]
-    lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
-    for method, row in summary["methods"].items():
-        deviation = "" if row["deviation"] is None else f" ± {100 * row['deviation']:.1f}"
-        cells = [
-            f"{100 * row['accuracy']:.1f}{deviation}",
+    rows = [
+        [
+            f"{LABELS[method]} (`{method}`)",
+            f"{100 * row['accuracy']:.1f}" + text(row["deviation"] and 100 * row["deviation"], " ± {:.1f}"),
             ", ".join(f"{100 * accuracy:.1f}" for accuracy in row["accuracies"]),
             f"{row['new_tokens']:.1f}",
-            f"{row['thoughts']:.1f}" if row["thoughts"] else "",
-            "" if row["seconds_per_question"] is None else f"{row['seconds_per_question']:.4f}",
+            text(row["thoughts"] or None, "{:.1f}"),
+            text(row["seconds_per_question"], "{:.4f}"),
             f"{row['training_minutes']:.1f}",
         ]
-        lines.append(f"| {LABELS[method]} (`{method}`) | " + " | ".join(cells) + " |")
-    for name, key in (("depth shortcut", "depth_shortcut"), ("chance", "chance")):
-        lines.append(f"| {name} | {100 * summary[key]:.1f} |" + " |" * (len(columns) - 1))
-    return "\n".join(lines) + "\n"
+        for method, row in summary["methods"].items()
+    ]
+    for key in ("depth_shortcut", "chance"):
+        rows.append([key.replace("_", " "), f"{100 * summary[key]:.1f}", *[""] * (len(columns) - 1)])
+    return markdown(["", *columns], rows) + "\n"
 
 
 def write_results(summary: dict[str, Any], save_path: Path, out: Path) -> None:
@@ -114,20 +114,17 @@ def write_results(summary: dict[str, Any], save_path: Path, out: Path) -> None:
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+@entry_point
+def main(given: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m experiments.compare_methods", description=__doc__)
     parser.add_argument("save_path", type=Path)
     parser.add_argument("test_file", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    arguments = parser.parse_args()
-    try:
-        summary = summarise(arguments.save_path, arguments.test_file, arguments.seeds, arguments.methods)
-        write_results(summary, arguments.save_path, arguments.out)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    arguments = parser.parse_args(given)
+    summary = summarise(arguments.save_path, arguments.test_file, arguments.seeds, arguments.methods)
+    write_results(summary, arguments.save_path, arguments.out)
     get_logger().info(table(summary))
     get_logger().info(f"table, figure and metrics: {arguments.out}")
 

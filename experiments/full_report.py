@@ -23,6 +23,7 @@ from experiments.summary import (
 )
 from experiments.sweep import PLACES, Sweep
 from experiments.sweep_results import chance
+from experiments.tables import markdown, probability, text
 from utils import get_logger, write_text
 
 NOISE_PARTS = {"noise": "one thought", "all_passes": "all thoughts"}
@@ -41,7 +42,7 @@ def write_report(config: FullConfig, sweeps: Mapping[str, Sweep]) -> Path:
     content = report_content(config, sweeps)
     path = config.directory / f"report_{content['tested']['timestamp']}.md"
     write_text(config.directory / "report.json", json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    write_text(path, markdown(content))
+    write_text(path, page(content))
     get_logger().info(f"report: {path}")
     return path
 
@@ -127,7 +128,7 @@ def figures(directory: Path, sweeps: Iterable[Sweep]) -> list[str]:
 # --- the page ---
 
 
-def markdown(content: Mapping[str, Any]) -> str:
+def page(content: Mapping[str, Any]) -> str:
     sections = [
         f"# {content['name']}: {content['tested']['model']} on {content['tested']['benchmark']}",
         tested_table(content),
@@ -144,11 +145,6 @@ def markdown(content: Mapping[str, Any]) -> str:
         figure_links(content["figures"]),
     ]
     return "\n\n".join(sections) + "\n"
-
-
-def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def tested_table(content: Mapping[str, Any]) -> str:
@@ -170,7 +166,7 @@ def tested_table(content: Mapping[str, Any]) -> str:
         "commit": info["git_commit"] or "unknown",
         "seconds": ", ".join(f"{name} {seconds:,.0f}" for name, seconds in content["seconds"].items()),
     }
-    return table(["tested", ""], rows.items())
+    return markdown(["tested", ""], rows.items())
 
 
 def clean_line(content: Mapping[str, Any]) -> str:
@@ -187,7 +183,7 @@ def noise_table(content: Mapping[str, Any]) -> str:
     columns = ["noise"]
     for where in NOISE_PARTS.values():
         columns += [f"{where}: half is lost at", "harmless up to", "accuracy at the most noise"]
-    return table(columns, ([name, *noise_cells(parts)] for name, parts in content["noise"].items()))
+    return markdown(columns, ([name, *noise_cells(parts)] for name, parts in content["noise"].items()))
 
 
 def noise_cells(parts: Mapping[str, Numbers]) -> list[str]:
@@ -225,17 +221,13 @@ def controls_table(content: Mapping[str, Any]) -> str:
     columns = ["in their stead", *(PLACE_NAMES[place] for place in PLACES)]
     rows = ([kind, *(control_cell(controls[f"{kind}/{place}"]) for place in PLACES)] for kind in kinds)
     said = "Accuracy, and questions lost and gained against clean; p after Holm's correction."
-    return f"{table(columns, rows)}\n\n{said}"
+    return f"{markdown(columns, rows)}\n\n{said}"
 
 
 def control_cell(condition: Numbers) -> str:
     versus = condition["versus_clean"]
     changes = f"-{versus['only_first']} +{versus['only_second']}"
-    return f"{condition['accuracy']:.1f}%, {changes}, {probability(versus['p_holm'])}"
-
-
-def probability(value: float) -> str:
-    return "p < 0.001" if value < 0.001 else f"p = {value:.3f}"
+    return f"{condition['accuracy']:.1f}%, {changes}, p {probability(versus['p_holm'])}"
 
 
 def branching_table(branching: Mapping[str, Any]) -> str:
@@ -254,7 +246,7 @@ def branching_table(branching: Mapping[str, Any]) -> str:
         "branches' later thoughts by their norm. Difference of the majority's accuracy from self-consistency, p after Holm's "
         "correction."
     )
-    return f"{table(columns, rows)}\n\n{said}"
+    return f"{markdown(columns, rows)}\n\n{said}"
 
 
 def shown_conditions(branching: Mapping[str, Any]) -> dict[str, Numbers]:
@@ -273,8 +265,8 @@ def branching_cells(branching: Mapping[str, Any], one: Numbers) -> list[str]:
         *others,
         f"{one['branch_accuracy']:.1f}%",
         f"{one['agreement']:.2f}",
-        "" if diversity is None else f"{diversity:.3g}",
-        "" if versus is None else f"{versus['difference']:+.1f}, {probability(versus['p_holm'])}",
+        text(diversity, "{:.3g}"),
+        "" if versus is None else f"{versus['difference']:+.1f}, p {probability(versus['p_holm'])}",
     ]
 
 
@@ -285,7 +277,7 @@ def coverage_table(branching: Mapping[str, Any]) -> str:
         for name, one in shown_conditions(branching).items()
         if one["coverage"]
     ]
-    return table(columns, rows)
+    return markdown(columns, rows)
 
 
 def share(value: float | None) -> str:

@@ -1,17 +1,25 @@
-"""Figures of a run, read from its metrics.jsonl."""
+"""What all figures share, and those of training runs. Accuracies in percent, None where there is none."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
+import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.container import Container
 from matplotlib.figure import Figure
 
+Numbers = Mapping[str, Any]  # one condition: accuracy, low, high (of its 95% interval), ...
+Point = tuple[float, float, float, float]  # place on the x axis, accuracy, and the bounds of its 95% interval
+ACCURACY = "accuracy in %"
+REFERENCES = {"clean": ("black", "-"), "greedy": ("#4a78b5", "--"), "chance": ("grey", ":")}
 STAGE_COLOURS = ("#e8eef7", "#cddcee", "#b2cae6", "#97b8dd", "#7ca6d4")
 
 
@@ -48,34 +56,102 @@ def _shade_stages(axes: Axes, rows: list[dict[str, Any]]) -> None:
         axes.text(middle, 0.985, f"stage {stage}", transform=axes.get_xaxis_transform(), ha="center", va="top", fontsize=8)
 
 
-def accuracy_bars(bars: dict[str, tuple[float, float, float]], chance: float, path: Path, title: str) -> None:
-    """Accuracies as fractions with their 95% intervals: name -> (accuracy, low, high)."""
-    figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
-    values = [100 * value for value, _, _ in bars.values()]
-    errors = [
-        [100 * (value - low) for value, low, _ in bars.values()],
-        [100 * (high - value) for value, _, high in bars.values()],
-    ]
-    axes.bar(list(bars), values, yerr=errors, capsize=4, color=[f"C{number}" for number in range(len(bars))])
-    axes.axhline(100 * chance, color="grey", linestyle=":", label="chance")
-    axes.set(ylabel="test accuracy in %", ylim=(0, 103), title=title)
-    axes.legend(fontsize=8)
-    save_figure(figure, path)
+def grouped(
+    series: Mapping[str, Mapping[str, Numbers]],
+    path: Path,
+    title: str,
+    xlabel: str = "",
+    names: Mapping[str, str] | None = None,
+    colours: Sequence[Any] = (),
+    points: Mapping[str, Any] | None = None,
+    baseline: Numbers | None = None,
+    legend: str = "",
+    **lines: float | None,
+) -> Axes:
+    """Accuracy with its 95% interval: label -> group -> numbers. A group has one bar of each label that has numbers for it.
+
+    names: what stands below a group instead of its own name. points: the style of points that stand for bars. baseline: the
+    model's own, drawn as a line with its interval. lines: accuracies by their names in REFERENCES.
+    """
+    groups = list(dict.fromkeys(group for members in series.values() for group in members))
+    with drawing(path, (8.5, 4.6), legend, xlabel=xlabel, ylabel=ACCURACY, title=title) as axes:
+        axes.grid(visible=False, axis="x")
+        width = 0.8 / max(1, len(series))
+        for number, (label, members) in enumerate(series.items()):
+            shift = width * (number - (len(series) - 1) / 2)
+            drawn = [point(groups.index(group) + shift, one) for group, one in members.items()]
+            colour = colours[number] if len(colours) else f"C{number}"
+            if points is None:
+                places, heights = [one[0] for one in drawn], [one[1] for one in drawn]
+                axes.bar(places, heights, 0.95 * width, color=colour, alpha=0.75, label=label)
+                with_intervals(axes, drawn, color="black", linestyle="none", elinewidth=1)
+            else:
+                with_intervals(axes, drawn, color=colour, label=label, **points)
+        if baseline is not None and baseline["accuracy"] is not None:
+            axes.axhspan(baseline["low"], baseline["high"], color="black", alpha=0.1, linewidth=0)
+            axes.axhline(baseline["accuracy"], color="black", linewidth=1, label="none: the model's own")
+        references(axes, **lines)
+        shown = [(names or {}).get(group, group) for group in groups]
+        axes.set_xticks(range(len(groups)), shown, rotation=20 if max(map(len, groups), default=0) > 12 else 0)
+    return axes
 
 
 def method_bars(accuracies: dict[str, list[float]], chance: float, path: Path, title: str) -> None:
     """Mean accuracy of each method over its seeds, every seed as a dot; fractions."""
-    figure, axes = plt.subplots(figsize=(8, 3.8), layout="constrained")
-    means = [100 * sum(values) / len(values) for values in accuracies.values()]
-    axes.bar(list(accuracies), means, color="#b2cae6", edgecolor="#4a78b5", label="mean over seeds")
-    for place, values in enumerate(accuracies.values()):
-        offsets = [place + 0.12 * (number - (len(values) - 1) / 2) for number in range(len(values))]
-        axes.plot(offsets, [100 * value for value in values], "o", color="#1f3d66", markersize=4)
-    axes.axhline(100 * chance, color="grey", linestyle=":", label="chance and depth shortcut")
-    axes.set(ylabel="test accuracy in %", ylim=(0, 103), title=title)
-    axes.tick_params(axis="x", rotation=25)
-    axes.legend(fontsize=8, loc="upper right")
+    with drawing(path, (9.5, 3.8), ylabel="test accuracy in %", title=title) as axes:
+        means = [100 * sum(values) / len(values) for values in accuracies.values()]
+        axes.bar(list(accuracies), means, color="#b2cae6", edgecolor="#4a78b5", label="mean over seeds")
+        for place, values in enumerate(accuracies.values()):
+            offsets = [place + 0.12 * (number - (len(values) - 1) / 2) for number in range(len(values))]
+            axes.plot(offsets, [100 * value for value in values], "o", color="#1f3d66", markersize=4)
+        references(axes, chance=100 * chance)
+        axes.tick_params(axis="x", rotation=25)
+
+
+# --- shared by all figures ---
+
+
+@contextmanager
+def drawing(path: Path, size: tuple[float, float], legend: str = "", **labels: Any) -> Iterator[Axes]:
+    """One panel with a grid. At the end it gets its labels and its legend, and is written to a file.
+
+    The legend stands beside the panel; what was measured comes before lines that help to read it. legend: its title.
+    """
+    figure, axes = plt.subplots(figsize=size, layout="constrained")
+    axes.grid(alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.set_ylim(-2, 105)
+    yield axes
+    axes.set(**labels)
+    entries = list(zip(*axes.get_legend_handles_labels(), strict=True))
+    entries.sort(key=lambda entry: not isinstance(entry[0], Container))
+    if entries:
+        place: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
+        axes.legend(*zip(*entries, strict=True), fontsize=8, title_fontsize=8, title=legend or None, **place)
     save_figure(figure, path)
+
+
+def point(place: float, numbers: Numbers) -> Point:
+    return place, numbers["accuracy"], numbers["low"], numbers["high"]
+
+
+def with_intervals(axes: Axes, points: Sequence[Point], **style: Any) -> None:
+    x, values = [one[0] for one in points], [one[1] for one in points]
+    below = [max(0, value - low) for _, value, low, _ in points]
+    above = [max(0, high - value) for _, value, _, high in points]
+    axes.errorbar(x, values, yerr=[below, above], **{"capsize": 3, "markersize": 5, "elinewidth": 0.8, **style})
+
+
+def references(axes: Axes, **accuracies: float | None) -> None:
+    for name, accuracy in accuracies.items():
+        if accuracy is not None:
+            colour, style = REFERENCES[name]
+            axes.axhline(accuracy, color=colour, linestyle=style, linewidth=1, label=name)
+
+
+def shades(names: Sequence[str]) -> dict[str, Any]:
+    """A colour for each name, from dark to light."""
+    return dict(zip(names, plt.get_cmap("viridis")(np.linspace(0, 0.88, len(names))), strict=True))
 
 
 def save_figure(figure: Figure, path: Path) -> Figure:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,10 @@ from rich.table import Table
 
 from dataset import load_records
 from evaluation import interval
-from experiments.plots import accuracy_bars, epoch_curves
+from experiments.plots import epoch_curves, grouped
 from preprocessing.prosqa_shortcuts import depth_shortcut
 from reporting import METRICS, show
-from utils import UserError, read_text
+from utils import UserError, entry_point, read_text
 
 METHODS = {"coconut": "quick-coconut", "no_cot": "quick-no-cot"}
 CHANCE = 0.5  # two options
@@ -69,10 +68,15 @@ def write_results(summary: dict[str, Any], save_path: Path, test_file: Path, out
     out.mkdir(parents=True, exist_ok=True)
     curves = {method: read_metrics(save_path / name, "epoch") for method, name in METHODS.items()}
     epoch_curves(curves, out / "curves.png", "Quick start: small ProsQA, from scratch")
-    bars = {method: tuple(summary[method][key] for key in ("accuracy", "low", "high")) for method in METHODS}
     shortcut, total = summary["depth_shortcut"], len(load_records(test_file))
-    bars["depth shortcut"] = (shortcut, *interval(round(shortcut * total), total))
-    accuracy_bars(bars, CHANCE, out / "accuracy.png", "Quick start: test questions of 2 to 3 hops")
+    low, high = interval(round(shortcut * total), total)
+    bars = {
+        **{method: summary[method] for method in METHODS},
+        "depth shortcut": {"accuracy": shortcut, "low": low, "high": high},
+    }
+    drawn = {name: {key: 100 * bar[key] for key in ("accuracy", "low", "high")} for name, bar in bars.items()}
+    title = "Quick start: test questions of 2 to 3 hops"
+    grouped({"test questions": drawn}, out / "accuracy.png", title, chance=100 * CHANCE)
     for method, name in METHODS.items():
         shutil.copyfile(save_path / name / METRICS, out / f"metrics_{method}.jsonl")
         newest = max((save_path / f"{name}-test").glob("predictions_*.jsonl"), key=lambda path: path.stat().st_mtime)
@@ -80,19 +84,16 @@ def write_results(summary: dict[str, Any], save_path: Path, test_file: Path, out
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+@entry_point
+def main(given: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m experiments.quickstart", description=__doc__)
     parser.add_argument("save_path", type=Path)
     parser.add_argument("test_file", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--seconds", type=float, required=True, help="duration of the quick start without installation")
-    arguments = parser.parse_args()
-    try:
-        summary = summarise(arguments.save_path, arguments.test_file, arguments.seconds)
-        write_results(summary, arguments.save_path, arguments.test_file, arguments.out)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    arguments = parser.parse_args(given)
+    summary = summarise(arguments.save_path, arguments.test_file, arguments.seconds)
+    write_results(summary, arguments.save_path, arguments.test_file, arguments.out)
     show(summary_table(summary))
 
 

@@ -17,6 +17,7 @@ from rich.table import Table
 from evaluation import interval
 from experiments.answers import NO_ANSWER, Coverage, Vote, coverage_curve
 from experiments.statistics import fit_decays, half_scale, holm, mcnemar, paired_difference, status
+from experiments.tables import probability, text
 from noise import OVERWHELMING_SNR, check_noise
 
 GREEDY, CLEAN, SELF_CONSISTENCY = "greedy", "clean", "self_consistency"
@@ -257,13 +258,13 @@ def summary_table(summary: dict[str, dict[str, Any]], title: str) -> Table:
         versus = row["versus_clean"] or {"p_value": None, "p_holm": None}
         table.add_row(
             key,
-            _text(row["accuracy"], "{:.1f}%"),
+            text(row["accuracy"], "{:.1f}%"),
             "" if row["low"] is None else f"{row['low']:.1f}-{row['high']:.1f}",
             row["status"] or "",
-            _text(row["agreement"], "{:.2f}"),
-            _text(row["diversity"], "{:.3g}"),
-            _probability(versus["p_value"]),
-            _probability(versus["p_holm"]),
+            text(row["agreement"], "{:.2f}"),
+            text(row["diversity"], "{:.3g}"),
+            probability(versus["p_value"]),
+            probability(versus["p_holm"]),
         )
     table.caption = _caption(summary)
     table.caption_justify = "left"
@@ -288,7 +289,7 @@ def coverage_table(summary: dict[str, dict[str, Any]], title: str) -> Table:
                 point["level"] or "",
                 str(point["answered"]),
                 f"{point['coverage']:.1f}%",
-                _text(point["accuracy"], "{:.1f}%"),
+                text(point["accuracy"], "{:.1f}%"),
                 end_section=last,
             )
     return table
@@ -299,11 +300,3 @@ def _table(title: str, *columns: str) -> Table:
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left", no_wrap=not number)
     return table
-
-
-def _text(value: float | None, form: str) -> str:
-    return "" if value is None else form.format(value)
-
-
-def _probability(value: float | None) -> str:
-    return "" if value is None else "<0.001" if value < 0.001 else f"{value:.3f}"

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import coconut
 import noise
-from experiments import branch_check, full, full_report, selfcheck, stand_ins, statistics, sweep, sweep_plots
+from experiments import branch_check, full, full_report, plots, selfcheck, stand_ins, statistics, sweep
 from experiments.answers import BENCHMARKS
 from experiments.benchmarks import BenchmarkQuestion
 from experiments.settings import FullConfig, SweepConfig
@@ -288,7 +288,7 @@ def suite(model: Path, questions: Path, tmp_path: Path) -> list[str]:
 
 def test_the_suite_and_its_report(suite: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweep, "git_commit", lambda: "abc")  # somebody may commit meanwhile
-    monkeypatch.setattr(sweep_plots, "save_figure", lambda _, path: path.touch())  # drawn in test_sweep_plots
+    monkeypatch.setattr(plots, "save_figure", lambda _, path: path.touch())  # drawn in test_sweep_plots
     assert start("full_test.py", suite, monkeypatch) == 0
     directory = tmp_path / "results" / "all" / "of" / "it"
     [page] = directory.glob("report_*.md")
