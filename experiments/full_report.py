@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.plots import Numbers
 from experiments.settings import FullConfig, Setting
 from experiments.statistics import least_difference, questions_for_margin
 from experiments.summary import (
@@ -22,19 +23,13 @@ from experiments.summary import (
     summarise,
 )
 from experiments.sweep import PLACES, Sweep
+from experiments.sweep_plots import PARTS
 from experiments.sweep_results import chance
-from experiments.tables import markdown, probability, text
+from experiments.tables import markdown, probability, text, with_interval
 from utils import get_logger, write_text
 
 NOISE_PARTS = {"noise": "one thought", "all_passes": "all thoughts"}
-PLACE_NAMES = {
-    "all": "all thoughts",
-    "first": "the first, later ones recomputed",
-    "after": "the first, later ones as they were",
-}
 SHOWN = ("noise/noise_types.png", "noise/controls.png", "all_passes/noise_types.png", "branching/diversity.png")
-
-Numbers = Mapping[str, Any]
 
 
 def write_report(config: FullConfig, sweeps: Mapping[str, Sweep]) -> Path:
@@ -175,10 +170,6 @@ def clean_line(content: Mapping[str, Any]) -> str:
     return said + (f" A guess among the options: {guess:.0f}%." if guess is not None else "")
 
 
-def with_interval(condition: Numbers) -> str:
-    return f"{condition['accuracy']:.1f}% ({condition['low']:.1f} to {condition['high']:.1f})"
-
-
 def noise_table(content: Mapping[str, Any]) -> str:
     columns = ["noise"]
     for where in NOISE_PARTS.values():
@@ -218,7 +209,7 @@ def noise_notes(content: Mapping[str, Any]) -> str:
 def controls_table(content: Mapping[str, Any]) -> str:
     controls = content["controls"]
     kinds = dict.fromkeys(key.split("/")[0] for key in controls)
-    columns = ["in their stead", *(PLACE_NAMES[place] for place in PLACES)]
+    columns = ["in their stead", *(PARTS[place].replace("\n", " ") for place in PLACES)]
     rows = ([kind, *(control_cell(controls[f"{kind}/{place}"]) for place in PLACES)] for kind in kinds)
     said = "Accuracy, and questions lost and gained against clean; p after Holm's correction."
     return f"{markdown(columns, rows)}\n\n{said}"

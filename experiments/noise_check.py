@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from rich import box
 from rich.table import Table
 from torch import Tensor
 
@@ -28,6 +27,7 @@ from experiments.benchmarks import BenchmarkQuestion, load_questions
 from experiments.noise_laws import SMALLEST_P, measure, measure_below_rounding, measure_zero, recommended_settings
 from experiments.settings import SweepConfig
 from experiments.subjects import Subject, load_subject
+from experiments.tables import terminal, text
 from models import embedding_weight
 from noise import count_passes, noise_generator
 from reporting import show
@@ -175,13 +175,8 @@ def result_table(result: dict[str, Any]) -> Table:
     title = (
         f"Noise on {size['count']:,} thoughts of {questions:,} questions; |h| = {size['mean']:.2f} ± {size['deviation']:.2f}"
     )
-    table = Table(title=title, caption=_caption(result), box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
-    table.title_justify = table.caption_justify = "left"
-    for column in ("noise", "scale", "|n|/|h|", "formula", "cosine", "|h'|/|h|", "p", "lowest of", ""):
-        table.add_column(column, justify="left" if column in ("noise", "lowest of", "") else "right", no_wrap=True)
-    for row in result["float32"]["settings"]:
-        table.add_row(*_cells(row))
-    return table
+    columns = ("noise", "scale", "|n|/|h|", "formula", "cosine", "|h'|/|h|", "p", "lowest of", "")
+    return terminal(title, columns, map(_cells, result["float32"]["settings"]), _caption(result), left=("lowest of", ""))
 
 
 def _caption(result: dict[str, Any]) -> str:
@@ -214,8 +209,8 @@ def _cells(row: dict[str, Any]) -> list[str]:
     return [
         row["name"],
         f"{row['scale']:g}",
-        *("" if number is None else f"{number:.3g}" for number in numbers),
-        "" if row["p_value"] is None else f"{row['p_value']:.2g}",
+        *(text(number, "{:.3g}") for number in numbers),
+        text(row["p_value"], "{:.2g}"),
         row["test"] or "",
         "ok" if row["passed"] else "wrong",
     ]

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple, cast
 
 import torch
 import transformers
-from rich import box
 from rich.table import Table
 from torch import Tensor
 
@@ -33,6 +32,7 @@ from experiments.settings import Voters
 from experiments.stand_ins import QuickConfig, quick_questions, quick_subject
 from experiments.subjects import Subject
 from experiments.sweep import Answerer, conditions
+from experiments.tables import terminal
 from noise import RECOMMENDED_SCALES, Intervention, ThoughtInterventions, apply_noise_to_hidden_states, derived_generator
 from reporting import show
 from utils import Positive, UserError, get_logger
@@ -398,11 +398,8 @@ def result_table(bench: Bench, checks: Sequence[Check]) -> Table:
     device = platform.processor() or platform.machine() if where.type == "cpu" else torch.cuda.get_device_name(where)
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     title = f"{subject.source} on {where} ({device}), {bench.config.dtype}; {versions}"
-    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left", caption_justify="left")
-    for column in ("check", "", "decided by"):
-        table.add_column(column, no_wrap=column == "")
-    for check in checks:
-        table.add_row(check.name, {True: "ok", False: "FAILED", None: "-"}[check.passed], check.number)
     dtypes = " / ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-    table.caption = f"noise types: norm of the noise by norm of the thought in {dtypes}"
-    return table
+    words = {True: "ok", False: "FAILED", None: "-"}
+    rows = ([check.name, words[check.passed], check.number] for check in checks)
+    caption = f"noise types: norm of the noise by norm of the thought in {dtypes}"
+    return terminal(title, ("check", "", "decided by"), rows, caption, left=("", "decided by"))

@@ -17,7 +17,7 @@ from rich.table import Table
 from evaluation import interval
 from experiments.answers import NO_ANSWER, Coverage, Vote, coverage_curve
 from experiments.statistics import fit_decays, half_scale, holm, mcnemar, paired_difference, status
-from experiments.tables import probability, text
+from experiments.tables import probability, terminal, text
 from noise import OVERWHELMING_SNR, check_noise
 
 GREEDY, CLEAN, SELF_CONSISTENCY = "greedy", "clean", "self_consistency"
@@ -253,10 +253,11 @@ def summarise(records: Sequence[Record], seed: int = 0) -> dict[str, dict[str, A
 
 def summary_table(summary: dict[str, dict[str, Any]], title: str) -> Table:
     """One row for each condition of a `summarise`; narrow enough for 100 columns."""
-    table = _table(title, "condition", "accuracy", "95%\ninterval", "status", "agree", "diversity", "p vs\nclean", "p\n(Holm)")
+    columns = ("condition", "accuracy", "95%\ninterval", "status", "agree", "diversity", "p vs\nclean", "p\n(Holm)")
+    rows = []
     for key, row in summary.items():
         versus = row["versus_clean"] or {"p_value": None, "p_holm": None}
-        table.add_row(
+        cells = [
             key,
             text(row["accuracy"], "{:.1f}%"),
             "" if row["low"] is None else f"{row['low']:.1f}-{row['high']:.1f}",
@@ -265,10 +266,9 @@ def summary_table(summary: dict[str, dict[str, Any]], title: str) -> Table:
             text(row["diversity"], "{:.3g}"),
             probability(versus["p_value"]),
             probability(versus["p_holm"]),
-        )
-    table.caption = _caption(summary)
-    table.caption_justify = "left"
-    return table
+        ]
+        rows.append(cells)
+    return terminal(title, columns, rows, _caption(summary))
 
 
 def _caption(summary: dict[str, dict[str, Any]]) -> str:
@@ -279,24 +279,17 @@ def _caption(summary: dict[str, dict[str, Any]]) -> str:
 
 def coverage_table(summary: dict[str, dict[str, Any]], title: str) -> Table:
     """For each condition of several branches: accuracy where at least so many agree, and the share of questions left."""
-    table = _table(title, "condition", "branches agreeing", "level", "answered", "coverage", "accuracy")
-    for key, row in summary.items():
-        for point in row["coverage"]:
-            last = point is row["coverage"][-1]
-            table.add_row(
-                key if point["threshold"] == 1 else "",
-                f"at least {point['threshold']}",
-                point["level"] or "",
-                str(point["answered"]),
-                f"{point['coverage']:.1f}%",
-                text(point["accuracy"], "{:.1f}%"),
-                end_section=last,
-            )
-    return table
-
-
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left", no_wrap=not number)
-    return table
+    columns = ("condition", "branches agreeing", "level", "answered", "coverage", "accuracy")
+    rows = [
+        [
+            key if point["threshold"] == 1 else "",
+            f"at least {point['threshold']}",
+            point["level"] or "",
+            str(point["answered"]),
+            f"{point['coverage']:.1f}%",
+            text(point["accuracy"], "{:.1f}%"),
+        ]
+        for key, row in summary.items()
+        for point in row["coverage"]
+    ]
+    return terminal(title, columns, rows)
