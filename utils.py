@@ -494,6 +494,11 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
+def write_json(path: Path, content: Any) -> None:
+    """Write one value as JSON, whole, or leave the file before. ValueError: it holds a number that is not finite."""
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write all rows, or nothing. Raises UserError if they cannot be written."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -6,7 +6,6 @@ outcome is what `sweep` records of a question under one condition.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from experiments.statistics import holm
 from experiments.summary import GREEDY, JUDGE, Outcome, Record, compare, condition_summary
 from experiments.sweep_results import chance
 from experiments.tables import markdown, text
-from utils import get_logger, save_config, write_text
+from utils import get_logger, save_config, write_json, write_text
 
 NO_NOISE, MIXED = "none", "mixed"  # amounts of noise that are no ratio: self-consistency, and all ratios in turns
 OF_SELF_CONSISTENCY = ("branches", "aggregation")  # parts that change self-consistency, too
@@ -161,8 +160,7 @@ def write_results(config: BranchConfig, info: dict[str, Any], parts: Sequence[Pa
             "greedy": greedy,
             "results": measured,
         }
-        text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-        write_text(directory / f"{part.name}_{info['timestamp']}.json", text)
+        write_json(directory / f"{part.name}_{info['timestamp']}.json", content)
         title = f"{VARIED[part.name].capitalize()}: {config.benchmark}, {greedy['total']} questions"
         plot(part, measured, directory / f"{part.name}.png", title, greedy["accuracy"], chance(config.benchmark))
         tables.append(table(part, measured))

@@ -8,7 +8,6 @@ accuracy.png and metrics/RUN.jsonl.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from experiments.quickstart import CHANCE, read_metrics
 from experiments.tables import markdown, text
 from preprocessing.prosqa_shortcuts import depth_shortcut
 from reporting import METRICS
-from utils import METHODS, RunConfig, entry_point, get_logger, load_config
+from utils import METHODS, RunConfig, entry_point, get_logger, load_config, write_json, write_text
 
 TIMED = "-single"  # suffix of the runs that answer one question at a time
 LABELS = {
@@ -110,8 +109,8 @@ def write_results(summary: dict[str, Any], save_path: Path, out: Path) -> None:
             name = f"{method}-seed{seed}"
             shutil.copyfile(save_path / name / METRICS, out / "metrics" / f"{name}.jsonl")
             shutil.copyfile(save_path / f"{name}-test" / METRICS, out / "metrics" / f"{name}-test.jsonl")
-    (out / "table.md").write_text(table(summary), encoding="utf-8")
-    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    write_text(out / "table.md", table(summary))
+    write_json(out / "summary.json", summary)
 
 
 @entry_point

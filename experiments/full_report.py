@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from experiments.sweep import PLACES, Sweep
 from experiments.sweep_plots import PARTS
 from experiments.sweep_results import chance
 from experiments.tables import markdown, probability, text, with_interval
-from utils import get_logger, write_text
+from utils import get_logger, write_json, write_text
 
 NOISE_PARTS = {"noise": "one thought", "all_passes": "all thoughts"}
 SHOWN = ("noise/noise_types.png", "noise/controls.png", "all_passes/noise_types.png", "branching/diversity.png")
@@ -36,7 +35,7 @@ def write_report(config: FullConfig, sweeps: Mapping[str, Sweep]) -> Path:
     """report_<timestamp>.md, whose path is returned, and report.json; the timestamp is that of the first part's beginning."""
     content = report_content(config, sweeps)
     path = config.directory / f"report_{content['tested']['timestamp']}.md"
-    write_text(config.directory / "report.json", json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_json(config.directory / "report.json", content)
     write_text(path, page(content))
     get_logger().info(f"report: {path}")
     return path

@@ -31,7 +31,7 @@ from experiments.tables import terminal, text
 from models import embedding_weight
 from noise import count_passes, noise_generator
 from reporting import show
-from utils import UserError, entry_point, load_config
+from utils import UserError, entry_point, load_config, write_json
 
 PROGRAM = "noise_check"
 RESULT = f"{PROGRAM}.json"
@@ -216,12 +216,6 @@ def _cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def write_result(result: dict[str, Any], out: Path) -> None:
-    partial = out / f".{RESULT}.partial"
-    partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    partial.replace(out / RESULT)
-
-
 def _arguments(given: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=f"python -m experiments.{PROGRAM}", description=__doc__)
     parser.add_argument("checkpoint", type=Path)
@@ -242,7 +236,7 @@ def main(given: list[str]) -> None:
         raise UserError(f"{arguments.out}: results cannot be written there: {error.strerror}") from None
     subject, questions = load(arguments.checkpoint, arguments.data_file, arguments.benchmark, arguments.questions)
     result = {"data_file": arguments.data_file.name, **check(subject, questions, arguments.seed)}
-    write_result(result, arguments.out)
+    write_json(arguments.out / RESULT, result)
     show(result_table(result))
     sys.exit(not result["passed"])
 

@@ -19,7 +19,7 @@ from evaluation import interval
 from experiments.plots import epoch_curves, grouped
 from preprocessing.prosqa_shortcuts import depth_shortcut
 from reporting import METRICS, show
-from utils import UserError, entry_point, read_text
+from utils import UserError, entry_point, read_text, write_json
 
 METHODS = {"coconut": "quick-coconut", "no_cot": "quick-no-cot"}
 CHANCE = 0.5  # two options
@@ -81,7 +81,7 @@ def write_results(summary: dict[str, Any], save_path: Path, test_file: Path, out
         shutil.copyfile(save_path / name / METRICS, out / f"metrics_{method}.jsonl")
         newest = max((save_path / f"{name}-test").glob("predictions_*.jsonl"), key=lambda path: path.stat().st_mtime)
         shutil.copyfile(newest, out / f"predictions_{method}.jsonl")
-    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    write_json(out / "summary.json", summary)
 
 
 @entry_point

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from experiments.summary import (
 )
 from experiments.sweep import Sweep
 from reporting import show
-from utils import get_logger, save_config
+from utils import get_logger, save_config, write_json
 
 BASELINES = (GREEDY, CLEAN, SELF_CONSISTENCY)
 CHANCE = {id(LETTER): 25.0, id(CONCEPT): 50.0, id(TRUTH): 50.0}  # in %, of benchmarks whose questions name the options
@@ -74,10 +73,7 @@ def _write(sweep: Sweep, name: str, content: dict[str, Any], keys: list[str] | N
             {**record, "conditions": {key: one for key, one in record.get("conditions", {}).items() if key in keys}}
             for record in sweep.records
         ]
-    path = sweep.config.directory / f"{name}_{sweep.info['timestamp']}.json"
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_json(sweep.config.directory / f"{name}_{sweep.info['timestamp']}.json", content)
 
 
 def _title(sweep: Sweep, what: str) -> str:

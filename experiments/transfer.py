@@ -8,13 +8,12 @@ Only questions count whose own gold answer ends in another word than that of the
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 from evaluation import interval
 from experiments.progress import Record, finished_records
-from utils import UserError, entry_point, get_logger
+from utils import UserError, entry_point, get_logger, write_json
 
 FILE = "transfer.json"
 
@@ -56,7 +55,7 @@ def report(directory: Path) -> str:
     found = transfer(finished_records(directory))
     if not found:
         raise UserError(f"{directory}: no experiment with the control `other` there (controls=[other])")
-    (directory / FILE).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    write_json(directory / FILE, found)
     lines = []
     for place, one in found.items():
         parts = [f"{name.replace('_', ' ')} {_text(one[name])}" for name in ("answer_of_the_other", "own_answer")]
