@@ -28,18 +28,12 @@ HALF = "#b04a4a"
 
 
 def accuracy_by_scale(
-    setting: Mapping[str, Any],
-    noise_type: str,
-    path: Path,
-    title: str,
-    clean: Numbers | None = None,
-    greedy: float | None = None,
-    chance: float | None = None,
+    setting: Mapping[str, Any], noise_type: str, path: Path, title: str, clean: Numbers | None = None, **lines: float | None
 ) -> Axes:
     """Accuracy at each scale with its 95% interval, the fitted decays with R², half of the clean accuracy and where it is lost.
 
     setting: a `summary.setting_result`. clean: the clean condition, drawn at 0 where the scales have none without noise.
-    greedy, chance: accuracies drawn as lines.
+    lines: accuracies by their names in `plots.REFERENCES`.
     """
     labels = {"xlabel": _scale_label(noise_type), "ylabel": ACCURACY, "title": title}
     with drawing(path, (8, 4.6), **labels) as axes:
@@ -50,21 +44,16 @@ def accuracy_by_scale(
         with_intervals(axes, points, color="black", linestyle="none", marker="o", label="measured, 95% interval")
         _draw_fits(axes, places, setting["fits"])
         _draw_half(axes, points, setting["half_scale"], noise_type)
-        references(axes, greedy=greedy, chance=chance)
+        references(axes, **lines)
     return axes
 
 
 def noise_types(
-    settings: Mapping[str, Mapping[str, Any]],
-    path: Path,
-    title: str,
-    clean: Numbers | None = None,
-    greedy: float | None = None,
-    chance: float | None = None,
+    settings: Mapping[str, Mapping[str, Any]], path: Path, title: str, clean: Numbers | None = None, **lines: float | None
 ) -> Axes:
     """Several noise settings in one figure, against the noise that was measured: norm of the noise by norm of the thought.
 
-    settings: name -> `summary.setting_result`. clean, greedy, chance: as in `accuracy_by_scale`.
+    settings: name -> `summary.setting_result`. clean, lines: as in `accuracy_by_scale`.
     """
     labels = {"xlabel": "measured norm of the noise by norm of the thought", "ylabel": ACCURACY, "title": title}
     with drawing(path, (8.5, 4.8), **labels) as axes:
@@ -72,7 +61,7 @@ def noise_types(
         _noise_axis(axes, [one[0] for curve in curves.values() for one in curve])
         for number, (name, curve) in enumerate(curves.items()):
             with_intervals(axes, curve, label=name, linewidth=1.2, **_style(number))
-        references(axes, clean=None if clean is None else clean["accuracy"], greedy=greedy, chance=chance)
+        references(axes, clean=None if clean is None else clean["accuracy"], **lines)
     return axes
 
 

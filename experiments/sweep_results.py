@@ -84,18 +84,16 @@ def _title(sweep: Sweep, what: str) -> str:
 def _setting_figures(
     sweep: Sweep, name: str, noise_type: str, setting: dict[str, Any], baselines: dict[str, dict[str, Any]]
 ) -> None:
-    directory, clean = sweep.config.directory, baselines[CLEAN]
+    path = sweep.config.directory / f"{name}.png"
     guess = chance(sweep.config.benchmark)
     greedy = baselines[GREEDY]["accuracy"] if sweep.config.temperature else None  # without samples it is the clean one
-    sweep_plots.accuracy_by_scale(
-        setting, noise_type, directory / f"{name}.png", _title(sweep, name), clean, greedy, chance=guess
-    )
+    sweep_plots.accuracy_by_scale(setting, noise_type, path, _title(sweep, name), baselines[CLEAN], greedy=greedy, chance=guess)
     if sweep.config.num_branches > 1:
-        curves = {key: one["coverage"] for key, one in baselines.items() if key in (CLEAN, SELF_CONSISTENCY)}
+        emphasised = [key for key in (CLEAN, SELF_CONSISTENCY) if key in baselines]
+        curves = {key: baselines[key]["coverage"] for key in emphasised}
         curves |= {f"scale {scale}": one["coverage"] for scale, one in setting["results"].items() if one["noise_ratio"]}
-        emphasised = [key for key in (CLEAN, SELF_CONSISTENCY) if key in curves]
         title = _title(sweep, f"Branches that agree, {name}")
-        sweep_plots.coverage_curves(curves, directory / f"coverage_{name}.png", title, emphasised)
+        sweep_plots.coverage_curves(curves, path.with_name(f"coverage_{path.name}"), title, emphasised)
 
 
 def _figures(sweep: Sweep, settings: dict[str, Any], controls: dict[str, Any], baselines: dict[str, dict[str, Any]]) -> None:
