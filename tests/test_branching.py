@@ -8,13 +8,11 @@ import pytest
 import torch
 from naive import naive_decode, naive_diversity, naive_perturb, naive_sampler
 from test_coconut import PROMPTS, BusyRank, alone, build, draw, wrap
-from tiny_models import IDS, POSITIONS, tiny_model
-from torch.testing import assert_close
+from tiny_models import IDS, POSITIONS, assert_near, near, tiny_model
 
 from coconut import Branches
 from noise import noise_generator, sampling_generator
 
-TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 QUESTIONS = [5, 900, 2, 7, 31]
 NEW = 6
 SETTINGS = {
@@ -85,10 +83,10 @@ def test_branching_matches_naive(family, name):
             assert tokens[row, place, branch, : len(new)].tolist() == new
             assert (tokens[row, place, branch, len(new) :] == ids.eos).all()
             assert lengths[row, place, branch] == len(new)
-            assert_close(scores[row, place, branch, : len(new)].tolist(), expected.log_probabilities, **TOLERANCE)
+            assert_near(scores[row, place, branch, : len(new)], torch.tensor(expected.log_probabilities))
             assert scores[row, place, branch, len(new) :].abs().sum() == 0
             paths.append(expected.embeds[0, : prompt.shape[1]][prompt[0] == ids.latent])
-            assert_close(thoughts[row, place, branch, :passes], paths[-1], **TOLERANCE)
+            assert_near(thoughts[row, place, branch, :passes], paths[-1])
             assert thoughts[row, place, branch, passes:].abs().sum() == 0
         diversity = result.diversity[row] if isinstance(how["noise_scale"], float) else result.diversity[row][place]
         expected_diversity = naive_diversity(paths, at) if passes > at else 0.0
@@ -125,8 +123,8 @@ def test_branching_does_not_depend_on_the_batch(name):
         assert torch.equal(together.tokens[row][..., :width], single.tokens[0])
         assert (together.tokens[row][..., width:] == ids.eos).all()
         steps = single.thoughts.shape[-2]
-        assert_close(together.thoughts[row][..., :steps, :], single.thoughts[0], **TOLERANCE)
-        assert_close(together.log_probabilities[row][..., :width], single.log_probabilities[0], **TOLERANCE)
+        assert_near(together.thoughts[row][..., :steps, :], single.thoughts[0])
+        assert_near(together.log_probabilities[row][..., :width], single.log_probabilities[0])
 
 
 def test_scales_at_once_are_as_one_after_another():
@@ -136,7 +134,7 @@ def test_scales_at_once_are_as_one_after_another():
     for place, scale in enumerate(scales):
         separate = branches(model, noise_scale=scale, temperature=1.0, schedule="linear")
         assert torch.equal(together.tokens[:, place, :, : separate.tokens.shape[-1]], separate.tokens)
-        assert_close(together.thoughts[:, place], separate.thoughts, **TOLERANCE)
+        assert_near(together.thoughts[:, place], separate.thoughts)
         for row in range(5):
             assert together.diversity[row][place].pairwise == pytest.approx(
                 separate.diversity[row].pairwise, rel=1e-3, abs=1e-4
@@ -157,7 +155,7 @@ def test_one_branch_is_generate_with_noise():
         expected, details = model.generate(*arguments, **how, apply_noise_to_all_passes=every, return_details=True)
         result = model.generate_with_branching(*arguments, **how, num_branches=1, schedule=schedule, return_details=True)
         assert torch.equal(result.tokens[:, 0], expected[:, len(PROMPTS[0]) :])
-        assert_close(result.thoughts[:, 0], details.thoughts, **TOLERANCE)
+        assert_near(result.thoughts[:, 0], details.thoughts)
         passes = [[info["pass"] for info in infos] for infos in details.noise]
         assert [[info["pass"] for info in infos] for [infos] in result.noise] == passes
 
@@ -168,9 +166,9 @@ def test_own_and_shared_noise():
     noisy = torch.tensor([0, 1, 2, 4])  # question 3 has no latent
     for i, j in itertools.combinations(range(3), 2):
         assert not torch.isclose(own.thoughts[noisy, i, 0], own.thoughts[noisy, j, 0]).all(dim=-1).any()
-    assert_close(shared.thoughts, shared.thoughts[:, :1].expand_as(shared.thoughts), **TOLERANCE)
+    assert_near(shared.thoughts, shared.thoughts[:, :1].expand_as(shared.thoughts))
     assert (shared.tokens == shared.tokens[:, :1]).all()
-    assert_close(own.thoughts[:, 0], shared.thoughts[:, 0], **TOLERANCE)
+    assert_near(own.thoughts[:, 0], shared.thoughts[:, 0])
     assert all(found.diversity > 1 for found in (own.diversity[i] for i in (0, 1, 2, 4)))
     assert all(found.diversity < 1e-4 and found.all_steps < 1e-4 for found in shared.diversity)
     sampled = branches(model, noise_scale=2.0, shared_noise=True, temperature=1.0)
@@ -191,9 +189,9 @@ def test_which_thoughts_are_perturbed(schedule):
             later = [base * (1 - t / (steps - 4)) for t in range(len(passes) - 1)]
             assert [info["noise_scale"] for info in infos] == pytest.approx([base, *later][: len(passes)])
         shared = result.thoughts[row, :, :, : min(steps, 3)]
-        assert_close(shared, shared[:1, :1].expand_as(shared), **TOLERANCE)
+        assert_near(shared, shared[:1, :1].expand_as(shared))
         first, second = result.thoughts[row, 0, 0], result.thoughts[row, 0, 1]
-        assert torch.allclose(first, second, **TOLERANCE) == (steps < 4)
+        assert near(first, second) == (steps < 4)
 
 
 class Sizes:

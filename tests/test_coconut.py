@@ -16,14 +16,13 @@ from hypothesis import strategies as st
 from naive import naive_forward, naive_generate
 from safetensors.torch import load_file
 from scipy.stats import chisquare
-from tiny_models import FAMILIES, IDS, POSITIONS, VOCABULARY, WINDOW, tiny_model
+from tiny_models import FAMILIES, IDS, POSITIONS, VOCABULARY, WINDOW, assert_near, near, tiny_model
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from coconut import MAX_N_LATENT, Coconut, count_positions, nucleus, sample
 
 GOLDEN = Path(__file__).parent / "golden"
-TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 LAYOUTS = {
     "single row": ["qqqqqqsLLLeaaaaaa"],
     # As the collator makes them: every first latent in one column.
@@ -86,19 +85,17 @@ def gradients(base, loss: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def assert_same_gradients(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     for name in expected:
-        # Sums over all positions: what counts is the error relative to the largest entry of the tensor.
-        scale = max(1.0, expected[name].abs().max().item())
-        assert_close(actual[name], expected[name], rtol=0, atol=1e-4 * scale, msg=lambda text, name=name: f"{name}: {text}")
+        assert_near(actual[name], expected[name], what=name)
 
 
-def assert_matches_naive(model: Coconut, batch: dict[str, torch.Tensor], tolerance: dict[str, float] = TOLERANCE) -> None:
+def assert_matches_naive(model: Coconut, batch: dict[str, torch.Tensor]) -> None:
     """Loss, logits and embeddings where a token stands, and every gradient."""
     real = batch["attention_mask"].bool()
     loss, embeds, logits = naive_forward(model.base_causallm, IDS, **batch, hidden_layer_idx=model.hidden_layer_idx)
     outputs = model(**batch)
-    assert_close(outputs.loss, loss, rtol=1e-5, atol=1e-5)
-    assert_close(outputs.logits[real], logits[real], **tolerance)
-    assert_close(outputs.inputs_embeds[real], embeds[real], **tolerance)
+    assert_near(outputs.loss, loss)
+    assert_near(outputs.logits[real], logits[real])
+    assert_near(outputs.inputs_embeds[real], embeds[real])
     expected = gradients(model.base_causallm, loss)
     assert_same_gradients(gradients(model.base_causallm, outputs.loss), expected)
 
@@ -203,7 +200,7 @@ def test_sliding_window_is_at_work(family):
     base = tiny_model(family)[0]
     assert base.config.sliding_window == WINDOW
     wide = tiny_model(family, sliding_window=POSITIONS)[0]
-    assert not torch.allclose(wrap(base)(**batch).logits, wrap(wide)(**batch).logits, **TOLERANCE)
+    assert not near(wrap(base)(**batch).logits, wrap(wide)(**batch).logits)
 
 
 ROW = st.tuples(st.integers(0, 4), st.text("qLa", min_size=1, max_size=10))
@@ -223,7 +220,7 @@ def test_hidden_layer_matches_naive(layer):
     batch = draw(LAYOUTS["ragged"])
     assert_matches_naive(model, batch)
     if layer != 2:  # the last of two layers, which is the default
-        assert not torch.allclose(model(**batch).loss, build("llama")(**batch).loss, **TOLERANCE)
+        assert not near(model(**batch).loss, build("llama")(**batch).loss)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "mistral"])
@@ -265,8 +262,8 @@ def test_labelled_only(family, layout):
     predicts = [(row, t - 1) for row, t in (batch["labels"] != -100).nonzero().tolist()]
     assert outputs.logits.shape == (len(predicts), VOCABULARY)
     assert counter.projected == [(len(predicts), outputs.inputs_embeds.shape[-1])]
-    assert_close(outputs.logits, torch.stack([full.logits[row, t] for row, t in predicts]), **TOLERANCE)
-    assert_close(outputs.loss, full.loss, rtol=1e-5, atol=1e-5)
+    assert_near(outputs.logits, torch.stack([full.logits[row, t] for row, t in predicts]))
+    assert_near(outputs.loss, full.loss)
     assert_same_gradients(gradients(model.base_causallm, outputs.loss), expected)
 
 
@@ -279,7 +276,7 @@ def test_num_items_in_batch(labelled_only):
     items = (batch["labels"] != -100).sum()
     halves = [{key: value[rows] for key, value in batch.items()} for rows in (slice(0, 1), slice(1, 4))]
     loss = sum(model(**half, labelled_only=labelled_only, num_items_in_batch=items).loss for half in halves)
-    assert_close(loss, whole.loss, rtol=1e-5, atol=1e-5)
+    assert_near(loss, whole.loss)
     assert_same_gradients(gradients(model.base_causallm, loss), expected)
 
 
@@ -348,8 +345,8 @@ def test_gradient_checkpointing_works_without_latents(family):
 def test_bfloat16(family, pure):
     """Float32 weights under autocast, and bfloat16 weights: the loss is float32 and near that of float32."""
     batch = draw(LAYOUTS["ragged"])
-    expected = build(family)(**batch).loss
-    model = build(family).bfloat16() if pure else build(family)
+    expected = build(family)(**batch).loss.float()
+    model = build(family, dtype=torch.bfloat16 if pure else torch.float32)
     with torch.autocast("cpu", torch.bfloat16, enabled=not pure):
         loss = model(**batch, labelled_only=True).loss
     assert loss.dtype == torch.float32
@@ -436,10 +433,10 @@ def test_output_embedding(family, monkeypatch):
     assert ids.shape == (len(PROMPTS), width + limit)
     assert embeds.shape == (*ids.shape, model.embedding.weight.shape[1])
     assert_close(embeds[:, width:], model.embedding(ids[:, width:]))
-    assert_close(embeds[:, :width], model(batch["input_ids"], batch["attention_mask"]).inputs_embeds, **TOLERANCE)
+    assert_near(embeds[:, :width], model(batch["input_ids"], batch["attention_mask"]).inputs_embeds)
     mask = torch.cat([batch["attention_mask"], torch.ones_like(ids[:, width:])], dim=1)
     logits = model.base_causallm(inputs_embeds=embeds, attention_mask=mask, position_ids=count_positions(mask)).logits
-    assert_close(torch.stack(sampled_from, dim=1), logits[:, width - 1 : -1], **TOLERANCE)
+    assert_near(torch.stack(sampled_from, dim=1), logits[:, width - 1 : -1])
 
 
 def test_end_of_sequence_comes_first():
@@ -681,9 +678,9 @@ def test_verify_projection_finds_unknown_scalings(family, monkeypatch):
 )
 def test_scalings_are_at_work(family, setting):
     """Else the families above would say nothing of them."""
-    hidden = torch.randn(1, 32, generator=torch.Generator().manual_seed(0))
     other = build(family, **{setting: 7.0})
-    assert not torch.allclose(build(family).project(hidden), other.project(hidden), **TOLERANCE)
+    hidden = torch.randn(1, 32, generator=torch.Generator().manual_seed(0)).to(other.embedding.weight.dtype)
+    assert not near(build(family).project(hidden), other.project(hidden))
 
 
 def test_verify_projection_of_a_model_with_dropout():

@@ -121,7 +121,7 @@ import faulthandler; faulthandler.dump_traceback_later(200, exit=True)
 import torch, torch.distributed as dist
 import distributed
 from coconut import Coconut
-from tiny_models import FAMILIES, IDS, tiny_model
+from tiny_models import FAMILIES, IDS, assert_near, tiny_model
 from utils import RunConfig
 
 def coconut(family):
@@ -152,13 +152,13 @@ with distributed.process_group() as device:
                                activation_checkpointing=gather == "step")
             model = distributed.wrap(coconut(family), config, device)
             with distributed.gradient_sync(model, True, gather):
-                assert torch.equal(gradients(model, ids, labels), loss), family
+                assert_near(gradients(model, ids, labels), loss, what=family)
             for (name, own), other in zip(plain.named_parameters(), model.parameters(), strict=True):
                 assert (own.grad is None) == (other.grad is None), (family, name)
                 if own.grad is not None:
                     mean = own.grad.clone()
                     dist.all_reduce(mean)
-                    torch.testing.assert_close(other.grad.full_tensor(), mean / 2, rtol=1e-4, atol=1e-6)
+                    assert_near(other.grad.full_tensor(), mean / 2, what=f"{{family}} {{name}}")
             model.eval()
             assert torch.equal(model.generate(ids[:, :9], max_new_tokens=4 + 2 * dist.get_rank(), synced_gpus=True), answer), family
             distributed.reshard(model)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from naive import fill_thoughts, naive_decode, naive_diversity, naive_noise, naive_perturb, naive_sampler
 from scipy import stats
 from test_coconut import LAYOUTS, PROMPTS, alone, build, draw, seeded, wrap
-from tiny_models import IDS, tiny_model
+from tiny_models import IDS, assert_near, near, tiny_model
 from torch.testing import assert_close
 
 from coconut import MAX_N_LATENT, insert_latents
@@ -33,7 +33,6 @@ from noise import (
 
 KINDS = [*itertools.product(sorted(set(NOISE_TYPES) - {"targeted"}), [None]), ("targeted", "same"), ("targeted", "opposite")]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -419,11 +418,11 @@ def assert_forward_matches_naive(model, layout: list[str], noise: dict, all_pass
         passes = int((ids == IDS.latent).sum())
         perturb = naive_of(noise, passes, 3, question, all_passes)
         embeds = fill_thoughts(model.base_causallm, IDS, ids, mask, positions, model.hidden_layer_idx, perturb)
-        assert_close(outputs.inputs_embeds[row, real], embeds[0], **TOLERANCE)
+        assert_near(outputs.inputs_embeds[row, real], embeds[0])
         logits = model.base_causallm(inputs_embeds=embeds, position_ids=positions).logits
-        assert_close(outputs.logits[row, real], logits[0], **TOLERANCE)
+        assert_near(outputs.logits[row, real], logits[0])
         assert details.steps[row] == passes
-        assert_close(details.thoughts[row, :passes], embeds[0, ids[0] == IDS.latent], **TOLERANCE)
+        assert_near(details.thoughts[row, :passes], embeds[0, ids[0] == IDS.latent])
         assert details.thoughts[row, passes:].abs().sum() == 0
         expected = list(range(1, passes + 1)) if all_passes else [1][:passes]
         assert [info["pass"] for info in details.noise[row]] == expected
@@ -461,8 +460,8 @@ def test_a_scale_for_each_row():
     assert torch.equal(together.logits[0], clean.logits[0])
     for row in (1, 2):
         separate = model(**batch, noise_scale=scales[row], seed=1)
-        assert_close(together.logits[row], separate.logits[row], **TOLERANCE)
-        assert not torch.allclose(together.logits[row], clean.logits[row], **TOLERANCE)
+        assert_near(together.logits[row], separate.logits[row])
+        assert not near(together.logits[row], clean.logits[row])
     assert torch.equal(together.logits[3], clean.logits[3])  # has no latent
     with pytest.raises(ValueError, match="3 scales for 4 rows"):
         model(**batch, noise_scale=scales[:3])
@@ -522,7 +521,7 @@ def test_generated_noise_does_not_depend_on_the_batch():
     for row in range(5):
         single, own = model.generate(alone(batch, row), max_new_tokens=8, **HOW, question_index=9 - row, return_details=True)
         assert together[row, -8:].tolist() == single[0, -8:].tolist()
-        assert_close(details.thoughts[row, : own.thoughts.shape[1]], own.thoughts[0], **TOLERANCE)
+        assert_near(details.thoughts[row, : own.thoughts.shape[1]], own.thoughts[0])
     assert not torch.equal(together, model.generate(*arguments, **HOW))  # other indices: other noise
     assert not torch.equal(together, model.generate(*arguments, **{**HOW, "seed": 3}, question_index=[9, 8, 7, 6, 5]))
 

@@ -255,7 +255,7 @@ def test_thoughts_are_those_of_an_evaluation(trained: Path, data_file: Path):
         prompt = torch.tensor([prompts[index]["input_ids"]])
         _, details = subject.model.generate(prompt, max_new_tokens=1, return_details=True)
         rows = [row for row, number in enumerate(found.questions) if number == index]
-        torch.testing.assert_close(found.states[rows], details.thoughts[0], rtol=1e-4, atol=1e-5)
+        assert_near(found.states[rows], details.thoughts[0])
 
 
 def test_the_command(trained: Path, data_file: Path, tmp_path: Path, monkeypatch: Any, capsys: Any):

@@ -115,7 +115,7 @@ def test_entries_that_are_no_tensors_are_not_unpickled(tmp_path: Path, monkeypat
 
 def save(directory: Path, background: bool = False) -> Coconut:
     """A checkpoint of one process after one optimizer step."""
-    base, ids = tiny_model("llama")
+    base, ids = tiny_model("llama", dtype=torch.float32)
     model = Coconut(base, ids.latent, ids.start_latent, ids.end_latent, ids.eos)
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.ones(1, 4, dtype=torch.long), labels=torch.ones(1, 4, dtype=torch.long)).loss.backward()

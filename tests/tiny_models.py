@@ -1,4 +1,4 @@
-"""Tiny random language models, one builder for every family the tests cover."""
+"""Tiny random language models, one builder for every family the tests cover, and how close their results must be."""
 
 from __future__ import annotations
 
@@ -55,6 +55,7 @@ FAMILIES = {
         "layer_types": ["sliding_attention", "full_attention"],
         "num_local_experts": 4,
         "num_experts_per_tok": 2,
+        "experts_implementation": "eager",  # the grouped one takes no float64
         "rope_scaling": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": POSITIONS // 2},
     },
     # Soft-capped logits, scaled embeddings, a sliding window in every other layer.
@@ -75,11 +76,39 @@ FAMILIES = {
 }
 
 
-def tiny_model(family: str, seed: int = 0, **overrides) -> tuple[PreTrainedModel, TokenIds]:
-    """A random model of a family (a key of `FAMILIES`), float32, in evaluation mode, without dropout, and its token ids.
+def tiny_model(family: str, seed: int = 0, dtype: torch.dtype | None = None, **overrides) -> tuple[PreTrainedModel, TokenIds]:
+    """A random model of a family (a key of `FAMILIES`) in evaluation mode, without dropout, and its token ids.
 
-    `overrides` are further entries of the model's configuration.
+    It is float64, so that the order in which a processor adds up does not decide a comparison. Gemma 2 is float32: the
+    smallest float64, its mask, is minus infinity to its softmax, which gives NaN where all is padding. `overrides` are
+    further entries of the model's configuration.
     """
+    dtype = dtype or (torch.float32 if family == "gemma2" else torch.float64)
     torch.manual_seed(seed)
     config = AutoConfig.for_model(family, **COMMON | FAMILIES[family] | overrides)
-    return AutoModelForCausalLM.from_config(config).float().eval(), IDS
+    return AutoModelForCausalLM.from_config(config).to(dtype).eval(), IDS
+
+
+def near(actual: torch.Tensor, expected: torch.Tensor, tolerance: float | None = None) -> bool:
+    """Whether no entry is further off than `tolerance` times the largest entry of `expected` (any shape, the same of both).
+
+    Two ways to one number, as batches of other shapes or a cache, round differently on each processor: in proportion to
+    what is added up, however small the sum. The default is 1e-5 for models in float64, whose norms and softmax compute in
+    float32 (the largest difference seen is 1e-6), and 1e-4 for float32 (2e-5). Where both are almost zero, only an error
+    above 1e-3 times `tolerance` counts.
+    """
+    if tolerance is None:
+        tolerance = 1e-5 if expected.dtype == torch.float64 else 1e-4
+    actual, expected = actual.detach().double(), expected.detach().double()
+    if actual.shape != expected.shape:
+        raise AssertionError(f"shape {tuple(actual.shape)}, not {tuple(expected.shape)}")
+    if not actual.numel():
+        return True
+    return bool((actual - expected).abs().max() <= tolerance * max(1e-3, expected.abs().max().item()))  # False for NaN
+
+
+def assert_near(actual: torch.Tensor, expected: torch.Tensor, tolerance: float | None = None, what: str = "") -> None:
+    """Raises AssertionError unless `near`."""
+    if not near(actual, expected, tolerance):
+        error, size = (actual.detach().double() - expected.detach().double()).abs().max(), expected.detach().abs().max()
+        raise AssertionError(f"{what}: largest error {error:.3g}, largest entry {size:.3g}")
