@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import chain_records, write_json
+from tiny_models import assert_near
 from torch import Tensor
 
 import checkpoint
