@@ -166,17 +166,52 @@ def test_a_row_that_was_cut_short_is_written_again(run_arguments: list[str], who
     assert differences(whole, half) == []
 
 
+# run.py, but SIGKILL comes just before a checkpoint gets its name, and, after a rerun, when the evaluation's answers are written.
+KILLED = """
+import os, pathlib, signal, sys
+sys.path.insert(0, {root!r})
+import run
+def audit(event, arguments):
+    for number, (kind, name) in enumerate((("os.rename", ".checkpoint_0_step2.partial"), ("open", "predictions_1.jsonl.partial"))):
+        done = pathlib.Path({marks!r}) / str(number)
+        if event == kind and str(arguments[0]).endswith(name) and not os.path.exists(done):
+            os.mkdir(done)
+            os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(audit)
+run.main()
+"""
+
+
 def test_a_process_that_is_killed_goes_on_exactly(
-    run_arguments: list[str], whole: Path, save_dir: Path, monkeypatch: pytest.MonkeyPatch
+    run_arguments: list[str], whole: Path, save_dir: Path, tmp_path: Path
 ) -> None:
-    """The short form of benchmarks/kill_test.py: SIGKILL twice, within a fifth of a second after training began."""
+    """Two real kills, each at an event, so that neither a fast nor a busy machine misses it."""
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED.format(root=str(ROOT), marks=str(tmp_path)), encoding="utf-8")
+    command = [sys.executable, str(script), *run_arguments, *SMALL, "save_every_steps=1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    codes = [subprocess.run(command, env=environment, check=False).returncode for _ in range(3)]
+    assert codes == [-signal.SIGKILL, -signal.SIGKILL, 0]
+    assert differences(whole, save_dir) == []
+
+
+STAND_IN = """
+import pathlib, sys, time
+print("a table of optimizer steps", flush=True)
+directory = pathlib.Path(sys.argv[1])
+if not directory.with_suffix(".2.log").exists():  # the third start ends by itself
+    (directory / ".checkpoint_1.partial").mkdir(parents=True, exist_ok=True)
+    time.sleep(250)
+"""
+
+
+def test_the_kill_test_kills_and_starts_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """benchmarks/kill_test.py with a stand-in for run.py that is saving until it is killed."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     kill_test = importlib.import_module("kill_test")
-    command = kill_test.command(1, [*run_arguments, *SMALL, "save_every_steps=1"])
-    save_dir.parent.mkdir()
-    moments = kill_test.run_with_kills(command, save_dir, kills=2, window=0.2, rng=random.Random(0))
-    assert len(moments) == 2
-    assert differences(whole, save_dir) == []
+    monkeypatch.setattr(kill_test, "AIMS", ("saving",))
+    command = [sys.executable, "-c", STAND_IN, str(tmp_path / "run")]
+    assert kill_test.run_with_kills(command, tmp_path / "run", 2, window=0.1, rng=random.Random(0)) == ["saving", "saving"]
 
 
 def test_an_evaluation_adds_its_row_after_the_last_whole_one(tmp_path: Path) -> None:
