@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,27 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parents[1]
-SHARED_DATA = ROOT.parent / "shared" / "data"
+PUBLISHED = Path(
+    os.environ.get("COCONUT_DATA") or ROOT.parent / "shared" / "data"
+).resolve()  # published data sets, where they are
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test marked published_data("a file", ...) is left out where COCONUT_DATA has no such file."""
+    for item in items:
+        for marker in item.iter_markers("published_data"):
+            missing = [name for name in marker.args if not (PUBLISHED / name).is_file()]
+            if missing:
+                item.add_marker(pytest.mark.skip(reason=f"published data: {PUBLISHED} has no {missing[0]}"))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    left_out = [one for one in terminalreporter.stats.get("skipped", []) if "published_data" in one.keywords]
+    if left_out:
+        terminalreporter.write_line(
+            f"left out: {len(left_out)} tests on published data, whose files are not in {PUBLISHED}; "
+            "COCONUT_DATA=DIR names their place, CONTRIBUTING.md lists them"
+        )
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from fractions import Fraction
 from functools import partial
 
 import pytest
-from conftest import SHARED_DATA
+from conftest import PUBLISHED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
@@ -265,13 +265,12 @@ def test_the_table_is_large_and_covers_every_benchmark() -> None:
     assert {benchmark for benchmark, _, _ in TEXTS} == set(BENCHMARKS)
 
 
+@pytest.mark.published_data("gsm8k_test.jsonl", "gsm8k_train.jsonl")
 @pytest.mark.parametrize(
     ("name", "negative"), [("test", {489: "-10", 1113: "-3"}), ("train", {5715: "-7", 5844: "-47", 6189: "-12"})]
 )
 def test_every_gold_answer_of_gsm8k(name: str, negative: dict[int, str]) -> None:
-    path = SHARED_DATA / f"gsm8k_{name}.jsonl"
-    if not path.exists():
-        pytest.skip(f"{path.name} is not here")
+    path = PUBLISHED / f"gsm8k_{name}.jsonl"
     texts = [json.loads(line)["answer"] for line in path.read_text(encoding="utf-8").splitlines()]
     golds = [text.rsplit("####", 1)[1].strip() for text in texts]
     assert [extract_answer("gsm8k", text) for text in texts] == [gold.replace(",", "") for gold in golds]

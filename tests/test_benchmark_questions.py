@@ -9,7 +9,7 @@ from typing import Any
 
 import datasets
 import pytest
-from conftest import SHARED_DATA, write_json
+from conftest import PUBLISHED, write_json
 
 from experiments.answers import BENCHMARKS
 from experiments.benchmarks import SOURCES, BenchmarkQuestion, load_questions
@@ -161,13 +161,11 @@ def test_other_errors_of_one_line(tmp_path: Path) -> None:
         load_questions("gsm8k", tmp_path, limit=0)
 
 
+@pytest.mark.published_data("gsm8k_test.jsonl", "prosqa_official_valid.json")
 @pytest.mark.parametrize(
     ("benchmark", "name", "count"), [("gsm8k", "gsm8k_test.jsonl", 1319), ("prosqa", "prosqa_official_valid.json", 300)]
 )
 def test_published_files(benchmark: str, name: str, count: int) -> None:
-    path = SHARED_DATA / name
-    if not path.exists():
-        pytest.skip(f"{name} is not here")
-    questions = load_questions(benchmark, path)
+    questions = load_questions(benchmark, PUBLISHED / name)
     assert len(questions) == count
     assert questions[0].gold == {"gsm8k": "18", "prosqa": "Tom is a lempus."}[benchmark]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +14,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SHARED_DATA, chain_records, write_json
+from conftest import PUBLISHED, ROOT, chain_records, write_json
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -364,8 +366,15 @@ def test_loaders_live_through_stop_signals(tokenizer: Any, tmp_path: Path) -> No
     assert seen + [batch["idx"].item() for batch in loader] == list(range(12))
 
 
-@pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="the public data sets are not here")
+@pytest.mark.published_data("prosqa_official_valid.json")
 def test_the_published_validation_set_loads(tokenizer: Any) -> None:
-    dataset = get_dataset(SHARED_DATA / "prosqa_official_valid.json", tokenizer)
+    dataset = get_dataset(PUBLISHED / "prosqa_official_valid.json", tokenizer)
     assert len(dataset) == 300
     assert not any(tokenizer.unk_token_id in ids for ids in dataset["question_tokenized"])
+
+
+def test_pytest_says_how_many_tests_on_published_data_were_left_out(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_prontoqa.py", "-k", "published"]
+    environment = {**os.environ, "COCONUT_DATA": str(tmp_path)}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert f"left out: 1 tests on published data, whose files are not in {tmp_path}; COCONUT_DATA=DIR" in result.stdout

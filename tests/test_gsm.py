@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SHARED_DATA
+from conftest import PUBLISHED, ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -125,9 +125,9 @@ def test_bad_files_end_with_one_line(tmp_path, capsys):
     assert not out.exists()
 
 
-@pytest.mark.skipif(not (SHARED_DATA / "gsm_icot_valid.txt").exists(), reason="the published file is not here")
+@pytest.mark.published_data("gsm_icot_valid.txt")
 def test_the_published_valid_file(tmp_path):
-    run(gsm_icot, SHARED_DATA / "gsm_icot_valid.txt", tmp_path / "out.json")
+    run(gsm_icot, PUBLISHED / "gsm_icot_valid.txt", tmp_path / "out.json")
     records = load_records(tmp_path / "out.json")
     assert len(records) == 500
     assert sum(record["steps"] == [] for record in records) == 6
@@ -263,9 +263,9 @@ def test_the_hub(tmp_path, capsys, monkeypatch):
     assert "cannot load openai/gsm8k: no network (offline); files on disk can be given with --train and --test" in error
 
 
-@pytest.mark.skipif(not (SHARED_DATA / "gsm8k_train.jsonl").exists(), reason="the published files are not here")
+@pytest.mark.published_data("gsm8k_train.jsonl", "gsm8k_test.jsonl")
 def test_the_published_files(tmp_path):
-    files = ("--train", SHARED_DATA / "gsm8k_train.jsonl", "--test", SHARED_DATA / "gsm8k_test.jsonl")
+    files = ("--train", PUBLISHED / "gsm8k_train.jsonl", "--test", PUBLISHED / "gsm8k_test.jsonl")
     run(gsm8k, *files, "--out-prefix", tmp_path / "g", "--valid", 0)
     splits = {split: load_records(tmp_path / f"g_{split}.json") for split in ("train", "test")}
     assert {split: len(records) for split, records in splits.items()} == {"train": 7473, "test": 1319}

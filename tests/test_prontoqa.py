@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, SHARED_DATA, write_json
+from conftest import PUBLISHED, ROOT, write_json
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dataset import load_records
 from preprocessing import prontoqa
 
-RAW = SHARED_DATA / "prontoqa_5hop_0shot_random.json"
+RAW = PUBLISHED / "prontoqa_5hop_0shot_random.json"
 CONCEPTS = ("vumpus", "brimpus", "impus", "lorpus", "gorpus", "yumpus")
 NAMES = ("Max", "Fae", "Rex")
 
@@ -88,7 +88,7 @@ def test_pairs_of_sentences_become_steps_and_the_conclusion_stands_alone():
     }
 
 
-@pytest.mark.skipif(not RAW.is_file(), reason="the public data sets are not here")
+@pytest.mark.published_data("prontoqa_5hop_0shot_random.json")
 def test_every_published_proof_holds_and_has_six_steps():
     records = prontoqa.convert(prontoqa.read_examples(RAW))
     assert len(records) == 300

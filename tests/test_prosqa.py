@@ -7,11 +7,11 @@ from pathlib import Path
 import networkx as nx
 import numpy as np
 import pytest
+from conftest import PUBLISHED
 
 from preprocessing import prosqa, prosqa_shortcuts, prosqa_symbolic
 
 ROOT = Path(__file__).parents[1]
-OFFICIAL = ROOT.parent / "shared" / "data" / "prosqa_official_valid.json"
 
 
 @pytest.fixture(scope="module")
@@ -241,9 +241,9 @@ def test_chains_have_the_hops_and_branches_asked_for(chains):
     assert leaves == {0, 1, 2, 3}
 
 
-@pytest.mark.skipif(not OFFICIAL.exists(), reason="the published file is not here")
+@pytest.mark.published_data("prosqa_official_valid.json")
 def test_the_depth_shortcut_on_the_published_valid_file():
-    records = json.loads(OFFICIAL.read_text())
+    records = json.loads((PUBLISHED / "prosqa_official_valid.json").read_text())
     assert np.mean([prosqa_shortcuts.depth_shortcut(r) for r in records]) == pytest.approx(0.913, abs=0.0005)
     symbols = {symbol for record in records for symbol in record["idx_to_symbol"]}
     assert symbols == {*prosqa.NAMES, *prosqa.CONCEPTS}

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, SHARED_DATA, chain_records, read_rows, write_json
+from conftest import PUBLISHED, ROOT, chain_records, read_rows, write_json
 from safetensors.torch import load_file
 
 import run
@@ -259,9 +259,9 @@ def test_sharded_generation_with_different_latents_does_not_hang(run_arguments: 
     assert again["stage"] >= 0
 
 
-@pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="the public data sets are not here")
+@pytest.mark.published_data("prosqa_official_valid.json")
 def test_the_published_validation_set_trains_the_small_gpt2(run_arguments: list[str]) -> None:
-    path = SHARED_DATA / "prosqa_official_valid.json"
+    path = PUBLISHED / "prosqa_official_valid.json"
     start(
         run_arguments,
         "debug=true",

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+from conftest import PUBLISHED
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -12,7 +13,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from preprocessing import prosqa, prosqa_symbolic, word_tokenizer
 
 ROOT = Path(__file__).parents[1]
-OFFICIAL = ROOT.parent / "shared" / "data" / "prosqa_official_valid.json"
 MARKERS = ["<|start-latent|>", "<|end-latent|>", "<|latent|>"]
 WORDS = [*prosqa.NAMES, *prosqa.CONCEPTS]
 TEXT_MODELS = [*word_tokenizer.WORD_MODELS, *word_tokenizer.PHRASE_MODELS]
@@ -145,9 +145,9 @@ def test_ids_do_not_move():
     assert len(TOKENIZER) == 76
 
 
-@pytest.mark.skipif(not OFFICIAL.exists(), reason="the published file is not here")
+@pytest.mark.published_data("prosqa_official_valid.json")
 def test_the_published_valid_file_has_no_unknown_word():
-    for record in json.loads(OFFICIAL.read_text()):
+    for record in json.loads((PUBLISHED / "prosqa_official_valid.json").read_text()):
         parts = parts_of(record)
         ids = TOKENIZER.encode("".join(parts))
         assert TOKENIZER.unk_token_id not in ids
