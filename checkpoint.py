@@ -51,6 +51,7 @@ from storage import (
 )
 from utils import METHODS, RunConfig, UserError, entry_point, get_logger
 
+BEST = "@best"  # after a run's directory
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -83,9 +84,9 @@ def newest_for(config: RunConfig, data: dict[str, str]) -> Path | None:
 
 
 def data_hashes(config: RunConfig) -> dict[str, str]:
-    """The SHA-256 of each data file, by its key. Raises UserError if one cannot be read."""
+    """The SHA-256 of each data file that the run reads, by its key. Raises UserError if one cannot be read."""
     hashes = {}
-    for key in ("train_path", "val_path"):
+    for key in ("val_path",) if config.only_eval else ("train_path", "val_path"):
         path = Path(getattr(config, key))
         try:
             endless = path.exists() and not path.is_file()  # a pipe, a device; a directory has no bytes
@@ -99,6 +100,19 @@ def data_hashes(config: RunConfig) -> dict[str, str]:
     return hashes
 
 
+def agreed_hashes(config: RunConfig) -> dict[str, str]:
+    """`data_hashes`, the same on all nodes; called by all processes. Raises UserError on all of them if one node differs."""
+    (first, expected), *others = distributed.run_on_each_node(lambda: data_hashes(config))
+    for host, hashes in others:
+        for key in expected:
+            if hashes[key] != expected[key]:
+                raise UserError(
+                    f"{key}: {getattr(config, key)} is another file on node {host} (SHA-256 {hashes[key]}) than on node "
+                    f"{first} ({expected[key]}): copy one of them to all nodes"
+                )
+    return expected
+
+
 def resumed_source(config: RunConfig, checkpoint: Path) -> RunConfig:
     """Where the weights of a resumed run come from: the checkpoint; with LoRA the model that it adapts, as in the beginning."""
     if config.lora_r is not None:
@@ -107,7 +121,7 @@ def resumed_source(config: RunConfig, checkpoint: Path) -> RunConfig:
 
 
 def resolve_paths(config: RunConfig) -> RunConfig:
-    """Replace a run's directory in `load_model_path` by its newest checkpoint.
+    """Replace a run's directory in `load_model_path` by its newest checkpoint, or, with @best after it, by its best one.
 
     Raises CheckpointError if there is nothing, or if it is not what was saved. A name that can only be local is not looked
     up on the hub.
@@ -117,7 +131,11 @@ def resolve_paths(config: RunConfig) -> RunConfig:
         if value is None or _names_gguf_file(config, key) or Path(value).is_file():
             continue
         path = Path(value)
-        if (path / "config.json").is_file():
+        if value.endswith(BEST) and not path.exists():
+            best = best_whole(Path(value.removesuffix(BEST)), key)
+            get_logger().info(f"{key}: {best} is the best checkpoint of its last stage")
+            config = config.model_copy(update={key: str(best)})
+        elif (path / "config.json").is_file():
             check_whole(path)
         elif newest := newest_whole(path):
             get_logger().info(f"{key}: {newest} is the newest checkpoint in {path}")
@@ -129,6 +147,21 @@ def resolve_paths(config: RunConfig) -> RunConfig:
         elif "/" in value and (value.startswith((".", "/")) or value.count("/") > 1 or path.parent.is_dir()):
             raise CheckpointError(f"{key}: {path}: no such file or directory")
     return config
+
+
+def best_whole(save_dir: Path, key: str) -> Path:
+    """The checkpoint with the best validation accuracy of the last stage that a run has evaluated, the earlier one of equals.
+
+    Raises CheckpointError, which names `key`, if there is none, or if it is not what was saved.
+    """
+    newest = newest_whole(save_dir)
+    name = None if newest is None else read_training_state(newest, mmap=True)["state"]["best_checkpoint"]
+    if name is None:
+        raise CheckpointError(f"{key}: {save_dir} holds no checkpoint that was evaluated, so none is the best")
+    if not (save_dir / name / FACTS).is_file():
+        raise CheckpointError(f"{key}: {save_dir / name}, the best checkpoint, is missing: put it back, or name another one")
+    check_whole(save_dir / name)
+    return save_dir / name
 
 
 def check_whole(directory: Path) -> None:

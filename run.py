@@ -33,7 +33,8 @@ RESOLVED = ("model_id", "load_model_path")  # a run's directory there is named b
 
 def train(config: RunConfig, device: torch.device, stop: StopRequest) -> None:
     """Staged training with an evaluation after each epoch; goes on where an earlier run of the same command stopped."""
-    data, resume_from, source = distributed.run_on_main(lambda: starting_point(config))
+    data = checkpoint.agreed_hashes(config)
+    resume_from, source = distributed.run_on_main(lambda: starting_point(config, data))
     config = source if resume_from is None else config
     tokenizer = checkpoint.load_run_tokenizer(source)
     ids = latent_ids(tokenizer, config.method)
@@ -59,19 +60,18 @@ def train(config: RunConfig, device: torch.device, stop: StopRequest) -> None:
         get_logger().info(f"finished: {trainer.state.global_step} steps, {place}")
 
 
-def starting_point(config: RunConfig) -> tuple[dict[str, str], Path | None, RunConfig]:
-    """Hashes of the data, the checkpoint from which training goes on, if any, and where the model comes from."""
-    data = checkpoint.data_hashes(config)
+def starting_point(config: RunConfig, data: dict[str, str]) -> tuple[Path | None, RunConfig]:
+    """The checkpoint from which training goes on, if any, and where the model comes from. data: hashes of the data."""
     resume_from = checkpoint.newest_for(config, data)
     if resume_from is None:
-        return data, None, checkpoint.resolve_paths(config)
-    return data, resume_from, checkpoint.resumed_source(config, resume_from)
+        return None, checkpoint.resolve_paths(config)
+    return resume_from, checkpoint.resumed_source(config, resume_from)
 
 
 def evaluate(config: RunConfig, device: torch.device) -> None:
-    """Loss and accuracy of a checkpoint, at the stage and with the method it was trained with."""
-    resolved = distributed.run_on_main(lambda: checkpoint.resolve_paths(config))
-    config, stage, epoch = checkpoint.evaluation_config(resolved)
+    """Loss and accuracy of a checkpoint, its paths resolved, at the stage and with the method it was trained with."""
+    checkpoint.agreed_hashes(config)
+    config, stage, epoch = checkpoint.evaluation_config(config)
     tokenizer = checkpoint.load_run_tokenizer(config)
     ids = latent_ids(tokenizer, config.method)
     with distributed.first_on_each_node():
@@ -113,11 +113,15 @@ def _keep_config(config: RunConfig, path: Path, resumed: bool) -> None:
 def main(arguments: list[str]) -> None:
     config = load_config(RunConfig, arguments)
     torch.set_float32_matmul_precision(config.matmul_precision)
-    with distributed.process_group(config.hang_timeout) as device, alone(None if config.debug else config.save_dir):
-        print_config(config)
+    with distributed.process_group(config.hang_timeout) as device:
         if config.only_eval:
-            evaluate(config, device)
-        else:
+            given = config
+            config = distributed.run_on_main(lambda: checkpoint.resolve_paths(given))
+        with alone(None if config.debug else config.save_dir):
+            print_config(config)
+            if config.only_eval:
+                evaluate(config, device)
+                return
             with StopRequest().listening(PREEMPTION) as stop:  # while the model is loaded; Ctrl-C ends that at once
                 train(config, device, stop)
 

@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import socket
+import stat
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -311,7 +312,8 @@ def locked(directory: Path) -> Iterator[None]:
     """Inside, no other process can hold the same directory; it is made if it is not there, and removed again if it stays empty.
 
     The kernel gives the lock back when the process ends, however it ends. It is a POSIX lock, which forked data workers do
-    not inherit: they may outlive a killed run for seconds. It holds over NFS too where the server supports locks.
+    not inherit: they may outlive a killed run for seconds (the library filelock takes flock, which they do). It holds over NFS
+    too where the server supports locks.
 
     Raises:
         UserError: another process holds the directory, or it cannot be written to.
@@ -321,24 +323,37 @@ def locked(directory: Path) -> Iterator[None]:
             made = [path for path in (directory, *directory.parents) if not path.exists()]
             stack.callback(_remove_empty, made)
             directory.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(_open_locked(directory / LOCK))
-            stack.callback((directory / LOCK).unlink, missing_ok=True)
+            lock = lock_file(directory)
+            file = stack.enter_context(_open_locked(lock, directory))
+            stack.callback(lock.unlink, missing_ok=True)
             file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
         except OSError as error:
             raise UserError(f"{directory}: cannot be written to: {error.strerror}; choose another save_path") from None
         yield
 
 
-def _open_locked(path: Path) -> BinaryIO:
-    """The lock file, held; one that its last holder has removed in the meantime does not count."""
+def lock_file(directory: Path) -> Path:
+    """Beside the directory. Inside, it would move with the directory, and another run could begin under the old name."""
+    place = directory.resolve()
+    return place.with_name(f".{place.name}{LOCK}")
+
+
+def _open_locked(path: Path, directory: Path) -> BinaryIO:
+    """The lock file of a directory, held; one that its last holder has removed in the meantime does not count."""
     while True:
-        file = path.open("a+b", buffering=0)
+        if path.is_symlink():
+            raise UserError(f"{path}: a link, which would be written through: remove it")
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+b", buffering=0)
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+            file.close()
+            raise UserError(f"{path}: not a file of its own (a hard link, or no regular file): remove it")
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             file.seek(0)
             raise UserError(
-                f"{path.parent}: another run is writing there ({file.read(200).decode(errors='replace') or 'just started'}): "
+                f"{directory}: another run is writing there ({file.read(200).decode(errors='replace') or 'just started'}): "
                 "wait for it or stop it, or choose another name"
             ) from None
         except OSError as error:

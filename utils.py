@@ -245,7 +245,12 @@ class RunConfig(Config):
 
     @property
     def save_dir(self) -> Path:
-        return Path(self.save_path) / self.name
+        """Where a run writes. An evaluation has a place of its own below, named by its data and by where its weights are."""
+        run = Path(self.save_path) / self.name
+        if not self.only_eval:
+            return run
+        weights = Path(str(self.load_model_path)).resolve().parts[1:][-2:]
+        return run / "eval" / "-".join([Path(self.val_path).stem, *weights])
 
     def scheduled_stage(self, epoch: int) -> int:
         """The stage at the end of an epoch (paper, section 3), at which it is evaluated.
@@ -515,7 +520,7 @@ def append_jsonl(path: Path, row: dict[str, Any]) -> None:
 
 
 def entry_point(main: Callable[[list[str]], None]) -> Callable[[], None]:
-    """Run `main` on the command line's arguments; a UserError or a full disk becomes one line on rank 0 and exit code 2.
+    """Run `main` on the command line's arguments; a UserError or a full disk becomes one line on each node and exit code 2.
 
     A path that may not be read or is no path is meant for the user too; other errors of the system keep their stack trace.
     """
@@ -538,7 +543,7 @@ def entry_point(main: Callable[[list[str]], None]) -> Callable[[], None]:
 
 
 def _exit(line: str, code: int) -> NoReturn:
-    if is_main_process():
+    if is_main_process() or os.environ.get("LOCAL_RANK") == "0":  # what is wrong may be so on this node alone
         print(_one_printable_line(line), file=sys.stderr, flush=True)
     sys.exit(code)
 

@@ -1,7 +1,7 @@
 """All methods side by side: `python -m experiments.compare_methods SAVE_PATH TEST_FILE OUT --seeds 0 1 2`.
 
-Reads what scripts/compare_methods.sh left in SAVE_PATH: METHOD-seedSEED (training), METHOD-seedSEED-test (evaluation on
-TEST_FILE) and METHOD-seedSEED-single of one seed (one question at a time). Writes to OUT: summary.json, table.md,
+Reads what scripts/compare_methods.sh left in SAVE_PATH: METHOD-seedSEED (training, and in eval/ the evaluation on
+TEST_FILE) and METHOD-seedSEED-single of one seed (evaluation, one question at a time). Writes to OUT: summary.json, table.md,
 accuracy.png and metrics/RUN.jsonl.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 
 from dataset import load_records, stage_shape
 from experiments.plots import method_bars
-from experiments.quickstart import CHANCE, read_metrics
+from experiments.quickstart import CHANCE, evaluation_of, read_metrics
 from experiments.tables import markdown, text
 from preprocessing.prosqa_shortcuts import depth_shortcut
 from reporting import METRICS
@@ -49,7 +49,7 @@ def summarise(save_path: Path, test_file: Path, seeds: Sequence[int], methods: S
 
 def summarise_method(save_path: Path, records: list[dict[str, Any]], method: str, seeds: Sequence[int]) -> dict[str, Any]:
     runs = [save_path / f"{method}-seed{seed}" for seed in seeds]
-    results = [read_metrics(run.with_name(f"{run.name}-test"), "evaluation")[-1] for run in runs]
+    results = [read_metrics(evaluation_of(run), "evaluation")[-1] for run in runs]
     epochs = [read_metrics(run, "epoch") for run in runs]
     timed = next((run for run in (one.with_name(one.name + TIMED) for one in runs) if run.is_dir()), None)
     accuracies = [result["accuracy"] for result in results]
@@ -59,7 +59,7 @@ def summarise_method(save_path: Path, records: list[dict[str, Any]], method: str
         "deviation": stdev(accuracies) if len(accuracies) > 1 else None,
         "new_tokens": mean(result["new_tokens"] for result in results),
         "thoughts": thoughts(runs[0] / "config.yaml", records),
-        "seconds_per_question": read_metrics(timed, "evaluation")[-1]["seconds_per_question"] if timed else None,
+        "seconds_per_question": read_metrics(evaluation_of(timed), "evaluation")[-1]["seconds_per_question"] if timed else None,
         "training_minutes": mean(sum(row["seconds"] for row in rows) for rows in epochs) / 60,
         "examples": epochs[0][-1]["examples"],
     }
@@ -108,7 +108,7 @@ def write_results(summary: dict[str, Any], save_path: Path, out: Path) -> None:
         for seed in summary["seeds"]:
             name = f"{method}-seed{seed}"
             shutil.copyfile(save_path / name / METRICS, out / "metrics" / f"{name}.jsonl")
-            shutil.copyfile(save_path / f"{name}-test" / METRICS, out / "metrics" / f"{name}-test.jsonl")
+            shutil.copyfile(evaluation_of(save_path / name) / METRICS, out / "metrics" / f"{name}-test.jsonl")
     write_text(out / "table.md", table(summary))
     write_json(out / "summary.json", summary)
 

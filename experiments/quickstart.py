@@ -1,7 +1,7 @@
 """The quick start's summary: `python -m experiments.quickstart SAVE_PATH TEST_FILE OUT --seconds TOTAL`.
 
-Reads what run.py left in SAVE_PATH/quick-{coconut,no-cot} (training) and SAVE_PATH/quick-{coconut,no-cot}-test (evaluation),
-and writes OUT/summary.json, figures, and copies of the metrics and predictions.
+Reads what run.py left in SAVE_PATH/quick-{coconut,no-cot}, of training and, in eval/, of the evaluation.
+Writes OUT/summary.json, figures, and copies of the metrics and predictions.
 """
 
 from __future__ import annotations
@@ -34,12 +34,20 @@ def read_metrics(run: Path, kind: str) -> list[dict[str, Any]]:
     return chosen
 
 
+def evaluation_of(run: Path) -> Path:
+    """Where the newest evaluation of a run is. Raises UserError if there is none."""
+    found = sorted((run / "eval").glob(f"*/{METRICS}"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise UserError(f"{run / 'eval'}: no evaluation there; run.py with only_eval=true makes one")
+    return found[-1].parent
+
+
 def summarise(save_path: Path, test_file: Path, seconds_total: float) -> dict[str, Any]:
     """The content of summary.json; accuracies are fractions, low and high their 95% Wilson interval."""
     records = load_records(test_file)
     summary: dict[str, Any] = {}
     for method, name in METHODS.items():
-        result = read_metrics(save_path / f"{name}-test", "evaluation")[-1]
+        result = read_metrics(evaluation_of(save_path / name), "evaluation")[-1]
         summary[method] = {key: result[key] for key in ("accuracy", "low", "high", "questions", "stage")}
         epochs = read_metrics(save_path / name, "epoch")
         summary[method] |= {"examples": epochs[-1]["examples"], "seconds_training": sum(row["seconds"] for row in epochs)}
@@ -79,7 +87,7 @@ def write_results(summary: dict[str, Any], save_path: Path, test_file: Path, out
     grouped({"test questions": drawn}, out / "accuracy.png", title, chance=100 * CHANCE)
     for method, name in METHODS.items():
         shutil.copyfile(save_path / name / METRICS, out / f"metrics_{method}.jsonl")
-        newest = max((save_path / f"{name}-test").glob("predictions_*.jsonl"), key=lambda path: path.stat().st_mtime)
+        newest = max(evaluation_of(save_path / name).glob("predictions_*.jsonl"), key=lambda path: path.stat().st_mtime)
         shutil.copyfile(newest, out / f"predictions_{method}.jsonl")
     write_json(out / "summary.json", summary)
 

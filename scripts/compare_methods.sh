@@ -31,14 +31,14 @@ train() { # METHOD SEED
         batch_size_training=64 $settings > "$save_path/$name.log" 2>&1 || { echo "error: see $save_path/$name.log" >&2; return 1; }
 }
 
-evaluate() { # METHOD SEED SUFFIX SETTINGS...: writes to METHOD-seedSEED-SUFFIX
+evaluate() { # METHOD SEED SUFFIX SETTINGS...: writes to METHOD-seedSEEDSUFFIX/eval
     local method=$1 name=$1-seed$2 suffix=$3
     shift 3
-    if [ -e "$save_path/$name-$suffix/predictions_$epochs.jsonl" ]; then return; fi
-    echo "== evaluating $name ($suffix)"
+    if compgen -G "$save_path/$name$suffix/eval/*/predictions_$epochs.jsonl" > /dev/null; then return; fi
+    echo "== evaluating $name$suffix"
     .venv/bin/python run.py "args/prosqa_quick_$method.yaml" only_eval=true from_scratch=false save_path=$save_path \
-        name="$name-$suffix" load_model_path="$save_path/$name" "$@" > "$save_path/$name-$suffix.log" 2>&1 ||
-        { echo "error: see $save_path/$name-$suffix.log" >&2; return 1; }
+        name="$name$suffix" load_model_path="$save_path/$name" "$@" > "$save_path/$name$suffix-eval.log" 2>&1 ||
+        { echo "error: see $save_path/$name$suffix-eval.log" >&2; return 1; }
 }
 
 export -f train
@@ -49,10 +49,10 @@ done | xargs -P "$jobs" -L 1 bash -c 'train "$@"' _
 
 for seed in "${seeds[@]}"; do
     for method in "${methods[@]}"; do
-        evaluate "$method" "$seed" test val_path="${data}_test.json" batch_size_eval=250
+        evaluate "$method" "$seed" "" val_path="${data}_test.json" batch_size_eval=250
     done
 done
 for method in "${methods[@]}"; do # one question at a time, alone on the machine, as the paper times them
-    evaluate "$method" "${seeds[0]}" single val_path="${data}_valid.json" batch_size_eval=1
+    evaluate "$method" "${seeds[0]}" -single val_path="${data}_valid.json" batch_size_eval=1
 done
 .venv/bin/python -m experiments.compare_methods "$save_path" "${data}_test.json" "$out" --seeds "${seeds[@]}" --methods "${methods[@]}"

@@ -31,8 +31,8 @@ run args/prosqa_quick_no_cot.yaml num_epochs="$epochs"
 
 echo "== 4/6 evaluation on the test set"
 for method in coconut no-cot; do
-    rm -rf "$save_path/quick-$method-test"
-    run "args/prosqa_quick_${method/-/_}.yaml" name="quick-$method-test" only_eval=true from_scratch=false \
+    rm -rf "$save_path/quick-$method/eval"
+    run "args/prosqa_quick_${method/-/_}.yaml" only_eval=true from_scratch=false \
         load_model_path="$save_path/quick-$method" val_path="${data}_test.json" batch_size_eval=250
 done
 

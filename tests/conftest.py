@@ -121,6 +121,13 @@ def run_arguments(model_directory: Path, tmp_path: Path) -> list[str]:
     return [f"{key}={value}" for key, value in values.items()]
 
 
+def read_evaluation(run: Path) -> dict[str, Any]:
+    """The row of the only evaluation below a run's directory."""
+    (path,) = (run / "eval").glob("*/metrics.jsonl")
+    (row,) = read_rows(path, "evaluation")
+    return row
+
+
 def read_rows(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return [row for row in rows if kind is None or row["kind"] == kind]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, read_rows
+from conftest import ROOT, read_evaluation, read_rows
 from safetensors.torch import load_file
 from tiny_models import assert_near, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -108,7 +108,7 @@ def test_a_run_with_lora_resumes_bit_for_bit_and_its_checkpoint_is_a_plain_model
     model = AutoModelForCausalLM.from_pretrained(whole)
     assert not any("lora" in name or "base_layer" in name for name, _ in model.named_parameters())
     start(lora_arguments, "name=again", "only_eval=true", f"load_model_path={whole}")
-    row = read_rows(tmp_path / "checkpoints" / "again" / "metrics.jsonl", "evaluation")[0]
+    row = read_evaluation(tmp_path / "checkpoints" / "again")
     assert row["loss"] == pytest.approx(epochs[-1]["val_loss"], abs=1e-5)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import read_rows
+from conftest import read_evaluation, read_rows, write_json
 from safetensors.torch import load_file
 from same_run import differences
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -154,6 +154,53 @@ def test_keep_last_spares_the_best(run_arguments: list[str], save_dir: Path) -> 
     assert kept == {"checkpoint_3", state["best_checkpoint"]}
 
 
+def test_best_is_not_newest(run_arguments: list[str], save_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """@best, also when the newest checkpoint is one of Ctrl-C inside the first epoch of a new stage."""
+    accuracies = iter([0.9, 0.8, 0.3])
+    original = training.Evaluator.evaluate
+
+    def evaluate(self: Any, model: Any, stage: int) -> Any:
+        result = original(self, model, stage)
+        result.accuracy = next(accuracies)
+        return result
+
+    def found(name: str) -> str:
+        start = {"name": "x", "model_id": "m", "method": "coconut", "val_path": "v", "only_eval": True}
+        config = RunConfig(**start, load_model_path=str(save_dir / f"run{name}"))
+        return Path(str(checkpoint.resolve_paths(config).load_model_path)).name
+
+    monkeypatch.setattr(training.Evaluator, "evaluate", evaluate)
+    start(run_arguments, "num_epochs=2", "epochs_per_stage=2", "keep_last=1")
+    steps = checkpoint.read_training_state(save_dir / "run" / "checkpoint_2")["state"]["global_step"]
+    assert [found(""), found("@best")] == ["checkpoint_2", "checkpoint_1"]
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, steps + 2, signal.SIGINT)
+        start(run_arguments, "num_epochs=3", "epochs_per_stage=2", "keep_last=1")
+    assert [found(""), found("@best")] == [f"checkpoint_2_step{steps + 2}", "checkpoint_1"]
+    weights = save_dir / "run" / "checkpoint_1" / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:1000])
+    with pytest.raises(CheckpointError, match=r"checkpoint_1: model.safetensors has 1,000 bytes"):
+        found("@best")
+    weights.write_bytes(content)
+    start(run_arguments, "num_epochs=3", "epochs_per_stage=2")
+    assert [found(""), found("@best")] == ["checkpoint_3", "checkpoint_3"]  # of the last stage
+    with pytest.raises(CheckpointError, match="nothing holds no checkpoint that was evaluated, so none is the best"):
+        found("/nothing@best")
+
+
+def test_markers_that_are_not_the_tokenizers_are_refused(run_arguments: list[str], save_dir: Path) -> None:
+    start(run_arguments, "num_epochs=1")
+    directory = save_dir / "run" / "checkpoint_1"
+    facts = checkpoint.read_facts(directory)
+    assert facts is not None
+    facts.start_latent_id, facts.end_latent_id = facts.end_latent_id, facts.start_latent_id
+    write_json(directory / "coconut.json", dataclasses.asdict(facts))
+    (directory / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match=r"coconut.json: damaged or of another version: start_latent_id is \d+, its"):
+        start(run_arguments, "from_scratch=false", "only_eval=true", f"load_model_path={directory}")
+
+
 def test_best_accuracy_is_compared_within_one_stage(
     run_arguments: list[str], save_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -238,7 +285,7 @@ def test_a_published_checkpoint_becomes_a_directory(
     original, facts = (checkpoint.read_facts(path) for path in (save_dir / "run" / "checkpoint_3", target))
     assert facts == dataclasses.replace(original, epoch=33, accuracy=None, data={})
     start(run_arguments, "name=again", "from_scratch=false", "only_eval=true", f"load_model_path={target}", "resume=99")
-    row = read_rows(save_dir / "again" / "metrics.jsonl", "evaluation")[0]
+    row = read_evaluation(save_dir / "again")
     assert row["loss"] == pytest.approx(read_rows(save_dir / "run" / "metrics.jsonl", "epoch")[-1]["val_loss"], abs=1e-6)
     start(run_arguments, "name=further", "from_scratch=false", f"load_model_path={target}", "num_epochs=1")  # training goes on
 

@@ -18,9 +18,8 @@ from utils import RunConfig, UserError, append_jsonl, load_config, save_config
 
 def write_run(directory: Path, accuracies: list[tuple[int, float]], test_accuracy: float) -> None:
     """Metrics of a finished training run and of its evaluation on 40 test questions."""
-    evaluation = directory.with_name(directory.name + "-test")
-    directory.mkdir(parents=True)
-    evaluation.mkdir()
+    evaluation = directory / "eval" / "test-run-checkpoint_4"
+    evaluation.mkdir(parents=True)
     for number, (stage, accuracy) in enumerate(accuracies, start=1):
         row = {"epoch": number, "stage": stage, "accuracy": accuracy, "train_loss": 1 / number, "val_loss": 1.1 / number}
         append_jsonl(directory / "metrics.jsonl", {"kind": "step", "step": number, "loss": 1.0})
@@ -73,7 +72,7 @@ def test_the_summary_says_what_was_measured(
 
 
 def test_a_missing_run_is_one_line(test_file: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
-    with pytest.raises(UserError, match=r"metrics.jsonl: no such file"):
+    with pytest.raises(UserError, match=r"eval: no evaluation there"):
         quickstart.summarise(tmp_path, test_file, 1.0)
     monkeypatch.setattr(sys, "argv", ["quickstart", str(tmp_path), str(test_file), str(tmp_path / "out"), "--seconds", "1"])
     with pytest.raises(SystemExit) as caught:
@@ -94,8 +93,8 @@ def write_comparison(save_path: Path, accuracies: dict[str, list[float]]) -> Non
             needed = [f"name={directory.name}", f"method={method}", "model_id=m", "train_path=t", "val_path=v", "num_epochs=8"]
             curriculum = ["c_thought=2", "max_latent_stage=3", "pad_latent_to_max=false"]
             save_config(load_config(RunConfig, needed + curriculum), directory / "config.yaml")
-        timed = save_path / f"{method}-seed0-single"
-        timed.mkdir()
+        timed = save_path / f"{method}-seed0-single" / "eval" / "valid-run-checkpoint_4"
+        timed.mkdir(parents=True)
         append_jsonl(timed / "metrics.jsonl", {"kind": "evaluation", "seconds_per_question": 0.125})
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, read_rows
+from conftest import ROOT, read_evaluation, read_rows
 from safetensors.torch import load_file
 from same_run import equal, timeless_rows
 from test_run import launch, losses, start
@@ -194,7 +194,7 @@ def test_shards_are_saved_resumed_from_and_made_whole(run_arguments: list[str], 
         assert timeless_rows(directory / name) == timeless_rows(directory / "whole")
     assert losses(directory / "alone") == pytest.approx(losses(directory / "whole"), abs=1e-5)
     start(run_arguments, "name=eval", "only_eval=true", f"load_model_path={directory / 'shards'}")
-    row = read_rows(directory / "eval" / "metrics.jsonl", "evaluation")[0]
+    row = read_evaluation(directory / "eval")
     assert row["loss"] == pytest.approx(read_rows(directory / "shards" / "metrics.jsonl", "epoch")[-1]["val_loss"], abs=1e-5)
 
 

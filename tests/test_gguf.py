@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import chain_records, read_rows, write_json
+from conftest import chain_records, read_evaluation, read_rows, write_json
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -153,13 +153,13 @@ def test_checkpoints_of_a_gguf_model_are_plain_and_need_the_file_no_more(
     start([*elsewhere, "num_epochs=3"])
     assert [row["stage"] for row in read_rows(saved.parent / "metrics.jsonl", "epoch")] == [1, 2]
     start([*elsewhere, "only_eval=true", "name=again", f"load_model_path={saved.parent}"])
-    row = read_rows(tmp_path / "checkpoints" / "again" / "metrics.jsonl", "evaluation")[0]
+    row = read_evaluation(tmp_path / "checkpoints" / "again")
     assert row["loss"] == pytest.approx(read_rows(saved.parent / "metrics.jsonl", "epoch")[-1]["val_loss"], abs=1e-6)
 
 
 def test_a_gguf_model_is_evaluated_as_it_is(gguf_arguments: list[str], directory: Path, tmp_path: Path) -> None:
     run.main.__wrapped__([*gguf_arguments, "only_eval=true", "resume=0", f"load_model_path={directory}"])
-    row = read_rows(tmp_path / "checkpoints" / "run" / "metrics.jsonl", "evaluation")[0]
+    row = read_evaluation(tmp_path / "checkpoints" / "run")
     assert row["stage"] == 0
 
 

@@ -17,7 +17,7 @@ from conftest import ROOT, read_rows
 
 import distributed
 import run
-from utils import UserError
+from utils import UserError, entry_point
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 # run.py, but the process of the second node is hit by a signal after a step, each signal once; and small files are cached.
@@ -109,6 +109,38 @@ def test_the_first_process_of_a_node_goes_first(monkeypatch: pytest.MonkeyPatch,
         order.append("block")
         raise UserError("bad input")
     assert order == expected  # nobody waits for a process that has failed
+
+
+def test_a_node_with_other_data_is_named_on_all(
+    run_arguments: list[str], model_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other: object = UserError("data.json: no such file")
+    monkeypatch.setattr(distributed, "gather_objects", lambda mine: [mine, None, ("node2", other), None])
+    evaluation = [*run_arguments, "only_eval=true", "from_scratch=false", f"load_model_path={model_directory}"]
+    for arguments in (run_arguments, evaluation):
+        with pytest.raises(UserError, match="node node2: data.json: no such file"):
+            one_process(arguments)
+    other = {"train_path": "0", "val_path": "1"}
+    with pytest.raises(UserError, match=r"train_path: .*train.json is another file on node node2 \(SHA-256 0\) than on"):
+        one_process(run_arguments)
+    with pytest.raises(UserError, match=r"val_path: .*valid.json is another file on node node2 \(SHA-256 1\) than on"):
+        one_process(evaluation)
+
+
+@pytest.mark.parametrize(("rank", "local_rank", "lines"), [("0", "0", 1), ("1", "1", 0), ("4", "0", 1)])
+def test_each_node_says_why_it_ends(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rank: str, local_rank: str, lines: int
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+
+    @entry_point
+    def main(_arguments: list[str]) -> None:
+        raise UserError("data.json: no such file")
+
+    with pytest.raises(SystemExit):
+        main()
+    assert capsys.readouterr().err.splitlines() == ["error: data.json: no such file"] * lines
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PUBLISHED, ROOT, chain_records, read_rows, write_json
+from conftest import PUBLISHED, ROOT, chain_records, read_evaluation, read_rows, write_json
 from safetensors.torch import load_file
 
 import run
@@ -57,7 +57,7 @@ def test_every_method_trains_evaluates_and_is_evaluated_again(
     # A wrong method, stage and number of latents in the configuration do not change what a checkpoint is evaluated as.
     wrong = ["method=no_cot" if method != "no_cot" else "method=cot", "c_thought=2", "resume=40", "name=again"]
     start(run_arguments, *wrong, "only_eval=true", f"load_model_path={directory}")
-    row = read_rows(tmp_path / "checkpoints" / "again" / "metrics.jsonl", "evaluation")[0]
+    row = read_evaluation(tmp_path / "checkpoints" / "again")
     assert row["loss"] == pytest.approx(epochs[1]["val_loss"], abs=1e-6)
     assert (row["accuracy"], row["stage"]) == (epochs[1]["accuracy"], epochs[1]["stage"])
     assert row["low"] <= row["accuracy"] <= row["high"]
@@ -255,7 +255,7 @@ def test_sharded_generation_with_different_latents_does_not_hang(run_arguments: 
     start(
         run_arguments, *more, "name=one", "only_eval=true", f"load_model_path={tmp_path}/checkpoints/run", "max_new_tokens=12"
     )
-    again = read_rows(tmp_path / "checkpoints" / "one" / "metrics.jsonl", "evaluation")[0]
+    again = read_evaluation(tmp_path / "checkpoints" / "one")
     assert again["stage"] >= 0
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, read_rows, write_json
+from conftest import ROOT, read_evaluation, read_rows, write_json
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -117,7 +117,7 @@ def test_a_trusted_model_trains_resumes_and_is_evaluated_from_its_checkpoint_alo
     for path in own_code.glob("*.py"):
         path.unlink()
     start(run_arguments, *evaluation, "name=evaluated")
-    [row] = read_rows(tmp_path / "checkpoints" / "evaluated" / "metrics.jsonl", "evaluation")
+    row = read_evaluation(tmp_path / "checkpoints" / "evaluated")
     epochs = read_rows(tmp_path / "checkpoints" / "run" / "metrics.jsonl", "epoch")
     assert row["loss"] == pytest.approx(epochs[-1]["val_loss"], abs=1e-6)
 

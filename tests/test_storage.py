@@ -306,7 +306,7 @@ def test_a_second_run_is_refused_until_the_first_is_killed(tmp_path: Path) -> No
     directory = tmp_path / "run"
     directory.mkdir()
     holder = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(directory / ".lock")], stdout=subprocess.PIPE, start_new_session=True
+        [sys.executable, "-c", HOLDER, str(storage.lock_file(directory))], stdout=subprocess.PIPE, start_new_session=True
     )
     try:
         assert holder.stdout is not None
@@ -316,18 +316,52 @@ def test_a_second_run_is_refused_until_the_first_is_killed(tmp_path: Path) -> No
             storage.locked(directory),
         ):
             pass
-        assert (directory / ".lock").exists()
+        assert storage.lock_file(directory).exists()
         holder.kill()
         holder.wait()
         with storage.locked(directory):  # the forked process is still there
-            assert f"process {os.getpid()} on " in (directory / ".lock").read_text()
+            assert f"process {os.getpid()} on " in storage.lock_file(directory).read_text()
+    finally:
+        os.killpg(holder.pid, signal.SIGKILL)
+
+
+def test_a_lock_file_that_is_a_link_is_refused(tmp_path: Path) -> None:
+    """Its target would be emptied and written over."""
+    other = tmp_path / "other"
+    other.write_text("keep me")
+    for link, message in ((Path.symlink_to, "a link, which"), (Path.hardlink_to, "hard link")):
+        link(storage.lock_file(tmp_path / "run"), other)
+        with pytest.raises(UserError, match=f".run.lock: .*{message}.*: remove it"), storage.locked(tmp_path / "run"):
+            pass
+        storage.lock_file(tmp_path / "run").unlink()
+    assert other.read_text() == "keep me"
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_a_directory_that_is_moved_lets_no_second_run_in(tmp_path: Path, link: bool) -> None:
+    """The first run goes on to write under the old name, so that name is what is held; a link to it has the same lock."""
+    directory = tmp_path / "run"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(storage.lock_file(directory))], stdout=subprocess.PIPE, start_new_session=True
+    )
+    try:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        directory.mkdir()
+        if link:
+            (tmp_path / "linked").symlink_to(directory)
+        else:
+            directory.rename(tmp_path / "moved")
+        again = tmp_path / "linked" if link else directory
+        with pytest.raises(UserError, match="another run is writing there"), storage.locked(again):
+            pass
     finally:
         os.killpg(holder.pid, signal.SIGKILL)
 
 
 def test_a_directory_that_stays_empty_is_removed_again(tmp_path: Path) -> None:
     with storage.locked(tmp_path / "a" / "b"):
-        assert (tmp_path / "a" / "b" / ".lock").exists()
+        assert (tmp_path / "a" / ".b.lock").exists()
     assert not (tmp_path / "a").exists()
     with storage.locked(tmp_path / "a" / "b"):
         (tmp_path / "a" / "b" / "metrics.jsonl").write_text("")
@@ -342,12 +376,12 @@ def test_a_lock_file_that_its_holder_removes_does_not_count(tmp_path: Path, monk
     def lockf(file: Any, flags: int) -> None:
         calls.append(file)
         if len(calls) == 1:
-            (tmp_path / ".lock").unlink()
+            storage.lock_file(tmp_path).unlink()
         original(file, flags)
 
     monkeypatch.setattr(storage.fcntl, "lockf", lockf)
     with storage.locked(tmp_path):
-        assert (tmp_path / ".lock").exists()
+        assert storage.lock_file(tmp_path).exists()
     assert len(calls) == 2
 
 
