@@ -86,13 +86,18 @@ class _Groups(BaseModel):
     state: dict[str, Any] = {}  # in shards, it stands there
 
 
+class _Adapter(BaseModel):
+    weights: dict[str, Tensor]
+    adapted_from: Any  # compared with what it is now
+
+
 class _Saved(BaseModel):
     """training_state.pt."""
 
     state: TrainingState
     rng: Annotated[list[_RandomState], Field(min_length=1)]
     optimizer: _Groups | None
-    adapter: dict[str, Tensor] | None = None
+    adapter: _Adapter | None = None
 
 
 class FileEntry(BaseModel):
@@ -183,4 +188,7 @@ def _reason(error: ValidationError) -> str:
     """The first difference: where, what is right, what is there."""
     first = error.errors(include_url=False)[0]
     place = ".".join(map(str, first["loc"]))
-    return f"{place}: {first['msg']}, got {shown(first['input'])}" if place else str(first["msg"])
+    if not place:
+        return str(first["msg"])
+    plain = isinstance(first["input"], (str, int, float))  # a tensor would fill pages
+    return f"{place}: {first['msg']}, got {shown(first['input']) if plain else type(first['input']).__name__}"
