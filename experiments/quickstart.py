@@ -7,7 +7,6 @@ Writes OUT/summary.json, figures, and copies of the metrics and predictions.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,10 @@ from rich.table import Table
 from dataset import load_records
 from evaluation import interval
 from experiments.plots import epoch_curves, grouped
+from files import read_typed_lines
 from preprocessing.prosqa_shortcuts import depth_shortcut
 from reporting import METRICS, show
-from utils import UserError, entry_point, read_text, write_json
+from utils import UserError, entry_point, write_json
 
 METHODS = {"coconut": "quick-coconut", "no_cot": "quick-no-cot"}
 CHANCE = 0.5  # two options
@@ -27,8 +27,7 @@ CHANCE = 0.5  # two options
 
 def read_metrics(run: Path, kind: str) -> list[dict[str, Any]]:
     """The rows of one kind in a run's metrics.jsonl. Raises UserError if there are none."""
-    rows = [json.loads(line) for line in read_text(run / METRICS).splitlines()]
-    chosen = [row for row in rows if row["kind"] == kind]
+    chosen = [row for row in read_typed_lines(run / METRICS, dict[str, Any]) if row.get("kind") == kind]
     if not chosen:
         raise UserError(f"{run / METRICS}: no row of kind {kind!r}")
     return chosen
