@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 import threading
@@ -11,6 +12,7 @@ from typing import NamedTuple
 
 MOST_DIGITS = 40  # a longer run of digits is no answer
 LONGEST_VERIFIED = 200  # characters of an answer that is handed to the computer algebra
+MOST_NESTED = 4  # brackets in one another; the time that reading an answer takes doubles with each further one
 LARGEST_POWER = 1000  # product of all exponents up to which it is
 VERIFY_SECONDS = 5
 
@@ -179,12 +181,17 @@ _EXPONENT = re.compile(r"\^(\{-?[\w+\-/ ]{1,8}\}|\{-?\\frac\{\w{1,2}\}\{\w{1,2}\
 _COSTLY = re.compile(r"!|\*\*|\\(?:binom|sum|prod|int|lim|choose)|\d{25}|\^\{?[^{}]*\d{4}")
 
 
+def _depth(text: str) -> int:
+    """How many brackets stand in one another at most; each is closed by the next closing one, whatever its kind."""
+    return max(itertools.accumulate((one in "([{") - (one in ")]}") for one in text), default=0)
+
+
 def _is_tame(text: str) -> bool:
     """Whether computer algebra will be done with it soon: short, no towers of powers, no factorials, sums or integrals.
 
     One operation on huge integers cannot be interrupted by a time limit, so such texts must not get that far.
     """
-    if len(text) > LONGEST_VERIFIED or _COSTLY.search(text):
+    if len(text) > LONGEST_VERIFIED or _depth(text) > MOST_NESTED or _COSTLY.search(text):
         return False
     product = 1
     for match in _EXPONENT.finditer(text):

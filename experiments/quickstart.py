@@ -17,7 +17,7 @@ from dataset import load_records
 from evaluation import interval
 from experiments.plots import epoch_curves, grouped
 from files import read_typed_lines
-from preprocessing.prosqa_shortcuts import depth_shortcut
+from preprocessing.prosqa_shortcuts import depth_shortcut, shortcuts
 from reporting import METRICS, show
 from utils import UserError, entry_point, write_json
 
@@ -51,6 +51,7 @@ def summarise(save_path: Path, test_file: Path, seconds_total: float) -> dict[st
         epochs = read_metrics(save_path / name, "epoch")
         summary[method] |= {"examples": epochs[-1]["examples"], "seconds_training": sum(row["seconds"] for row in epochs)}
     summary["depth_shortcut"] = sum(depth_shortcut(record) for record in records) / len(records)
+    summary["first_option"] = sum(shortcuts(record)["first option"] for record in records) / len(records)
     summary["chance"] = CHANCE
     summary["seconds_total"] = seconds_total
     summary["seconds_training"] = sum(summary[method]["seconds_training"] for method in METHODS)
@@ -67,6 +68,7 @@ def summary_table(summary: dict[str, Any]) -> Table:
         bounds = f"{row['low']:.1%} to {row['high']:.1%}"
         table.add_row(name, f"{row['accuracy']:.1%}", bounds, f"{row['examples']:,}", f"{row['seconds_training'] / 60:.1f}")
     table.add_row("depth shortcut", f"{summary['depth_shortcut']:.1%}", "", "", "")
+    table.add_row("always the first option", f"{summary['first_option']:.1%}", "", "", "")
     table.add_row("chance", f"{summary['chance']:.1%}", "", "", "")
     return table
 

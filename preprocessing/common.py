@@ -20,7 +20,10 @@ Row = TypeVar("Row")
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Errors are one line and exit code 2."""
+    """Errors are one line and exit code 2. The help begins with the first line of `doc`; `python -OO` leaves it out."""
+
+    def __init__(self, program: str, doc: str | None) -> None:
+        super().__init__(prog=program, description=(doc or "").partition("\n")[0])
 
     def error(self, message: str) -> NoReturn:
         exit_with(self.prog, message)
@@ -28,8 +31,21 @@ class OneLineParser(argparse.ArgumentParser):
 
 def exit_with(program: str, message: str) -> NoReturn:
     """One line on standard error, `program: error: message`, and exit code 2."""
-    print(f"{program}: error: {message}", file=sys.stderr)
+    print(f"{program}: error: {printable(message)}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def printable(text: str) -> str:
+    """Control characters as escapes: what stands in a file must not steer the terminal."""
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+
+
+def keep_inputs(program: str, inputs: Iterable[Path | None], outputs: Iterable[Path]) -> None:
+    """Exit code 2 where an output is one of the inputs, under whatever name."""
+    given = [path for path in inputs if path and path.exists()]
+    for out in outputs:
+        if out.exists() and any(out.samefile(path) for path in given):
+            exit_with(program, f"{out} would overwrite the input; choose another name for the output")
 
 
 def prepare_directory(directory: Path) -> None:
@@ -90,7 +106,7 @@ def print_steps(columns: Mapping[str, Sequence[Record]], more: Mapping[str, Sequ
     steps = [Counter(len(record["steps"]) for record in records) for records in columns.values()]
     rows = {"records": [count.total() for count in steps], **(more or {})}
     rows |= {f"{number} steps": [count[number] for count in steps] for number in sorted(set().union(*steps))}
-    print(f"{'':24}" + "".join(f"{name:>12}" for name in columns))
+    print(f"{'':24}" + "".join(f"{printable(name):>12}" for name in columns))
     for name, counts in rows.items():
         print(f"{name:24}" + "".join(f"{count:>12,}" for count in counts))
     means = (sum(number * n for number, n in count.items()) / max(count.total(), 1) for count in steps)

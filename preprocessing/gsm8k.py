@@ -22,6 +22,7 @@ from preprocessing.common import (
     OneLineParser,
     Record,
     exit_with,
+    keep_inputs,
     parse_lines,
     parse_rows,
     prepare_directory,
@@ -31,7 +32,7 @@ from preprocessing.common import (
 
 PROGRAM = "gsm8k.py"
 HUB = "openai/gsm8k"
-ANNOTATION = re.compile(r"<<.*?>>")
+ANNOTATION = re.compile(r"<<[^<>\n]*>>")  # a `<<` that is not closed ends at the next one: linear time
 
 
 def parse_row(row: object) -> Record:
@@ -99,7 +100,7 @@ def read_hub() -> dict[str, list[Record]]:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Command line, checked; a contradiction ends with one line and exit code 2."""
-    parser = OneLineParser(prog=PROGRAM, description=__doc__.splitlines()[0])
+    parser = OneLineParser(PROGRAM, __doc__)
     parser.add_argument("--train", type=Path, metavar="FILE", help="JSON lines")
     parser.add_argument("--test", type=Path, metavar="FILE", help="JSON lines")
     parser.add_argument("--hub", action="store_true", help=f"take both from {HUB}")
@@ -142,10 +143,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.without_annotation == "drop":
         splits = {split: [p for p in problems if equations(p["rationale"])] for split, problems in splits.items()}
     records = {split: [to_record(problem, args.steps) for problem in problems] for split, problems in splits.items()}
+    paths = {split: args.out_prefix.with_name(f"{args.out_prefix.name}_{split}.json") for split in records}
+    keep_inputs(PROGRAM, (args.train, args.test), paths.values())
     try:
         prepare_directory(args.out_prefix.parent)
-        for split in records:
-            write_records(args.out_prefix.with_name(f"{args.out_prefix.name}_{split}.json"), records[split])
+        for split, path in paths.items():
+            write_records(path, records[split])
     except OSError as error:
         exit_with(PROGRAM, f"cannot write to {args.out_prefix.parent}: {error.strerror}")
     print_steps(records, {f"no annotation, {PAST[args.without_annotation]}": bare})

@@ -16,6 +16,7 @@ from preprocessing.common import (
     OneLineParser,
     Record,
     exit_with,
+    keep_inputs,
     parse_lines,
     prepare_directory,
     print_steps,
@@ -50,10 +51,11 @@ def parse_line(line: str) -> Record:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = OneLineParser(prog=PROGRAM, description=__doc__.splitlines()[0])
+    parser = OneLineParser(PROGRAM, __doc__)
     parser.add_argument("text", type=Path, metavar="IN.txt")
     parser.add_argument("out", type=Path, metavar="OUT.json")
     args = parser.parse_args(argv)
+    keep_inputs(PROGRAM, [args.text], [args.out])
     try:
         records = parse_lines(args.text, parse_line)
     except OSError as error:

@@ -14,7 +14,16 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from preprocessing.common import SPLITS, OneLineParser, Record, exit_with, prepare_directory, write_records
+from preprocessing.common import (
+    SPLITS,
+    OneLineParser,
+    Record,
+    exit_with,
+    keep_inputs,
+    prepare_directory,
+    printable,
+    write_records,
+)
 from utils import UserError, read_text
 
 PROGRAM = "prontoqa.py"
@@ -22,7 +31,6 @@ ANSWERS = ("True", "False")
 PUBLISHED_SIZES = (9000, 200, 800)
 QUERY = "True or false: "
 
-_SENTENCE = re.compile(r"[^.]+\.")
 _PREDICATE = r"(?P<negated> not)?(?: an?)? (?P<predicate>\w+)\."
 _FACT = re.compile(r"(?P<subject>\w+) is" + _PREDICATE)
 _RULE = re.compile(r"(?:(?:Every|Each) (?P<subject>\w+) is|(?P<subjects>\w+) are)" + _PREDICATE)
@@ -113,7 +121,8 @@ def parse(sentence: str, pattern: re.Pattern[str]) -> Claim | None:
 
 
 def split_sentences(text: str) -> list[str]:
-    return [sentence.strip() for sentence in _SENTENCE.findall(text)]
+    """What stands before each full stop, with it."""
+    return [f"{part}.".strip() for part in text.split(".")[:-1] if part]
 
 
 def proof_problem(record: Record) -> str | None:
@@ -207,7 +216,7 @@ def print_table(splits: dict[str, list[Record]]) -> None:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Command line, checked; a contradiction ends with one line and exit code 2."""
-    parser = OneLineParser(prog=PROGRAM, description=(__doc__ or "").splitlines()[0])
+    parser = OneLineParser(PROGRAM, __doc__)
     parser.add_argument("raw", type=Path, metavar="RAW.json", help="the generator's file")
     train, valid, test = PUBLISHED_SIZES
     parser.add_argument("--train", type=int, default=train, metavar="N", help=f"first N examples (default {train})")
@@ -230,7 +239,8 @@ def check_proofs(records: dict[str, Record], strict: bool) -> None:
         if problem := proof_problem(record):
             if strict:
                 raise UserError(f"{name}: {problem}")
-            print(f"{PROGRAM}: warning: {name}: {problem} (the first such example; --check makes it an error)", file=sys.stderr)
+            warning = f"{name}: {problem} (the first such example; --check makes it an error)"
+            print(f"{PROGRAM}: warning: {printable(warning)}", file=sys.stderr)
             return
 
 
@@ -240,9 +250,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         records = convert(read_examples(args.raw))
         splits = split_records(list(records.values()), args.train, args.valid, args.test)
         check_proofs(records, args.check)
+        paths = {split: args.out_prefix.with_name(f"{args.out_prefix.name}_{split}.json") for split in splits}
+        keep_inputs(PROGRAM, [args.raw], paths.values())
         prepare_directory(args.out_prefix.parent)
-        for split, split_of in splits.items():
-            write_records(args.out_prefix.with_name(f"{args.out_prefix.name}_{split}.json"), split_of)
+        for split, path in paths.items():
+            write_records(path, splits[split])
     except OSError as error:
         exit_with(PROGRAM, f"cannot write to {args.out_prefix.parent}: {error.strerror}")
     except UserError as error:

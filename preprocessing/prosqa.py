@@ -10,8 +10,9 @@ Each draw has its own generator, seeded with (seed, split, index), so a file is 
 import argparse
 import functools
 import itertools
+import operator
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -131,22 +132,40 @@ def draw_records(
     count: int,
     rngs: Callable[[int], np.random.Generator],
     split: str,
-    exclude: Collection[str] = (),
+    exclude: Collection[Hashable] = (),
+    key: Callable[[Record], Hashable] = operator.itemgetter("question"),
 ) -> list[Record]:
-    """The records of `count` draws by `draw`, no question twice and none of the questions in `exclude`.
+    """The records of `count` draws by `draw`, no question twice and none whose `key` is in `exclude`.
 
     ValueError: so many different questions could not be found.
     """
-    records, taken = [], set(exclude)
+    records: list[Record] = []
+    taken: set[str] = set()
     for index in tqdm(range(count), desc=split, disable=None):
         rng = rngs(index)
         drawn = (draw(rng) for _ in range(MAX_DRAWS))
-        group = next((group for group in drawn if taken.isdisjoint(record["question"] for record in group)), None)
+        fresh = (
+            group for group in drawn if not any(one["question"] in taken or (exclude and key(one) in exclude) for one in group)
+        )
+        group = next(fresh, None)
         if group is None:
             raise ValueError(f"only {index} different questions found for {split}, {count} asked for")
         taken.update(record["question"] for record in group)
         records += group
     return records
+
+
+def chain_pair(record: Record) -> frozenset[tuple[str, ...]]:
+    """The concepts of both chains, each from its end upwards; the persons, the branches and every order are left out."""
+    parents = {child: parent for parent, child in record["edges"]}
+    chains = []
+    for node in (record["target"], record["neg_target"]):
+        chain = []
+        while node in parents:
+            chain.append(record["idx_to_symbol"][node])
+            node = parents[node]
+        chains.append(tuple(chain))
+    return frozenset(chains)
 
 
 def chain_records(
@@ -157,14 +176,14 @@ def chain_records(
     branches: int = 0,
     concepts: Sequence[str] = CONCEPTS,
     names: Sequence[str] = NAMES,
-    exclude: Collection[str] = (),
+    exclude: Collection[Hashable] = (),
 ) -> list[Record]:
-    """`count` different records by `chain_record`; `exclude`: questions that must not occur."""
+    """`count` different records by `chain_record`; `exclude`: pairs of chains (see chain_pair) that must not occur."""
 
     def draw(rng: np.random.Generator) -> list[Record]:
         return [chain_record(rng, hops, branches, concepts, names)]
 
-    return draw_records(draw, count, functools.partial(record_rng, seed, split), split, exclude)
+    return draw_records(draw, count, functools.partial(record_rng, seed, split), split, exclude, chain_pair)
 
 
 def draw_names(rng: np.random.Generator, edges: Sequence[Edge]) -> list[str]:
@@ -188,7 +207,7 @@ def draw_group(rng: np.random.Generator, symbolic: bool = False, matched: bool =
 
 
 def prosqa_records(
-    count: int, seed: int, split: str, exclude: Collection[str] = (), symbolic: bool = False, matched: bool = False
+    count: int, seed: int, split: str, exclude: Collection[Hashable] = (), symbolic: bool = False, matched: bool = False
 ) -> list[Record]:
     """`count` different records over random graphs; `exclude`: questions that must not occur.
 
@@ -205,7 +224,7 @@ def prosqa_records(
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Command line, checked; a contradiction ends with one line and exit code 2."""
-    parser = OneLineParser(prog=PROGRAM, description=__doc__.splitlines()[0])
+    parser = OneLineParser(PROGRAM, __doc__)
     parser.add_argument("--shape", choices=("graph", "chains"), default="graph", help="ProsQA, or two chains")
     parser.add_argument("--depth-matched", action="store_true", help="options of equal depth, each graph asked about twice")
     parser.add_argument("--symbolic", action="store_true", help="symbols in place of sentences, 3 and 4 hops")
@@ -269,17 +288,17 @@ def fill_defaults(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def generate(args: argparse.Namespace) -> dict[str, list[Record]]:
-    """All splits; train is drawn last, without the questions of the other two."""
+    """All splits, each without the questions (of chains: without the pairs of chains) of those drawn before it."""
     splits: dict[str, list[Record]] = {}
-    exclude: set[str] = set()
-    for split in ("valid", "test", "train"):
+    exclude: set[Hashable] = set()
+    for split in ("test", "valid", "train"):
         count = getattr(args, split)
         if args.shape == "chains":
             hops = args.train_hops if split == "train" else args.hops
             records = chain_records(count, args.seed, split, hops, args.branches, args.concepts, args.names, exclude)
         else:
             records = prosqa_records(count, args.seed, split, exclude, args.symbolic, args.depth_matched)
-        exclude |= {record["question"] for record in records}
+        exclude |= {chain_pair(record) if args.shape == "chains" else record["question"] for record in records}
         splits[split] = records
     return {split: splits[split] for split in SPLITS if splits[split]}
 

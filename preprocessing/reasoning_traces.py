@@ -12,6 +12,7 @@ Sentences are found by spaCy, without a download; tagged spans such as <citation
 """
 
 import argparse
+import bisect
 import itertools
 import json
 import math
@@ -30,7 +31,16 @@ from spacy.tokens import Doc, Token
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from preprocessing.common import OneLineParser, Record, exit_with, prepare_directory, write_records, write_text
+from preprocessing.common import (
+    OneLineParser,
+    Record,
+    exit_with,
+    keep_inputs,
+    prepare_directory,
+    printable,
+    write_records,
+    write_text,
+)
 from utils import UserError, read_text
 
 PROGRAM = "reasoning_traces.py"
@@ -45,7 +55,8 @@ SENTENCE_ENDS = (".", "?", "!")
 
 Span = tuple[int, int]
 _TAG = re.compile(r"<(?P<closing>/?)(?P<name>[A-Za-z][\w.:-]*)(?:\s+[\w.:-]+\s*=\s*(?:\"[^\"]*\"|'[^']*'))*\s*>")
-_CLOSING_TAGS = re.compile(r"\s*(?:</[^<>]*>\s*)+$")
+_VISIBLE = re.compile(r"\S")
+_CLOSING_TAGS = re.compile(r"\s*(?:>[^<>]*/<\s*)*")  # of a text read backwards: from the end it takes linear time
 
 
 # --- sentences ---
@@ -117,22 +128,30 @@ def opening(token: Token) -> Token:
 def tagged_spans(text: str) -> tuple[list[Span], list[str]]:
     """(character spans of the outermost matched tags, tags without a counterpart) of a text."""
     stack: list[re.Match[str]] = []
+    names: Counter[str] = Counter()  # of the tags on the stack
     spans: list[Span] = []
     unmatched: list[str] = []
     for tag in _TAG.finditer(text):
         if not tag["closing"]:
             stack.append(tag)
-        elif tag["name"] in (opened["name"] for opened in stack):
+            names[tag["name"]] += 1
+        elif names[tag["name"]]:
             while (opened := stack.pop())["name"] != tag["name"]:
                 unmatched.append(opened[0])
-            spans = [span for span in spans if span[0] < opened.start()] + [(opened.start(), tag.end())]
+                names[opened["name"]] -= 1
+            names[tag["name"]] -= 1
+            while spans and spans[-1][0] > opened.start():
+                spans.pop()
+            spans.append((opened.start(), tag.end()))
         else:
             unmatched.append(tag[0])
     return spans, unmatched + [opened[0] for opened in stack]
 
 
 def inside(spans: Sequence[Span], position: int) -> bool:
-    return any(start <= position < end for start, end in spans)
+    """Whether one of the spans (in order, apart) holds the position."""
+    at = bisect.bisect(spans, position, key=lambda span: span[0]) - 1
+    return at >= 0 and position < spans[at][1]
 
 
 def stand_in(text: str, span: Span) -> str:
@@ -141,9 +160,11 @@ def stand_in(text: str, span: Span) -> str:
     It ends a sentence where the span or what it hangs on does ("He won.<citation>A. B.</citation> She lost.") and the next
     word does not go on with it ("<citation>A. B.</citation> found it.").
     """
-    content = _CLOSING_TAGS.sub("", text[slice(*span)])
-    follows = text[span[1] :].lstrip()[:1]
-    ends = content.endswith(SENTENCE_ENDS) or text[: span[0]].endswith(SENTENCE_ENDS)
+    backwards = text[slice(*span)][::-1]
+    closing = _CLOSING_TAGS.match(backwards)
+    visible = _VISIBLE.search(text, span[1])
+    follows = visible[0] if visible else ""
+    ends = backwards.startswith(SENTENCE_ENDS, closing.end() if closing else 0) or text.endswith(SENTENCE_ENDS, 0, span[0])
     return "tagged." if ends and (not follows or follows.isupper() or follows.isdigit() or follows == "<") else "tagged"
 
 
@@ -155,8 +176,10 @@ def split_steps(text: str, nlp: Language, spans: Sequence[Span] = ()) -> list[st
     pieces: list[str] = []  # the text with a stand-in for each span
     shifts = [(0, 0)]  # (position in that text, position in `text`) where a stretch of the one equals the other
     for span in spans:
-        pieces += [text[shifts[-1][1] : span[0]], stand_in(text, span)]
-        shifts.append((sum(map(len, pieces)), span[1]))
+        replaced, original = shifts[-1]
+        word = stand_in(text, span)
+        pieces += [text[original : span[0]], word]
+        shifts.append((replaced + span[0] - original + len(word), span[1]))
     pieces.append(text[shifts[-1][1] :])
     starts = [original_position(start, shifts) for start in sentence_starts("".join(pieces), nlp)]
     sentences = (" ".join(text[a:b].split()) for a, b in itertools.pairwise([*starts, len(text)]))
@@ -173,7 +196,7 @@ def sentence_starts(text: str, nlp: Language) -> list[int]:
 
 def original_position(position: int, shifts: Sequence[Span]) -> int:
     """Where a sentence that starts at `position` of the text with stand-ins starts in the text itself."""
-    replaced, original = max(shift for shift in shifts if shift[0] <= position)
+    replaced, original = shifts[bisect.bisect(shifts, position, key=lambda shift: shift[0]) - 1]
     return original + position - replaced
 
 
@@ -319,7 +342,7 @@ def first_words(text: str) -> str:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Command line, checked; a contradiction ends with one line and exit code 2."""
-    parser = OneLineParser(prog=PROGRAM, description=(__doc__ or "").splitlines()[0])
+    parser = OneLineParser(PROGRAM, __doc__)
     parser.add_argument("traces", type=Path, metavar="TRACES", help="JSONL file, or a JSON list")
     parser.add_argument("out", type=Path, metavar="OUT.json", help="records; rejected traces go to OUT.rejected.jsonl")
     parser.add_argument("--question-field", default="question", metavar="NAME", help="(default question)")
@@ -335,9 +358,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.merge_short < 0:
         parser.error(f"--merge-short must be at least 0, is {args.merge_short}")
     args.rejected = args.out.with_suffix(".rejected.jsonl")
-    for path in (args.out, args.rejected):
-        if path.resolve() == args.traces.resolve():
-            parser.error(f"{path} would overwrite the traces; choose another OUT.json")
+    keep_inputs(PROGRAM, [args.traces], (args.out, args.rejected))
     return args
 
 
@@ -373,7 +394,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         exit_with(PROGRAM, f"cannot write to {args.out}: {error.strerror}")
     except UserError as error:
         exit_with(PROGRAM, str(error))
-    print("\n".join(report_lines(result, options, args.rejected)))
+    print("\n".join(map(printable, report_lines(result, options, args.rejected))))
 
 
 if __name__ == "__main__":

@@ -164,7 +164,7 @@ def write_model_directory(directory: Path, model: dict[str, Any], tokenizer: Pre
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = OneLineParser(prog=PROGRAM, description=__doc__.splitlines()[0])
+    parser = OneLineParser(PROGRAM, __doc__)
     parser.add_argument("--out", type=Path, default=Path("configs"), help="directory (default configs)")
     out = parser.parse_args(argv).out
     tokenizers = [

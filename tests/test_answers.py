@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from coconut import MAX_N_LATENT
+from experiments import expressions
 from experiments.answers import (
     BENCHMARKS,
     HARMONY_ANALYSIS,
@@ -646,3 +647,13 @@ def test_a_curve_by_hand() -> None:
     assert [point.coverage for point in curve] == [0.75, 0.75, 0.5, 0.5, 0.25]
     assert [point.level for point in curve] == [None, "minimal", "moderate", "strong", "unanimous"]
     assert agreement_level(3, 3) is None
+
+
+@pytest.mark.parametrize("nested", ["{" * 20 + "x" + "}" * 20, "(" * 20 + "x" + ")" * 20, "{{{{{x}}}}}"])
+def test_deeply_nested_latex_is_not_handed_to_the_computer_algebra(nested, monkeypatch):
+    asked = []
+    monkeypatch.setattr(expressions, "_verified", lambda given, gold: asked.append(given) or True)
+    assert not expressions.same_latex(nested, "7")
+    assert expressions.same_latex(nested, nested)
+    assert asked == []
+    assert expressions.same_latex(r"\frac{\sqrt{(x+1)}}{2}", "y")

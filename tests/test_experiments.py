@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,8 @@ def test_the_summary_says_what_was_measured(
         assert (out / f"metrics_{method}.jsonl").is_file()
         assert (out / f"predictions_{method}.jsonl").is_file()
     shown = capsys.readouterr().out
+    first = f"{summary['first_option']:.1%}"
+    assert re.search(rf"always the first option\W+{re.escape(first)}", shown)
     assert "90.0%" in shown
     assert "80.0% to 95.0%" in shown
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from pathlib import Path
 
 import networkx as nx
@@ -249,14 +250,13 @@ def test_the_depth_shortcut_on_the_published_valid_file():
     assert symbols == {*prosqa.NAMES, *prosqa.CONCEPTS}
 
 
-def test_no_question_stands_in_two_splits(tmp_path):
-    # 48 different questions in all: without the exclusion nearly every draw would stand in two splits.
-    vocabulary = ("--hops", 1, "--concepts", 2, "--names", 3)
-    sizes = ("--train", 24, "--valid", 12, "--test", 12)
-    run("--shape", "chains", "--out-prefix", tmp_path / "small", *vocabulary, *sizes)
-    files = [json.loads((tmp_path / f"small_{split}.json").read_text()) for split in prosqa.SPLITS]
-    assert [len(records) for records in files] == [24, 12, 12]
-    assert len({record["question"] for records in files for record in records}) == 48
+def test_no_question_is_written_twice(tmp_path):
+    # 16 different questions over each of 3 pairs of chains; one pair goes to test.
+    vocabulary = ("--hops", 1, "--concepts", 3, "--names", 2)
+    run("--shape", "chains", "--out-prefix", tmp_path / "small", *vocabulary, "--train", 24, "--valid", 0, "--test", 1)
+    files = [json.loads((tmp_path / f"small_{split}.json").read_text()) for split in ("train", "test")]
+    assert [len(records) for records in files] == [24, 1]
+    assert len({record["question"] for records in files for record in records}) == 25
     assert not list(tmp_path.glob(".*"))
 
 
@@ -316,3 +316,29 @@ def test_an_unwritable_directory_ends_with_one_line(tmp_path, capsys):
         run("--out-prefix", tmp_path / "file" / "below" / "x", "--train", 1)
     assert end.value.code == 2
     assert capsys.readouterr().err.startswith(f"prosqa.py: error: cannot write to {tmp_path}")
+
+
+def test_splits_of_chains_share_no_pair_of_chains(tmp_path):
+    sizes = ("--train", 1500, "--valid", 50, "--test", 100, "--hops", 2, 3, "--concepts", 6)
+    run("--shape", "chains", "--out-prefix", tmp_path / "x", *sizes)
+    pairs = {}
+    for split in prosqa.SPLITS:
+        pairs[split] = set()
+        for record in json.loads((tmp_path / f"x_{split}.json").read_text()):
+            rules = dict(re.findall(r"(?:Every )?(\w+) is an? (\w+)\.", record["question"]))
+            chains = set()
+            for person in rules.keys() & set(prosqa.NAMES):
+                chain = [rules[person]]
+                while chain[-1] in rules:
+                    chain.append(rules[chain[-1]])
+                chains.add(tuple(chain))
+            pairs[split].add(frozenset(chains))
+    assert all(pairs.values())
+    assert not any(pairs[one] & pairs[other] for one, other in itertools.combinations(pairs, 2))
+
+
+def test_published_names_are_said_to_have_other_content():
+    headers = {path.name: path.read_text().partition("project:")[0] for path in (ROOT / "args").glob("prosqa*.yaml")}
+    assert len(headers) > 15
+    assert [name for name, header in headers.items() if "generated here" not in header] == []
+    assert "97.0% is of the published files" in (ROOT / "README.md").read_text()

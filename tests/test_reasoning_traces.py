@@ -318,7 +318,7 @@ def test_a_file_of_another_kind(tmp_path, capsys, content, expected):
 def test_files_that_cannot_be_read_or_written(tmp_path, capsys):
     path = write_lines(tmp_path / "own.jsonl", trace("In summary: 4"))
     assert "no such file" in fails(capsys, tmp_path / "none.jsonl", tmp_path / "own.json")
-    assert "would overwrite the traces" in fails(capsys, path, path)
+    assert "would overwrite the input" in fails(capsys, path, path)
     rejected = write_lines(tmp_path / "own.rejected.jsonl", trace("In summary: 4"))
-    assert "would overwrite the traces" in fails(capsys, rejected, tmp_path / "own.json")
+    assert "would overwrite the input" in fails(capsys, rejected, tmp_path / "own.json")
     assert f"cannot write to {path / 'own.json'}" in fails(capsys, path, path / "own.json")
