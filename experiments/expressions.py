@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 MOST_DIGITS = 40  # a longer run of digits is no answer
 LONGEST_VERIFIED = 200  # characters of an answer that is handed to the computer algebra
-MOST_NESTED = 4  # brackets in one another; the time that reading an answer takes doubles with each further one
+COSTLIEST_NESTING = 800  # characters times 2 ** depth of the brackets, as which the time to read an answer grows
 LARGEST_POWER = 1000  # product of all exponents up to which it is
 VERIFY_SECONDS = 5
 
@@ -191,7 +191,7 @@ def _is_tame(text: str) -> bool:
 
     One operation on huge integers cannot be interrupted by a time limit, so such texts must not get that far.
     """
-    if len(text) > LONGEST_VERIFIED or _depth(text) > MOST_NESTED or _COSTLY.search(text):
+    if len(text) > LONGEST_VERIFIED or len(text) * 2 ** _depth(text) > COSTLIEST_NESTING or _COSTLY.search(text):
         return False
     product = 1
     for match in _EXPONENT.finditer(text):
