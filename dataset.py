@@ -116,12 +116,19 @@ def record_problem(record: object) -> str | None:
 
 def _text_problem(text: str) -> str | None:
     """Why a text cannot be tokenised as what it says; None if it can."""
+    if problem := half_character(text):
+        return problem
+    found = next((marker for marker in MARKERS if marker in text), None)
+    return f"holds {found}, which stands for a thought: questions must not bring their own" if found else None
+
+
+def half_character(text: str) -> str | None:
+    """That a text holds half a surrogate pair, which JSON allows and no file can take; None if it holds none."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         return f"holds half a character ({text[error.start]!a} alone)"
-    found = next((marker for marker in MARKERS if marker in text), None)
-    return f"holds {found}, which stands for a thought: questions must not bring their own" if found else None
+    return None
 
 
 def _type_name(value: object) -> str:

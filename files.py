@@ -7,7 +7,9 @@ what a file of this version holds; pydantic compares.
 from __future__ import annotations
 
 import functools
+import gzip
 import zipfile
+import zlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast
@@ -162,10 +164,12 @@ def read_training_state(directory: Path, mmap: bool = False) -> dict[str, Any]:
 
 
 def _content(path: Path) -> bytes:
+    """Of a plain or a gzip-compressed file."""
     try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+        content = path.read_bytes()
+        return gzip.decompress(content) if path.suffix == ".gz" else content
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _parsed(path: Path, kind: type[Kind], content: bytes) -> Kind:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dataset import half_character
 from experiments.answers import OPTIONS, answer_kind, canonical_answer, extract_answer
 from preprocessing.common import parse_rows
 from utils import UserError, read_text
@@ -158,6 +159,8 @@ def _text(row: Row, field: str) -> str:
     if not isinstance(value, str) or not value.strip():
         fields = ", ".join(sorted(map(str, row))) or "none"
         raise ValueError(f"field {field!r}: expected a text that is not empty (fields here: {fields})")
+    if problem := half_character(value):
+        raise ValueError(f"field {field!r} {problem}")
     return value.strip()
 
 
@@ -193,9 +196,9 @@ def _choices(row: Row) -> list[str]:
     if (
         not isinstance(choices, list)
         or len(choices) not in (0, len(OPTIONS))
-        or not all(isinstance(one, str) for one in choices)
+        or not all(isinstance(one, str) and half_character(one) is None for one in choices)
     ):
-        raise ValueError(f"field 'choices': expected a list of {len(OPTIONS)} texts")
+        raise ValueError(f"field 'choices': expected a list of {len(OPTIONS)} texts of whole characters")
     return [choice.strip() for choice in choices]
 
 

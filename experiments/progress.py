@@ -1,109 +1,148 @@
 """What a noise experiment has done so far: one line a question, a file for each process, so that nothing is done twice.
 
 directory/progress/settings.json holds what was asked for, part-<rank>.jsonl the finished questions; `finished` says that they
-are all. A line that a kill tore apart is dropped; everything else stays.
+are all. A line that cannot be read costs its question alone, which is answered again. Each record carries the hash of the
+settings and the commit of the code that made it.
 """
 
 from __future__ import annotations
 
-import gzip
+import hashlib
 import json
 import shutil
+import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict
+
 import distributed
-from utils import UserError, append_jsonl, get_logger, read_text, write_jsonl
+from files import read_typed, read_typed_lines
+from utils import UserError, append_jsonl, get_logger, write_json, write_jsonl
 
 Record = dict[str, Any]
 FOLDER, SETTINGS, FINISHED = "progress", "settings.json", "finished"
+RESULTS = ("*_[0-9]*-[0-9]*.json", "*.png", "table.txt", "config.yaml")  # the files of an experiment beside its progress
 TIMESTAMP = "%Y%m%d-%H%M%S"  # of files, UTC
+
+
+class Saved(BaseModel):
+    """settings.json."""
+
+    timestamp: str
+    settings: dict[str, Any]
+
+
+class _Line(BaseModel):
+    """What every record has; the rest is the experiment's own."""
+
+    model_config = ConfigDict(extra="allow")
+
+    index: int
+    error: str | None
 
 
 @dataclass
 class Progress:
-    """directory: of the experiment. timestamp: of its beginning, which the names of its files carry."""
+    """directory: of the experiment. timestamp: of its beginning, which the names of its files carry.
+
+    settings: the hash that its records carry; None takes records of any. commit: of the code that runs now.
+    """
 
     directory: Path
     timestamp: str
+    settings: str | None = None
+    commit: str | None = None
 
     @property
     def folder(self) -> Path:
         return self.directory / FOLDER
 
     def finish(self) -> None:
-        """All is done: the next experiment of this name may be another one."""
+        """All is done."""
         (self.folder / FINISHED).touch()
 
     def append(self, records: Iterable[Record]) -> None:
         for record in records:
-            append_jsonl(self.folder / f"part-{distributed.rank()}.jsonl", record)
+            mark = {"settings_sha256": self.settings, "git_commit": self.commit}
+            append_jsonl(self.folder / f"part-{distributed.rank()}.jsonl", {**record, **mark})
 
     def records(self) -> list[Record]:
-        """Of all processes, in the order of the questions; of a question that failed first, what came of it later."""
+        """Of all processes, in the order of the questions; of a question that failed first, what came of it later.
+
+        Records of other settings are left out; those of version 0.1 do not say which settings they had.
+        """
         found: dict[int, Record] = {}
         for path in sorted([*self.folder.glob("part-*.jsonl"), *self.folder.glob("part-*.jsonl.gz")]):
-            for record in _whole_lines(path):
-                if record["error"] is None or record["index"] not in found:
+            for line in read_typed_lines(path, _Line):
+                record = line.model_dump()
+                own = self.settings in (None, record.setdefault("settings_sha256", self.settings))
+                if own and (record["error"] is None or record["index"] not in found):
                     found[record["index"]] = record
         return [found[index] for index in sorted(found)]
 
 
-def open_progress(directory: Path, settings: dict[str, Any], fresh: bool) -> Progress:
+def open_progress(directory: Path, settings: dict[str, Any], fresh: bool, defaults: dict[str, Any] | None = None) -> Progress:
     """Begin, or go on with, the experiment in a directory; called by all processes, done by rank 0.
 
-    settings: everything that the answers depend on. Raises UserError if the directory holds another one that is not finished;
-    a finished one keeps its result files, and this one begins beside them.
+    settings: everything that the answers depend on. defaults: of settings that an older version did not have.
+    fresh: forget the experiment that is there, with its results. Raises UserError if the directory holds another one.
     """
-    return distributed.run_on_main(lambda: _open(directory, settings, fresh))
+    return distributed.run_on_main(lambda: _open(directory, settings, fresh, defaults or {}))
 
 
-def _open(directory: Path, settings: dict[str, Any], fresh: bool) -> Progress:
+def _open(directory: Path, settings: dict[str, Any], fresh: bool, defaults: dict[str, Any]) -> Progress:
     folder = directory / FOLDER
-    if fresh:
-        shutil.rmtree(folder, ignore_errors=True)
     try:
+        if fresh:
+            _forget(directory)
         if not (folder / SETTINGS).is_file():
             return _begin(directory, settings)
-        timestamp, problem = _saved(folder / SETTINGS, settings)
-        if problem is None:
-            progress = Progress(directory, timestamp)
-            _gather_parts(progress)
-        elif (folder / FINISHED).exists():
-            shutil.rmtree(folder)
-            progress = _begin(directory, settings)
-        else:
-            raise UserError(f"{folder / SETTINGS}: {problem}: choose another name, or set fresh: true to start over")
+        saved = read_typed(folder / SETTINGS, Saved)
+        progress = Progress(directory, saved.timestamp, _digest(saved.settings), git_commit())
+        if problem := _difference({**defaults, **saved.settings}, json.loads(json.dumps(settings))):
+            if any(record["error"] is None for record in progress.records()):
+                raise UserError(f"{folder / SETTINGS}: {problem}: choose another name, or set fresh: true to start over")
+            _forget(directory)  # nothing was answered
+            return _begin(directory, settings)
+        _gather_parts(progress)
     except OSError as error:
         raise UserError(f"{directory}: cannot be written: {error}") from None
     return progress
 
 
 def _begin(directory: Path, settings: dict[str, Any]) -> Progress:
-    folder = directory / FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
     timestamp = datetime.now(timezone.utc).strftime(TIMESTAMP)
-    partial = folder / f".{SETTINGS}.partial"
-    partial.write_text(json.dumps({"timestamp": timestamp, "settings": settings}, indent=1) + "\n", encoding="utf-8")
-    partial.replace(folder / SETTINGS)
-    return Progress(directory, timestamp)
+    (directory / FOLDER).mkdir(parents=True, exist_ok=True)
+    write_json(directory / FOLDER / SETTINGS, {"timestamp": timestamp, "settings": settings})
+    return Progress(directory, timestamp, _digest(settings), git_commit())
 
 
-def _saved(path: Path, settings: dict[str, Any]) -> tuple[str, str | None]:
-    """The timestamp of the experiment that is there, and why it is another one, if it is."""
-    try:
-        saved = json.loads(read_text(path))
-        timestamp, known = str(saved["timestamp"]), saved["settings"]
-    except (ValueError, KeyError, TypeError):
-        return "", "not the settings of an experiment"
-    current = json.loads(json.dumps(settings))
+def _digest(settings: dict[str, Any]) -> str:
+    """Of all but the name: a directory may be copied under another one."""
+    named = {key: value for key, value in settings.items() if key != "name"}
+    return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _forget(directory: Path) -> None:
+    """Remove an experiment's progress and result files; what else is in its directory stays."""
+    if not (directory / FOLDER).is_dir():
+        return
+    shutil.rmtree(directory / FOLDER)
+    for pattern in RESULTS:
+        for path in directory.glob(pattern):
+            path.unlink()
+
+
+def _difference(known: dict[str, Any], current: dict[str, Any]) -> str | None:
+    """The first setting in which two experiments differ, with both values."""
     for key in [*current, *known]:
-        if current.get(key) != known.get(key):
-            return timestamp, f"the experiment there has {key} {known.get(key)!r}, this one {current.get(key)!r}"
-    return timestamp, None
+        if key != "name" and current.get(key) != known.get(key):
+            return f"the experiment there has {key} {known.get(key)!r}, this one {current.get(key)!r}"
+    return None
 
 
 def _gather_parts(progress: Progress) -> None:
@@ -115,6 +154,23 @@ def _gather_parts(progress: Progress) -> None:
             path.unlink()
     if done:
         get_logger().info(f"going on after {len(done)} questions of an earlier run in {progress.directory}")
+    others = {record.get("git_commit", progress.commit) for record in done} - {progress.commit}
+    if others:
+        commits = ", ".join(str(one) for one in sorted(others, key=str))
+        get_logger().warning(f"{progress.directory}: questions answered by other code: {commits}; now {progress.commit}")
+
+
+def git_commit() -> str | None:
+    """The commit of the code, with "+" where files differ from it; None outside a repository."""
+    root = Path(__file__).resolve().parents[1]
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", root, *arguments], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def finished_records(directory: Path) -> list[Record]:
@@ -125,9 +181,3 @@ def finished_records(directory: Path) -> list[Record]:
         there = "only its tables are kept; run its command for the answers" if tables else "no questions of an experiment there"
         raise UserError(f"{directory}: {there} ({FOLDER}/part-*.jsonl or part-*.jsonl.gz)")
     return records
-
-
-def _whole_lines(path: Path) -> list[Record]:
-    text = gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else path.read_text(encoding="utf-8")
-    lines = text.split("\n")
-    return [json.loads(line) for line in lines[:-1]]  # what follows the last line break was torn apart by a kill

@@ -14,12 +14,10 @@ import hashlib
 import importlib.metadata
 import math
 import signal
-import subprocess
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -37,6 +35,7 @@ from experiments.settings import SweepConfig
 from experiments.subjects import Subject, load_subject
 from experiments.summary import CLEAN, GREEDY, SELF_CONSISTENCY, condition_key
 from noise import Intervention, path_diversity
+from storage import alone
 from utils import UserError, get_logger, is_main_process
 
 PLACES = ("all", "first", "after")  # which thoughts a control displaces, see `Thoughts`
@@ -147,7 +146,8 @@ def clean_thoughts(subject: Subject, questions: Sequence[BenchmarkQuestion], bat
             steps = point.prompt.latent.sum(dim=1).tolist()
             for question, path, count in zip(chunk, generated.thoughts.float().cpu(), steps, strict=True):
                 mine[question.index] = path[:count]
-    paths = {index: path for part in distributed.gather_objects(mine) for index, path in part.items()}
+    gathered = {index: path for part in distributed.gather_objects(mine) for index, path in part.items()}
+    paths = {index: gathered[index] for index in sorted(gathered)}  # sums over them do not depend on who thought what
     if not paths or not all(len(path) for path in paths.values()):
         raise UserError("the controls displace thoughts, but there are questions without any: set n_latents")
     pause = subject.model.embedding.weight[subject.ids.latent].detach().float().cpu()
@@ -330,12 +330,13 @@ def run_sweep(config: SweepConfig, device: torch.device) -> Sweep | None:
     """
     progress = None
     try:
-        with _signals():
+        with _signals(), alone(config.directory):
             questions = load_questions(
                 config.benchmark, config.data_path, config.subset, config.split, config.num_questions, config.seed
             )
             subject = load_subject(config, device)
-            progress = open_progress(config.directory, _influences(config, subject, questions), config.fresh)
+            influences = _influences(config, subject, questions)
+            progress = open_progress(config.directory, influences, config.fresh, _defaults(config))
             records = _run(config, subject, questions, progress)
     except Preempted as stop:
         done = [] if progress is None else [one for one in progress.records() if one["error"] is None]
@@ -407,6 +408,12 @@ def _influences(config: SweepConfig, subject: Subject, questions: list[Benchmark
     }
 
 
+def _defaults(config: SweepConfig) -> dict[str, Any]:
+    """The values of settings that the directory of an older version does not name."""
+    fields = type(config).model_fields
+    return {key: field.default for key, field in fields.items() if not field.is_required() and key not in WITHOUT_INFLUENCE}
+
+
 def _fingerprint(model: torch.nn.Module) -> str:
     """Of the beginning of every parameter: a checkpoint that was trained anew differs there, and large models take no time."""
     digest = hashlib.sha256()
@@ -445,19 +452,7 @@ def _information(config: SweepConfig, subject: Subject, records: list[Record], p
         "dtype": config.dtype,
         "device": str(subject.device) if subject.device.type == "cpu" else torch.cuda.get_device_name(subject.device),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy")},
-        "git_commit": git_commit(),
+        "git_commit": progress.commit,
+        "git_commits": sorted({str(record.get("git_commit")) for record in records}),  # of the code that answered
         "seconds": round(sum(record["seconds"] for record in records), 1),
     }
-
-
-def git_commit() -> str | None:
-    """The commit of the code, with "+" where files differ from it; None outside a repository."""
-    root = Path(__file__).resolve().parents[1]
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", "-C", root, *arguments], capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None

@@ -28,7 +28,7 @@ from experiments.compare import report
 from experiments.progress import open_progress
 from experiments.settings import BranchConfig, SweepConfig
 from experiments.subjects import load_subject
-from experiments.sweep import Preempted, conditions, run_sweep
+from experiments.sweep import Preempted, clean_thoughts, conditions, run_sweep
 from experiments.sweep_results import write_results
 from models import build_model, latent_ids, load_tokenizer
 from noise import noise_generator, sampling_generator
@@ -398,13 +398,15 @@ def test_a_stopped_run_goes_on_to_the_same_files(
     assert finish(arguments) == finish(arguments)  # a finished one is only written out again
 
 
-def test_other_settings_are_refused_until_it_is_finished(
+def test_other_settings_are_refused_once_something_is_answered(
     arguments: dict[str, Any], trained: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     answer = sweep.Answerer._answer
     monkeypatch.setattr(sweep.Answerer, "_answer", lambda self, questions: (_ for _ in ()).throw(Preempted("SIGTERM")))
     assert run_sweep(SweepConfig(**arguments), CPU) is None
+    assert run_sweep(SweepConfig(**{**arguments, "seed": 3}), CPU) is None  # nothing is lost
     monkeypatch.setattr(sweep.Answerer, "_answer", answer)
+    run(arguments)
     for change, key in [
         ({"seed": 1}, "seed 0, this one 1"),
         ({"noise_scales": 1}, "noise_scales None"),
@@ -425,7 +427,6 @@ def test_other_settings_are_refused_until_it_is_finished(
         run(arguments)
     assert run(arguments, fresh=True)
     assert run(arguments, batch_size=3)
-    assert run(arguments, seed=1)  # the one before is finished
 
 
 def test_any_two_conditions_are_compared(arguments: dict[str, Any]) -> None:
@@ -455,8 +456,89 @@ def test_progress_of_several_processes(tmp_path: Path) -> None:
     assert [one["index"] for one in again.records()] == [1, 4]
     assert open_progress(tmp_path, {"a": 2}, True).records() == []
     (progress.folder / "settings.json").write_text("{")
-    with pytest.raises(UserError, match="not the settings of an experiment"):
+    with pytest.raises(UserError, match=r"settings\.json: damaged or of another version"):
         open_progress(tmp_path, {"a": 2}, False)
+
+
+def test_one_experiment_has_one_set_of_files(tmp_path: Path) -> None:
+    """Other settings under its name are refused, finished or not; `fresh` removes its files and nothing else."""
+    progress = open_progress(tmp_path, {"a": 1}, False)
+    progress.append([{"index": 0, "error": None}])
+    progress.finish()
+    ours = ["gaussian_20260101-000000.json", "noise_types.png", "table.txt", "config.yaml"]
+    for name in [*ours, "notes.md"]:
+        (tmp_path / name).write_text("x")
+    with pytest.raises(UserError, match="the experiment there has a 1, this one 2: choose another name, or set fresh: true"):
+        open_progress(tmp_path, {"a": 2}, False)
+    assert all((tmp_path / name).exists() for name in ours)
+    open_progress(tmp_path, {"a": 2}, True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.md", "progress"]
+
+
+def test_a_setting_that_is_new_counts_as_its_default(tmp_path: Path) -> None:
+    progress = open_progress(tmp_path, {"a": 1}, False)
+    progress.append([{"index": 0, "error": None}])
+    again = open_progress(tmp_path, {"a": 1, "new": 5}, False, {"new": 5})
+    assert [one["index"] for one in again.records()] == [0]
+    with pytest.raises(UserError, match="has new 5, this one 6"):  # something was answered with 5
+        open_progress(tmp_path, {"a": 1, "new": 6}, False, {"new": 5})
+
+
+def test_records_say_whose_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Records of other settings, and lines that are none, are left out; records of another commit are named."""
+    monkeypatch.setattr("experiments.progress.git_commit", lambda: "first")
+    progress = open_progress(tmp_path, {"a": 1}, False)
+    progress.append([{"index": 0, "error": None}])
+    part = progress.folder / "part-0.jsonl"
+    foreign = {"index": 1, "error": None, "settings_sha256": "other"}
+    part.write_text(part.read_text() + json.dumps(foreign) + "\n\n[1]\nnonsense\n" + '{"index": 2, "error": null}\n')
+    assert [one["index"] for one in progress.records()] == [0, 2]
+    assert "line 3 is left out" in capsys.readouterr().out
+    monkeypatch.setattr("experiments.progress.git_commit", lambda: "second")
+    again = open_progress(tmp_path, {"a": 1}, False)
+    assert "questions answered by other code: first; now second" in capsys.readouterr().out
+    again.append([{"index": 3, "error": None}])
+    assert [one.get("git_commit") for one in again.records()] == ["first", None, "second"]
+
+
+def test_two_sweeps_of_one_name_exclude_each_other(arguments: dict[str, Any]) -> None:
+    directory = Path(arguments["results_path"]) / "noise"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD_LOCK, str(directory)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    with holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        with pytest.raises(UserError, match="another run is writing there"):
+            run(arguments, noise_scales=[5.0])
+        holder.communicate(b"")
+    run(arguments, noise_scales=[5.0])
+
+
+HOLD_LOCK = """
+import sys, pathlib
+from storage import locked
+with locked(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_the_mean_thought_does_not_depend_on_who_thought(arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parts of several processes in any order give the same thoughts in the same order, and so the same sums."""
+    config = SweepConfig.model_validate(arguments)
+    subject = load_subject(config, torch.device("cpu"))
+    questions = load_questions(config.benchmark, config.data_path)
+    whole = clean_thoughts(subject, questions, 2, 0)
+
+    def turned(mine: dict[int, torch.Tensor]) -> list[dict[int, torch.Tensor]]:
+        return [{index: mine[index]} for index in reversed(mine)]
+
+    monkeypatch.setattr("distributed.gather_objects", turned)
+    assert [*clean_thoughts(subject, questions, 2, 0).paths] == [*whole.paths] == sorted(whole.paths)
+    assert torch.equal(clean_thoughts(subject, questions, 2, 0).mean, whole.mean)
 
 
 def program(name: str, arguments: dict[str, Any], *, processes: int = 1, **changes: Any) -> list[str]:
