@@ -195,11 +195,11 @@ def _describe(
     return {"noise_type": noise_type, "noise_scale": scale, **measured, **given.get(noise_type, {})}
 
 
-def schedule_factor(schedule: str, step: int, steps: int, norms: Sequence[float] = ()) -> float:
+def schedule_factor(schedule: str, step: int, steps: int, norms: Sequence[float] = (), decay: float = DECAY) -> float:
     """The share of its scale that noise keeps in a pass after the first noisy one.
 
     With t = `step`, counted from 0 at the first pass after the first noisy one, and T = `steps` such passes:
-    none 0; constant 1; linear 1 - t/T; cosine (1 + cos(pi t/T))/2; exponential exp(-t/2); adaptive: exponential times
+    none 0; constant 1; linear 1 - t/T; cosine (1 + cos(pi t/T))/2; exponential exp(-decay t); adaptive: exponential times
     the thought's norm by the running mean of the norms so far, m(0) = n(0), m(t) = 0.9 m(t-1) + 0.1 n(t).
 
     Args:
@@ -214,13 +214,13 @@ def schedule_factor(schedule: str, step: int, steps: int, norms: Sequence[float]
     if schedule == "adaptive":
         if len(norms) != step + 1:
             raise ValueError(f"{len(norms)} norms for step {step}; the adaptive schedule needs {step + 1}")
-        return math.exp(-DECAY * step) * _by_running_mean(norms)
+        return math.exp(-decay * step) * _by_running_mean(norms)
     factors = {
         "none": 0.0,
         "constant": 1.0,
         "linear": 1 - step / steps,
         "cosine": (1 + math.cos(math.pi * step / steps)) / 2,
-        "exponential": math.exp(-DECAY * step),
+        "exponential": math.exp(-decay * step),
     }
     return factors[schedule]
 
@@ -272,7 +272,7 @@ class Intervention(NamedTuple):
     """What is done to the thoughts of one row.
 
     noise_scale: None is no noise. noise_type, noise_direction: as in `apply_noise_to_hidden_states`.
-    first_pass: the pass whose thought is perturbed first. schedule: what later passes get, see `schedule_factor`.
+    first_pass: the pass whose thought is perturbed first. schedule, decay: what later passes get, see `schedule_factor`.
     replacements: thoughts (D,) under the numbers of the passes whose own thoughts they displace; noise comes on top.
     """
 
@@ -281,6 +281,7 @@ class Intervention(NamedTuple):
     noise_direction: str | None = None
     first_pass: int = 1
     schedule: str = "none"
+    decay: float = DECAY
     replacements: Mapping[int, Tensor] = MappingProxyType({})
 
     def is_noisy(self, latent_pass: int) -> bool:
@@ -295,6 +296,8 @@ class Intervention(NamedTuple):
         """Raise ValueError if a setting is out of range, naming the valid ones."""
         check_noise(0.0 if self.noise_scale is None else self.noise_scale, self.noise_type, self.noise_direction)
         check_schedule(self.schedule)
+        if not self.decay >= 0:
+            raise ValueError(f"the decay of the schedule is {self.decay}; it must not be negative")
         if self.first_pass < 1:
             raise ValueError(f"the first noisy pass is {self.first_pass}; passes are counted from 1")
 
@@ -389,7 +392,7 @@ class ThoughtInterventions:
         if latent_pass == row.first_pass:
             return scale
         later_passes = max(self._passes[number]) - row.first_pass
-        factor = schedule_factor(row.schedule, latent_pass - row.first_pass - 1, later_passes, self._norms[number])
+        factor = schedule_factor(row.schedule, latent_pass - row.first_pass - 1, later_passes, self._norms[number], row.decay)
         return scheduled_scale(scale, factor, row.noise_type)
 
     def _record(self, numbers: list[int], column: int, info: dict[str, Any]) -> None:

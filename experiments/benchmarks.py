@@ -6,7 +6,6 @@ A local file takes the place of a data set on the hub: a JSON list or one JSON o
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ Row = dict[str, Any]
 class BenchmarkQuestion:
     """index: place in the whole data set. gold: canonical (see answers). choices: the options in the order of their letters,
     empty where there are none or where the question's text holds them. steps: how many reasoning steps its record has, None if
-    it has no such field."""
+    it has no such field. subject: as its row names it (MMLU, GPQA)."""
 
     benchmark: str
     index: int
@@ -35,6 +34,7 @@ class BenchmarkQuestion:
     gold: str
     choices: tuple[str, ...] = ()
     steps: int | None = None
+    subject: str | None = None
 
 
 class Source(NamedTuple):
@@ -62,10 +62,11 @@ def load_questions(
     limit: int | None = None,
     seed: int = 0,
 ) -> list[BenchmarkQuestion]:
-    """The first `limit` questions (all if None) of a benchmark, from `path` or else from the hub.
+    """`limit` questions (all if None) of a benchmark, in the order of their index: the first ones of the file `path`, or
+    else drawn with the seed from the hub, whose data sets may be ordered by subject.
 
     subset, split: of the data set on the hub, in place of those in SOURCES (`p1` of gsm-symbolic, `gpqa_main`).
-    seed: of the order of GPQA's options, which is drawn for each question from (seed, index) alone.
+    seed: also of the order of GPQA's options, which is drawn for each question from (seed, index) alone.
     UserError: an unknown benchmark, a file that is missing or malformed, a data set that cannot be had; always one line.
     """
     answer_kind(benchmark)
@@ -75,16 +76,26 @@ def load_questions(
         source, rows = _hub_rows(benchmark, subset, split)
     else:
         source, rows = str(path), _file_rows(Path(path))
-    numbered = itertools.count()
+    chosen = range(len(rows))[:limit]
+    if path is None and len(chosen) < len(rows):
+        chosen = sorted(np.random.default_rng(seed).choice(len(rows), len(chosen), replace=False).tolist())
+    numbered = iter(chosen)
 
     def parse(row: Row) -> Any:
         return _question(benchmark, next(numbered), row, seed)
 
     try:
-        questions: list[Any] = parse_rows(source, "row", rows[:limit], parse)
+        questions: list[Any] = parse_rows(source, "row", [rows[index] for index in chosen], parse)
     except ValueError as error:
         raise UserError(str(error)) from None
     return questions
+
+
+def selection(path: str | Path | None, limit: int | None, seed: int) -> str:
+    """How `load_questions` chooses, for the results."""
+    if limit is None:
+        return "all"
+    return f"the first {limit}" if path is not None else f"{limit} drawn with seed {seed}"
 
 
 # --- where rows come from ---
@@ -138,7 +149,13 @@ def _question(benchmark: str, index: int, row: object, seed: int) -> BenchmarkQu
     if not isinstance(row, dict):
         raise ValueError("expected an object")
     question, gold, choices = _READERS[benchmark](row, np.random.default_rng((seed, index)))
-    return BenchmarkQuestion(benchmark, index, question, canonical_answer(benchmark, gold), tuple(choices), _steps(row))
+    right = canonical_answer(benchmark, gold)
+    return BenchmarkQuestion(benchmark, index, question, right, tuple(choices), _steps(row), _subject(row))
+
+
+def _subject(row: Row) -> str | None:
+    found = row.get("subject") or row.get("Subdomain")
+    return found if isinstance(found, str) and half_character(found) is None else None
 
 
 def _steps(row: Row) -> int | None:

@@ -13,19 +13,21 @@ from experiments.full_report import write_report
 from experiments.settings import FullConfig, SweepConfig
 from experiments.sweep import Sweep, run_sweep
 from experiments.sweep_results import write_results
+from noise import DECAY
 from preemption import StopRequest
 from utils import get_logger
 
-GREEDILY: dict[str, Any] = {"num_branches": 1, "temperature": 0.0, "top_p": 1.0}
-EVERYWHERE = {"apply_noise_to_all_passes": True, "schedule": "none", "noise_at_step": 1, "controls": []}
+GREEDILY: dict[str, Any] = {"num_branches": 1, "temperature": 0.0, "top_p": 1.0, "shared_noise": False}
+EVERYWHERE = {"apply_noise_to_all_passes": True, "schedule": "none", "lambda_decay": DECAY, "noise_at_step": 1, "controls": []}
 
 
 def parts(config: FullConfig) -> dict[str, SweepConfig]:
     """The experiments of the suite by their names, which are also their directories below the suite's."""
+    direction = config.noise_direction if config.branch_noise_type == "targeted" else None
     changes = {
         "noise": GREEDILY,
         "all_passes": GREEDILY | EVERYWHERE,
-        "branching": {"noise_type": [config.branch_noise_type], "controls": []},
+        "branching": {"noise_type": [config.branch_noise_type], "noise_direction": direction, "controls": []},
     }
     common = config.model_dump(exclude={"branch_noise_type", "harmless_margin"})
     return {

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BeforeValidator, Field, model_validator
 
 from experiments.answers import answer_kind
-from noise import NOISE_TYPES, RECOMMENDED_SCALES, Intervention, check_noise
+from noise import DECAY, NOISE_TYPES, RECOMMENDED_SCALES, Intervention, check_noise
 from utils import MOST_THOUGHTS, Config, OptionalPath, OptionalText, PathText, Positive, Seed, check_folder_name, check_kernel
 
 NoiseType = Literal["gaussian", "gaussian_scaled", "snr", "orthogonal", "uniform", "dropout", "targeted"]
@@ -63,6 +63,7 @@ class SweepConfig(Config):
     noise_at_step: Positive = 1
     apply_noise_to_all_passes: bool = False
     schedule: Schedule = "none"
+    lambda_decay: Annotated[float, Field(ge=0)] = DECAY  # of the exponential and the adaptive schedule, per pass
     shared_noise: bool = False
     controls: Annotated[list[Control], BeforeValidator(lambda value: _listed(value) or [])] = Field(default=[])
     # branches
@@ -87,10 +88,25 @@ class SweepConfig(Config):
             values = getattr(self, key) or []
             if len(set(values)) < len(values):
                 raise ValueError(f"{key}: {values} holds something twice")
+        self._check_effects()
         for noise_type, direction in self.settings():
             for scale in self.scales(noise_type, direction):
                 check_noise(scale, noise_type, direction)
         return self
+
+    def _check_effects(self) -> None:
+        """Raise ValueError for a key that is set and changes nothing."""
+        greedy = self.num_branches == 1 and self.temperature == 0
+        decays = self.schedule in ("exponential", "adaptive")
+        without_effect = {
+            "noise_direction": (self.noise_direction and "targeted" not in self.noise_type, "noise_type: targeted"),
+            "shared_noise": (self.shared_noise and self.num_branches == 1, "num_branches of at least 2"),
+            "top_p": ("top_p" in self.model_fields_set and self.top_p != 1 and greedy, "temperature above 0, or branches"),
+            "lambda_decay": (self.lambda_decay != DECAY and not decays, "schedule: exponential or adaptive"),
+        }
+        for key, (idle, needed) in without_effect.items():
+            if idle:
+                raise ValueError(f"{key}: {getattr(self, key)} has no effect without {needed}: leave it out")
 
     @property
     def directory(self) -> Path:
@@ -113,7 +129,7 @@ class SweepConfig(Config):
 
     def intervention(self, noise_type: str, direction: str | None, scale: float) -> Intervention:
         schedule = "constant" if self.apply_noise_to_all_passes else self.schedule
-        return Intervention(scale, noise_type, direction, self.noise_at_step, schedule)
+        return Intervention(scale, noise_type, direction, self.noise_at_step, schedule, self.lambda_decay)
 
 
 class BranchConfig(SweepConfig):

@@ -50,6 +50,13 @@ class Subject:
             raise UserError(f"question {question.index} holds a marker that stands for a thought: it must not bring its own")
         return [*tokens, self.ids.start, *latents, self.ids.end]
 
+    def plain_prompt(self, question: BenchmarkQuestion) -> list[int]:
+        """Token ids without thoughts: a checkpoint's markers side by side; without training the message alone."""
+        with_thoughts = self.prompt(question)
+        if self.curriculum is None:
+            return with_thoughts[: with_thoughts.index(self.ids.start)]
+        return [token for token in with_thoughts if token != self.ids.latent]
+
     def _trained_latents(self, question: BenchmarkQuestion) -> int:
         curriculum = self.curriculum
         assert curriculum is not None

@@ -1,9 +1,9 @@
 """What the records of a noise experiment say: each condition in numbers, paired comparisons, decay with the scale, tables.
 
 A record is one question with what every condition made of it; a condition is one way of treating the thoughts. How the
-conditions' keys are spelled is decided here alone: GREEDY, CLEAN and SELF_CONSISTENCY, controls such as "zero/first", and for
-noise "type[-direction]@scale". Shares are in percent here, confidence and agreement are fractions 0..1. Everything that is
-returned can be written as JSON: what is undefined is None, never nan or infinity.
+conditions' keys are spelled is decided here alone: NO_LATENTS, GREEDY, CLEAN and SELF_CONSISTENCY, controls such as
+"zero/first", and for noise "type[-direction]@scale". Shares are in percent here, confidence and agreement are fractions
+0..1. Everything that is returned can be written as JSON: what is undefined is None, never nan or infinity.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from experiments.statistics import fit_decays, half_scale, holm, mcnemar, paired
 from experiments.tables import probability, terminal, text
 from noise import OVERWHELMING_SNR, check_noise
 
-GREEDY, CLEAN, SELF_CONSISTENCY = "greedy", "clean", "self_consistency"
+NO_LATENTS, GREEDY, CLEAN, SELF_CONSISTENCY = "no_latents", "greedy", "clean", "self_consistency"
 AGGREGATIONS = ("majority", "probability", "probability_sum", "noise_weighted")
 JUDGE = "majority"  # whose answers are a condition's accuracy
 
@@ -73,8 +73,8 @@ def measured_key(noise_type: str, direction: str | None, scale: float) -> str:
 
 
 def counterpart(key: str) -> str:
-    """The condition with its own thoughts that is decoded alike: GREEDY for controls, which have one branch, else CLEAN."""
-    return GREEDY if "/" in key else CLEAN
+    """The condition with its own thoughts that is decoded alike: GREEDY for what has one greedy branch, else CLEAN."""
+    return GREEDY if "/" in key or key == NO_LATENTS else CLEAN
 
 
 def condition_keys(records: Iterable[Record]) -> list[str]:
@@ -94,9 +94,9 @@ def condition_summary(records: Sequence[Record], key: str) -> dict[str, Any]:
     """A condition over all questions that have it; accuracy, with its 95% Wilson interval, is that of the majority's answers.
 
     Questions that failed count in `errors` alone. no_answer and branch_accuracy: percent of single branches. agreement: mean
-    confidence of the majority, 0..1. new_tokens and noise_ratio (noise norm by thought norm): means over branches. diversity,
-    all_steps, late_half, normalised: means over questions of `noise.PathDiversity`. coverage: for every threshold 1..K an
-    `answers.Coverage`, judged by the majority; empty for one branch.
+    confidence of the majority, 0..1. perturbed: questions of which a thought got noise. new_tokens and noise_ratio (noise norm
+    by thought norm): means over branches. diversity, all_steps, late_half, normalised: means over questions of
+    `noise.PathDiversity`. coverage: for every threshold 1..K an `answers.Coverage`, judged by the majority; empty for one.
     """
     outcomes = [conditions[key] for conditions in map(_conditions, records) if key in conditions]
     branches = [branch for one in outcomes for branch in one["branches"]]
@@ -108,6 +108,7 @@ def condition_summary(records: Sequence[Record], key: str) -> dict[str, Any]:
         "branch_accuracy": _percent([branch["correct"] for branch in branches]),
         "agreement": _mean([one[JUDGE]["confidence"] for one in outcomes]),
         "new_tokens": _mean([branch["new_tokens"] for branch in branches]),
+        "perturbed": sum(one["noise_ratio"] is not None for one in outcomes),
         "noise_ratio": _mean(ratios),
         **_diversity([one["diversity"] for one in outcomes if one["diversity"] is not None]),
         "aggregation": {name: _judged([one[name]["correct"] for one in outcomes]) for name in AGGREGATIONS},
@@ -163,12 +164,12 @@ def _in_percent(point: Coverage) -> dict[str, Any]:
 
 
 def compare(records: Sequence[Record], first_key: str, second_key: str, seed: int = 0) -> dict[str, Any]:
-    """Two conditions on the questions that have both, judged by the majority.
+    """Two conditions on the questions that have both, judged by the majority; of noisy ones, where noise reached a thought.
 
     only_first, only_second, p_value: `statistics.mcnemar`. difference, low, high: accuracy of the second minus that of the
     first in percentage points and its 95% bootstrap interval. None where no question has both.
     """
-    both = [found for found in map(_conditions, records) if first_key in found and second_key in found]
+    both = [found for found in map(_conditions, records) if _reached(found, first_key) and _reached(found, second_key)]
     first, second = ([bool(found[key][JUDGE]["correct"]) for found in both] for key in (first_key, second_key))
     tested = mcnemar(first, second)
     points = [100 * value for value in paired_difference(first, second, seed)] if both else [None] * 3
@@ -181,6 +182,11 @@ def compare(records: Sequence[Record], first_key: str, second_key: str, seed: in
         "p_value": tested.p_value if both else None,
         **dict(zip(("difference", "low", "high"), points, strict=True)),
     }
+
+
+def _reached(conditions: dict[str, Outcome], key: str) -> bool:
+    """Whether a question has a condition, and, if that is noise, had the thought that it goes into."""
+    return key in conditions and ("@" not in key or conditions[key]["noise_ratio"] is not None)
 
 
 def compare_all(records: Sequence[Record], baseline_key: str, seed: int = 0) -> dict[str, dict[str, Any]]:
@@ -274,7 +280,9 @@ def summary_table(summary: dict[str, dict[str, Any]], title: str) -> Table:
 def _caption(summary: dict[str, dict[str, Any]]) -> str:
     questions, failed = (max((row[name] for row in summary.values()), default=0) for name in ("total", "errors"))
     failures = f"; {failed} more failed and are not counted" if failed else ""
-    return f"{questions} questions{failures}. agree: mean confidence of the majority; p: exact McNemar test."
+    reached = min((row["perturbed"] for key, row in summary.items() if "@" in key), default=questions)
+    some = f"; noise reached {reached} of them, on which p is taken" if reached < questions else ""
+    return f"{questions} questions{failures}{some}. agree: mean confidence of the majority; p: exact McNemar test."
 
 
 def coverage_table(summary: dict[str, dict[str, Any]], title: str) -> Table:

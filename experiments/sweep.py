@@ -29,11 +29,11 @@ import distributed
 from coconut import Branch, BranchPoint, Generated
 from experiments.answers import extract_answer as extract
 from experiments.answers import majority_vote, noise_weighted_vote, probability_vote, same_answer
-from experiments.benchmarks import BenchmarkQuestion, load_questions
+from experiments.benchmarks import BenchmarkQuestion, load_questions, selection
 from experiments.progress import Progress, Record, open_progress
 from experiments.settings import SweepConfig
 from experiments.subjects import Subject, load_subject
-from experiments.summary import CLEAN, GREEDY, SELF_CONSISTENCY, condition_key
+from experiments.summary import CLEAN, GREEDY, NO_LATENTS, SELF_CONSISTENCY, condition_key
 from noise import Intervention, path_diversity
 from storage import alone
 from utils import UserError, get_logger, is_main_process
@@ -66,7 +66,8 @@ class Condition(NamedTuple):
 def conditions(config: SweepConfig) -> list[Condition]:
     """All conditions of a configuration, the baselines first. Scale 0 of every type is the condition `clean`."""
     k, temperature = config.num_branches, config.temperature
-    found = [Condition(GREEDY, 1, 0.0), Condition(CLEAN, k, temperature, distinct=k if temperature else 0)]
+    clean = Condition(CLEAN, k, temperature, distinct=k if temperature else 0)
+    found = [Condition(NO_LATENTS, 1, 0.0), Condition(GREEDY, 1, 0.0), clean]
     if k > 1 and temperature == 0:
         found.append(Condition(SELF_CONSISTENCY, k, config.self_consistency_temperature, distinct=k))
     for noise_type, direction in config.settings():
@@ -197,7 +198,9 @@ class Answerer:
         prompts = [self.subject.prompt(question) for question in questions]
         first_change = 1 if self.thoughts else self.config.noise_at_step
         point = self.subject.branch_point(prompts, first_change)
-        answers = self._branches(point, questions)
+        plain = self.subject.branch_point([self.subject.plain_prompt(question) for question in questions], 1)
+        answers = self._branches(point, questions, [one for one in self.conditions if one.key != NO_LATENTS])
+        answers |= self._branches(plain, questions, [one for one in self.conditions if one.key == NO_LATENTS])
         latents = point.prompt.latent.sum(dim=1).tolist()
         return [
             {
@@ -214,13 +217,15 @@ class Answerer:
             for row, question in enumerate(questions)
         ]
 
-    def _branches(self, point: BranchPoint, questions: Sequence[BenchmarkQuestion]) -> dict[tuple[int, str], list[Answer]]:
-        """The answers of every question and condition, `batch_size` branches at a time."""
+    def _branches(
+        self, point: BranchPoint, questions: Sequence[BenchmarkQuestion], asked: Sequence[Condition]
+    ) -> dict[tuple[int, str], list[Answer]]:
+        """The answers of every question under some conditions, `batch_size` branches at a time."""
         answers: dict[tuple[int, str], list[Answer]] = {}
         wanted = [
             (row, condition, branch)
             for row in range(len(questions))
-            for condition in self.conditions
+            for condition in asked
             for branch in range(condition.distinct)
         ]
         for part in _cut(wanted, self.config.batch_size):
@@ -244,11 +249,12 @@ class Answerer:
         generated: Generated = self.subject.model.generate_from(point, rows, config.max_new_tokens, config.top_p, config.seed)
         tokens, lengths = generated.tokens.tolist(), generated.lengths.tolist()
         scores, thoughts = generated.log_probabilities.tolist(), generated.thoughts.float().cpu()
+        steps = point.prompt.latent.sum(dim=1).tolist()  # of each question; what follows in `thoughts` is padding
         for row in range(len(rows)):
             new = tokens[row][: lengths[row]]
             text = self.subject.text(new[:-1] if new[-1:] == [self.subject.ids.eos] else new)
             noise = next(iter(generated.noise[row]), None)
-            yield Answer(text, scores[row][: lengths[row]], noise, thoughts[row])
+            yield Answer(text, scores[row][: lengths[row]], noise, thoughts[row, : steps[rows[row].row]])
 
     def _judge(self, question: BenchmarkQuestion, condition: Condition, found: list[Answer]) -> dict[str, Any]:
         """What the K branches say, each and together."""
@@ -301,7 +307,9 @@ class Answerer:
 
 
 def _record(question: BenchmarkQuestion, error: str | None) -> Record:
-    return {"index": question.index, "question": question.question, "gold": question.gold, "error": error}
+    asked = {"index": question.index, "question": question.question, "gold": question.gold}
+    known = {"subject": question.subject, "choices": [*question.choices]}
+    return {**asked, **{key: value for key, value in known.items() if value}, "error": error}
 
 
 def _rounded(value: float) -> float:
@@ -335,6 +343,7 @@ def run_sweep(config: SweepConfig, device: torch.device) -> Sweep | None:
                 config.benchmark, config.data_path, config.subset, config.split, config.num_questions, config.seed
             )
             subject = load_subject(config, device)
+            _check_step(config, subject, questions)
             influences = _influences(config, subject, questions)
             progress = open_progress(config.directory, influences, config.fresh, _defaults(config))
             records = _run(config, subject, questions, progress)
@@ -396,6 +405,19 @@ def _signals() -> Iterator[None]:
                 signal.signal(number, handler)
 
 
+def _check_step(config: SweepConfig, subject: Subject, questions: list[BenchmarkQuestion]) -> None:
+    """Raise UserError if no question has so many thoughts as noise_at_step wants; say where only some have."""
+    counts = []
+    for question in questions:
+        with contextlib.suppress(Exception):  # said when the question itself is answered
+            counts.append(subject.prompt(question).count(subject.ids.latent))
+    enough = sum(count >= config.noise_at_step for count in counts)
+    if counts and not enough:
+        raise UserError(f"noise_at_step: {config.noise_at_step}: no question has so many thoughts; the most is {max(counts)}")
+    if enough < len(counts):
+        get_logger().info(f"{enough} of {len(counts)} questions have {config.noise_at_step} thoughts; the others get no noise")
+
+
 def _influences(config: SweepConfig, subject: Subject, questions: list[BenchmarkQuestion]) -> dict[str, Any]:
     """Everything that the answers depend on: settings, weights and questions by their content."""
     values = config.model_dump(mode="json", exclude=set(WITHOUT_INFLUENCE))
@@ -435,6 +457,7 @@ def _information(config: SweepConfig, subject: Subject, records: list[Record], p
         "benchmark": config.benchmark,
         "data_path": config.data_path,
         "questions": len(records),
+        "selection": selection(config.data_path, config.num_questions, config.seed),
         "errors": sum(record["error"] is not None for record in records),
         **subject.describe(),
         "checkpoint": config.load_model_path,
@@ -446,6 +469,7 @@ def _information(config: SweepConfig, subject: Subject, records: list[Record], p
         "max_new_tokens": config.max_new_tokens,
         "seed": config.seed,
         "noise_at_step": config.noise_at_step,
+        "lambda_decay": config.lambda_decay,
         "schedule": "constant" if config.apply_noise_to_all_passes else config.schedule,
         "shared_noise": config.shared_noise,
         "passes": "all" if config.apply_noise_to_all_passes else config.noise_at_step,

@@ -13,6 +13,7 @@ from experiments.answers import BENCHMARKS, CONCEPT, LETTER, TRUTH
 from experiments.summary import (
     CLEAN,
     GREEDY,
+    NO_LATENTS,
     SELF_CONSISTENCY,
     condition_key,
     condition_keys,
@@ -28,7 +29,7 @@ from experiments.sweep import Sweep
 from reporting import show
 from utils import get_logger, save_config, write_json
 
-BASELINES = (GREEDY, CLEAN, SELF_CONSISTENCY)
+BASELINES = (NO_LATENTS, GREEDY, CLEAN, SELF_CONSISTENCY)
 CHANCE = {id(LETTER): 25.0, id(CONCEPT): 50.0, id(TRUTH): 50.0}  # in %, of benchmarks whose questions name the options
 
 

@@ -117,7 +117,7 @@ def test_every_part(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_finished_ablation_is_not_run_again(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     values["parts"] = "aggregation"
-    monkeypatch.setattr(sweep, "git_commit", lambda: "x")  # a commit between the two runs must not count
+    monkeypatch.setattr("experiments.progress.git_commit", lambda: "x")  # a commit between the two runs must not count
     directory = run_main(monkeypatch, values)
     before = {path.name: path.read_bytes() for path in directory.glob("*.json")}
     monkeypatch.setattr(sweep.Answerer, "answer", lambda *_: pytest.fail("answered again"))

@@ -12,7 +12,7 @@ import pytest
 from conftest import PUBLISHED, write_json
 
 from experiments.answers import BENCHMARKS
-from experiments.benchmarks import SOURCES, BenchmarkQuestion, load_questions
+from experiments.benchmarks import SOURCES, BenchmarkQuestion, load_questions, selection
 from utils import UserError
 
 CHOICES = ["1", "2", "3", "4"]
@@ -55,7 +55,9 @@ def test_rows_of_both_forms(
     path = tmp_path / "questions.json"
     path.write_text(json.dumps(row) + "\n\n" + json.dumps(row) if lines else json.dumps([row, row]), encoding="utf-8")
     steps = len(row["steps"]) if "steps" in row else None
-    expected = [BenchmarkQuestion(benchmark, index, question, gold, tuple(choices), steps) for index in (0, 1)]
+    expected = [
+        BenchmarkQuestion(benchmark, index, question, gold, tuple(choices), steps, row.get("subject")) for index in (0, 1)
+    ]
     assert load_questions(benchmark, path) == expected
     assert load_questions(benchmark, path, limit=1) == expected[:1]
 
@@ -100,6 +102,30 @@ def failing_hub(monkeypatch: pytest.MonkeyPatch, message: str) -> None:
         raise ConnectionError(message)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+
+
+def test_questions_of_the_hub_are_drawn_with_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data sets there may be ordered by subject. Records keep the subject."""
+    rows = [{"question": str(n), "choices": ["a", "b", "c", "d"], "answer": 1, "subject": f"s{n // 10}"} for n in range(50)]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names, split: rows)
+    drawn = load_questions("mmlu", limit=10, seed=3)
+    assert [one.index for one in drawn] == sorted(int(one.question) for one in drawn)
+    assert len({one.subject for one in drawn}) > 1
+    assert drawn == load_questions("mmlu", limit=10, seed=3) != load_questions("mmlu", limit=10, seed=4)
+    assert load_questions("mmlu", limit=50) == load_questions("mmlu")
+    assert [selection(path, limit, 3) for path, limit in [(None, None), (None, 5), ("x.json", 5)]] == [
+        "all",
+        "5 drawn with seed 3",
+        "the first 5",
+    ]
+
+
+def test_half_a_character_is_refused_at_reading(tmp_path: Path) -> None:
+    path = tmp_path / "questions.json"
+    row = {"question": "Tom \\ud83d?", "answer": "Tom is a zumpus.", "steps": []}
+    path.write_text(json.dumps([row]).replace("\\\\ud83d", "\\ud83d"), encoding="utf-8")
+    with pytest.raises(UserError, match=r"row 1: field 'question' holds half a character"):
+        load_questions("prosqa", path)
 
 
 @pytest.mark.parametrize(

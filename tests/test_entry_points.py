@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import coconut
 import noise
-from experiments import branch_check, full, full_report, plots, selfcheck, stand_ins, statistics, sweep
+from experiments import branch_check, full, full_report, plots, selfcheck, stand_ins, statistics
 from experiments.answers import BENCHMARKS
 from experiments.benchmarks import BenchmarkQuestion
 from experiments.settings import FullConfig, SweepConfig
@@ -287,7 +287,7 @@ def suite(model: Path, questions: Path, tmp_path: Path) -> list[str]:
 
 
 def test_the_suite_and_its_report(suite: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep, "git_commit", lambda: "abc")  # somebody may commit meanwhile
+    monkeypatch.setattr("experiments.progress.git_commit", lambda: "abc")  # somebody may commit meanwhile
     monkeypatch.setattr(plots, "save_figure", lambda _, path: path.touch())  # drawn in test_sweep_plots
     assert start("full_test.py", suite, monkeypatch) == 0
     directory = tmp_path / "results" / "all" / "of" / "it"
@@ -296,7 +296,7 @@ def test_the_suite_and_its_report(suite: list[str], tmp_path: Path, monkeypatch:
     assert content["noise"]["snr"]["all_passes"]["most_scale"] == 0.5  # less signal is more noise
     assert set(content["controls"]) == {f"{one}/{place}" for one in ("zero", "other") for place in ("all", "first", "after")}
     branching = content["branching"]
-    assert list(branching["conditions"]) == ["greedy", "clean", "gaussian_scaled@0.5", "gaussian_scaled@2.0"]
+    assert list(branching["conditions"]) == ["no_latents", "greedy", "clean", "gaussian_scaled@0.5", "gaussian_scaled@2.0"]
     assert branching["conditions"]["clean"]["versus_self_consistency"] is None
     assert [len(one["coverage"]) for one in branching["conditions"].values()] == [0, 2, 2, 2]
     assert content["clean"]["total"] == content["tested"]["questions"] == 6

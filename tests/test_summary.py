@@ -205,9 +205,26 @@ def test_coverage_falls_to_the_unanimous_questions(questions: list[list[str]]) -
 def paired(rows: list[tuple[str | None, ...]], keys: tuple[str, ...] = ("clean", "snr@1.0")) -> list[dict[str, Any]]:
     """Questions with one branch in each condition; None: this question lacks the condition."""
     return [
-        record(number, {key: outcome([answer]) for key, answer in zip(keys, row, strict=True) if answer is not None})
+        record(
+            number,
+            {
+                key: outcome([answer], 1.0 if "@" in key else None)
+                for key, answer in zip(keys, row, strict=True)
+                if answer is not None
+            },
+        )
         for number, row in enumerate(rows)
     ]
+
+
+def test_noise_is_judged_where_it_reached_a_thought() -> None:
+    """Questions with too few thoughts for noise_at_step are counted apart: without noise they only dilute the loss."""
+    reached = paired([("18", "7")] * 3)
+    untouched = [record(9 + n, {"clean": outcome(["18"]), "snr@1.0": outcome(["18"])}) for n in range(7)]
+    assert summary.condition_summary([*reached, *untouched], "snr@1.0")["perturbed"] == 3
+    found = summary.compare([*reached, *untouched], "clean", "snr@1.0")
+    assert (found["questions"], found["difference"]) == (3, -100)
+    assert "noise reached 3 of them" in " ".join(shown(summary.summary_table(summary.summarise([*reached, *untouched]), "")))
 
 
 def test_two_conditions_on_the_questions_that_have_both() -> None:
@@ -332,7 +349,9 @@ def shown(table: Any) -> list[str]:
 
 def test_the_tables() -> None:
     records = [
-        record(number, {"greedy": outcome(["18"]), "clean": outcome(["18"] * 5), "snr@1.0": outcome(answers, diversity=1.5)})
+        record(
+            number, {"greedy": outcome(["18"]), "clean": outcome(["18"] * 5), "snr@1.0": outcome(answers, 1.0, diversity=1.5)}
+        )
         for number, answers in enumerate([["7"] * 5] * 9 + [["18"] * 4 + ["7"]] * 3)
     ]
     found = summary.summarise([*records, FAILED])
