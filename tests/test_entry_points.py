@@ -298,7 +298,7 @@ def test_the_suite_and_its_report(suite: list[str], tmp_path: Path, monkeypatch:
     branching = content["branching"]
     assert list(branching["conditions"]) == ["no_latents", "greedy", "clean", "gaussian_scaled@0.5", "gaussian_scaled@2.0"]
     assert branching["conditions"]["clean"]["versus_self_consistency"] is None
-    assert [len(one["coverage"]) for one in branching["conditions"].values()] == [0, 2, 2, 2]
+    assert [len(one["coverage"]) for one in branching["conditions"].values()] == [0, 0, 2, 2, 2]
     assert content["clean"]["total"] == content["tested"]["questions"] == 6
     figures = {"noise/controls.png", "noise/snr.png", "all_passes/snr.png", "branching/diversity.png"}
     assert figures | {"branching/gaussian_scaled.png", "branching/coverage_gaussian_scaled.png"} == set(content["figures"])
