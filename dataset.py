@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 
 from coconut import IGNORE_INDEX
 from preemption import STOP_SIGNALS
-from utils import STAGED_METHODS, UserError, get_logger, is_main_process, read_text
+from utils import STAGED_METHODS, EvalLatents, UserError, get_logger, is_main_process, read_text
 
 START_LATENT, END_LATENT, LATENT, PAUSE = "<|start-latent|>", "<|end-latent|>", "<|latent|>", "<pause>"
 MARKERS = (START_LATENT, END_LATENT, LATENT)
@@ -312,10 +312,12 @@ class StageShape(NamedTuple):
     tokens_removed: int = 0
 
 
-def stage_shape(curriculum: Curriculum, stage: int, number_of_steps: int) -> StageShape:
+def stage_shape(curriculum: Curriculum, stage: int, number_of_steps: int, latents: EvalLatents = "gold") -> StageShape:
     """How a question with so many steps looks at a stage.
 
     The one place that decides it, for training and evaluation alike. Past max_latent_stage all steps go.
+    latents: "gold" as in training, where pad_latent_to_max: False takes the number of thoughts from the question's own steps;
+    "max" as many for every question as the stage allows; a number: so many latent tokens for every question.
     """
     method, last = curriculum.method, curriculum.max_latent_stage + 1
     if method == "cot":
@@ -328,8 +330,10 @@ def stage_shape(curriculum: Curriculum, stage: int, number_of_steps: int) -> Sta
     removed = stage if stage < last else number_of_steps
     if method == "no_thoughts":
         return StageShape(0, removed)
+    if isinstance(latents, int):
+        return StageShape(latents, removed)
     thoughts = min(stage, curriculum.max_latent_stage)
-    if not curriculum.pad_latent_to_max:
+    if latents == "gold" and not curriculum.pad_latent_to_max:
         thoughts = min(thoughts, number_of_steps)
     return StageShape(thoughts * curriculum.c_thought, removed)
 

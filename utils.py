@@ -66,6 +66,8 @@ PathText = Annotated[str, AfterValidator(_usable_path)]
 OptionalPath = Annotated[str | None, BeforeValidator(_null), AfterValidator(_usable_path)]
 Positive = Annotated[int, Field(ge=1, le=LARGEST)]
 NonNegative = Annotated[int, Field(ge=0, le=LARGEST)]
+# How many latents a question gets when it is answered, see dataset.stage_shape.
+EvalLatents = Literal["gold", "max"] | Annotated[int, Field(ge=1, le=MOST_THOUGHTS)]
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
 
 
@@ -158,6 +160,7 @@ class RunConfig(Config):
     # evaluation
     batch_size_eval: Positive = 16
     max_new_tokens: Positive = 64
+    eval_latents: EvalLatents = "gold"
     # systems
     parallel: Literal["ddp", "fsdp"] = "ddp"
     fsdp_gather: Literal["pass", "step"] = "pass"

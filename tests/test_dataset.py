@@ -264,6 +264,16 @@ def test_latents_never_exceed_what_the_stage_or_the_question_allows(
     assert removed == (stage if stage <= most else steps)
 
 
+@pytest.mark.parametrize("pad", [True, False])
+def test_eval_latents_are_those_of_the_steps_of_the_stage_or_a_number(pad: bool) -> None:
+    two = curriculum(c_thought=2, max_latent_stage=3, pad_latent_to_max=pad)
+    assert stage_shape(two, 4, 2) == stage_shape(two, 4, 2, "gold") == (6 if pad else 4, 2, 0)
+    assert stage_shape(two, 4, 2, "max") == (6, 2, 0)
+    assert stage_shape(two, 2, 3, "max") == (4, 2, 0)
+    assert stage_shape(two, 4, 2, 5) == (5, 2, 0)  # latent tokens, not multiplied by c_thought
+    assert stage_shape(curriculum(method="cot"), 0, 2, "max").thoughts == 0
+
+
 def test_uniform_prob_repeats_and_depends_on_seed_and_epoch(tokenizer: Any, tmp_path: Path) -> None:
     base = get_dataset(write_json(tmp_path / "data.json", chain_records(60)), tokenizer)
 
