@@ -49,7 +49,7 @@ from storage import (
     sha256,
     write_directory,
 )
-from utils import METHODS, RunConfig, UserError, entry_point, get_logger
+from utils import METHODS, RunConfig, UserError, check_regular, entry_point, get_logger, no_such_file
 
 BEST = "@best"  # after a run's directory
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -89,14 +89,12 @@ def data_hashes(config: RunConfig) -> dict[str, str]:
     for key in ("val_path",) if config.only_eval else ("train_path", "val_path"):
         path = Path(getattr(config, key))
         try:
-            endless = path.exists() and not path.is_file()  # a pipe, a device; a directory has no bytes
-            hashes[key] = "" if endless else sha256(path)
+            check_regular(path)
+            hashes[key] = sha256(path)
         except FileNotFoundError:
-            raise UserError(f"{path}: no such file") from None
-        except (OSError, ValueError) as error:
+            raise UserError(no_such_file(path)) from None
+        except OSError as error:
             raise UserError(f"{path}: cannot be read: {error}") from None
-        if endless:
-            raise UserError(f"{path}: not a regular file; {key} must be a JSON file of records")
     return hashes
 
 

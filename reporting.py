@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -25,10 +26,12 @@ from utils import (
     RunConfig,
     UserError,
     append_jsonl,
+    check_regular,
     fsync,
     get_logger,
     is_main_process,
     replacing,
+    telling,
     write_jsonl,
     write_text,
     writing,
@@ -109,6 +112,7 @@ class Reporter:
 def _truncate(path: Path, keep_rows: int | None) -> int:
     """Drop the rows that an interrupted run wrote after the checkpoint from which it is resumed, and a row cut short."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    check_regular(path)
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     kept = [line for line in lines if line.endswith(b"\n")][:keep_rows]
     if keep_rows is not None and len(kept) < keep_rows:
@@ -142,7 +146,9 @@ def _start_wandb(config: RunConfig, mode: str, run_id: str | None) -> Any:
 
 def show(table: Table) -> None:
     if is_main_process():
-        Console(width=max(100, Console().width), highlight=False).print(table)
+        with telling():
+            Console(width=max(100, Console().width), highlight=False).print(table)
+            sys.stdout.flush()
 
 
 def schedule_table(config: RunConfig, start_epoch: int, examples: int, steps_per_epoch: int, world_size: int) -> Table:

@@ -1,4 +1,8 @@
-"""Train or evaluate: `python run.py args/X.yaml [key=value ...]`, or the same under torchrun."""
+"""Train or evaluate: `python run.py args/X.yaml [key=value ...]`, or the same under torchrun.
+
+torchrun --nproc_per_node 4 run.py args/prosqa_coconut.yaml
+python run.py args/prosqa_coconut_eval.yaml load_model_path=checkpoints/prosqa-coconut@best
+"""
 
 from __future__ import annotations
 
@@ -111,7 +115,7 @@ def _keep_config(config: RunConfig, path: Path, resumed: bool) -> None:
 
 @entry_point
 def main(arguments: list[str]) -> None:
-    config = load_config(RunConfig, arguments)
+    config = load_config(RunConfig, arguments, __doc__)
     torch.set_float32_matmul_precision(config.matmul_precision)
     with distributed.process_group(config.hang_timeout) as device:
         if config.only_eval:

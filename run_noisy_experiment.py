@@ -1,6 +1,9 @@
 """A whole benchmark with noisy branches that vote: `python run_noisy_experiment.py [args/X.yaml] [key=value ...]`.
 
 Under torchrun the processes share the questions. The same command goes on where a run was stopped or killed.
+
+    python run_noisy_experiment.py args/noisy_coconut.yaml model_id=MODEL benchmark=gsm8k
+    python run_noisy_experiment.py args/noisy_coconut.yaml model_id=DIRECTORY dtype=float32 data_path=questions.jsonl
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from utils import entry_point, load_config
 
 @entry_point
 def main(arguments: list[str]) -> None:
-    config = load_config(BranchConfig, arguments)
+    config = load_config(BranchConfig, arguments, __doc__, "args/noisy_coconut.yaml")
     with distributed.process_group() as device:
         print_config(config)
         sweep = run_sweep(config, device)

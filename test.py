@@ -1,4 +1,8 @@
-"""Accuracy against noise in the thoughts: `python test.py args/noise_sweep.yaml [key=value ...]`, alone or under torchrun."""
+"""Accuracy against noise in the thoughts: `python test.py [args/noise_sweep.yaml] [key=value ...]`, alone or under torchrun.
+
+python test.py args/noise_sweep.yaml noise_type=all controls="[zero, mean, other, pause]"
+python test.py args/noise_sweep.yaml load_model_path=checkpoints/x@best noise_type=snr num_questions=100
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ from utils import entry_point, load_config
 
 @entry_point
 def main(arguments: list[str]) -> None:
-    config = load_config(SweepConfig, arguments)
+    config = load_config(SweepConfig, arguments, __doc__, "args/noise_sweep.yaml")
     with distributed.process_group() as device:
         print_config(config)
         sweep = run_sweep(config, device)

@@ -7,17 +7,21 @@ import contextlib
 import difflib
 import errno
 import functools
+import io
 import json
 import logging
 import math
 import os
 import random
+import re
 import reprlib
 import shutil
+import signal
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePath
-from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
 import numpy as np
 import torch
@@ -49,11 +53,18 @@ class UserError(ValueError):
 
 
 def _null(value: Any) -> Any:
-    return None if value == "None" else value  # the published YAML files write None, which YAML reads as a string
+    return None if value in ("None", "") else value  # the published YAML files write None, which YAML reads as a string
 
 
 def _usable_path(value: str | None) -> str | None:
-    parts = os.fsencode(value or "").split(b"/")
+    if value is None:
+        return None
+    if value.startswith("~"):
+        try:
+            value = str(Path(value).expanduser())
+        except RuntimeError:
+            raise ValueError("no such user's home directory") from None
+    parts = os.fsencode(value).split(b"/")
     if b"\0" in b"".join(parts):
         raise ValueError("a path cannot hold the character NUL")
     if max(map(len, parts)) > LONGEST_NAME or sum(map(len, parts)) + len(parts) > LONGEST_PATH:
@@ -61,9 +72,15 @@ def _usable_path(value: str | None) -> str | None:
     return value
 
 
+def _no_placeholder(value: str | None) -> str | None:
+    if value is not None and "YOUR_" in value:
+        raise ValueError("a placeholder of the published files: put your own path in its place")
+    return value
+
+
 OptionalText = Annotated[str | None, BeforeValidator(_null)]
 PathText = Annotated[str, AfterValidator(_usable_path)]
-OptionalPath = Annotated[str | None, BeforeValidator(_null), AfterValidator(_usable_path)]
+OptionalPath = Annotated[str | None, BeforeValidator(_null), AfterValidator(_no_placeholder), AfterValidator(_usable_path)]
 Positive = Annotated[int, Field(ge=1, le=LARGEST)]
 NonNegative = Annotated[int, Field(ge=0, le=LARGEST)]
 # How many latents a question gets when it is answered, see dataset.stage_shape.
@@ -88,9 +105,12 @@ def check_kernel(attn_implementation: str | None, trust_remote_code: bool) -> No
 
 
 class Config(BaseModel):
-    """Base of every entry point's configuration: unknown keys are errors, values are converted to the declared types."""
+    """Base of every entry point's configuration: unknown keys are errors, values are converted to the declared types.
 
-    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False, coerce_numbers_to_str=True)
+    The text under a field describes it, in `--help` too.
+    """
+
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class RunConfig(Config):
@@ -98,79 +118,147 @@ class RunConfig(Config):
 
     # general
     project: str = "coconut"
+    """Project in wandb."""
     save_path: PathText = "checkpoints"
+    """Folder below which every run has its own."""
     name: PathText
+    """Folder of the run below save_path."""
     only_eval: bool = False
+    """Evaluate load_model_path instead of training."""
     debug: bool = False
+    """5,000 training and 32 validation records; nothing is saved, no wandb."""
     seed: Seed = 0
+    """Of weights, data order and dropout."""
     # method: one of eight names, or exactly one of the four booleans of the published files
     method: Method | None = None
+    """coconut, cot, no_cot, no_thoughts, no_curriculum, pause, pause_as_thought or icot; see docs/METHODS.md."""
     coconut: bool = False
+    """The same as method: coconut."""
     cot: bool = False
+    """The same as method: cot."""
     no_thoughts: bool = False
+    """The same as method: no_thoughts."""
     no_cot: bool = False
+    """The same as method: no_cot."""
     # training
     c_thought: Annotated[int, Field(ge=0, le=MOST_THOUGHTS)] = 1
-    epochs_per_stage: Positive | Annotated[list[Positive], Field(min_length=1)] = 1  # a list: of each stage, the last repeats
+    """Latents that stand for one step."""
+    epochs_per_stage: Positive | Annotated[list[Positive], Field(min_length=1)] = 1
+    """A number, or a list with the epochs of stage 0, 1, ...; its last entry holds for all further stages."""
     max_latent_stage: Annotated[int, Field(ge=0, le=MOST_THOUGHTS)] = 0
+    """The last stage with written steps; past it all steps are latent."""
     pad_latent_to_max: bool = True
+    """False: a question has no more latents than steps x c_thought."""
     uniform_prob: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Probability that a sample is trained at a stage drawn from all of its own steps."""
     earlier_stage_prob: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """The same, drawn from the stages up to the current one."""
     examples_per_epoch: Annotated[int | None, Field(ge=1, le=MOST_EXAMPLES), BeforeValidator(_null)] = None
+    """Training examples of an epoch; null: the whole file."""
     icot_tokens_per_epoch: Annotated[float, Field(gt=0, le=ALL_TOKENS)] = 8.0
+    """icot: tokens of the steps removed in each epoch."""
     icot_smoothing: Annotated[float | None, Field(gt=0), BeforeValidator(_null)] = 4.0
+    """icot: lambda of removal smoothing; null: none."""
     icot_start_epoch: Annotated[int, Field(ge=0, le=MOST_EPOCHS)] = 0
+    """icot: epochs that write everything."""
     icot_remove_all_beyond: Annotated[int | None, Field(ge=0, le=ALL_TOKENS), BeforeValidator(_null)] = None
+    """icot: once more tokens than this are removed, all are; null: never."""
     num_epochs: Annotated[int, Field(ge=1, le=MOST_EPOCHS)] = 1
+    """Epochs of the whole training."""
     lr: Annotated[float, Field(gt=0)] = 1e-4
+    """Learning rate of AdamW, constant after the warm-up."""
     warmup_steps: NonNegative = 0
+    """Steps in which the learning rate grows from 0."""
     adam_beta2: Annotated[float, Field(gt=0, lt=1)] = 0.999
+    """Beta 2 of AdamW."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """Weight decay of AdamW."""
     batch_size_training: Positive = 32
+    """Questions of a micro-batch, per process."""
     gradient_accumulation_steps: Positive = 1
+    """Micro-batches of one optimizer step."""
     bf16: bool | Literal["pure"] = False
+    """True: bfloat16 compute with float32 weights; pure: bfloat16 weights, as the published code has."""
     reset_optimizer: bool | Literal["epoch"] = False
+    """True: a new optimizer on each new stage; epoch: on every epoch, as the published code does."""
     grad_clip: Annotated[float | None, Field(gt=0), BeforeValidator(_null)] = None
+    """Largest norm of the gradients; null: no limit."""
     nonfinite_loss: Literal["stop", "skip"] = "stop"
+    """What happens where loss or gradients are NaN or infinite: stop before the step, or skip it and count."""
     advance_accuracy: Annotated[float | None, Field(gt=0, le=1), BeforeValidator(_null)] = None
+    """Leave a stage once validation accuracy (0 to 1) reaches this; null: never early."""
     advance_cot_match: Annotated[float | None, Field(gt=0, le=1), BeforeValidator(_null)] = None
+    """And once this share (0 to 1) of questions has all written steps right; null: not asked."""
     # model
     model_id: PathText
+    """Hub id, or local directory, of the base model."""
     load_model_path: OptionalPath = None
+    """Weights to begin with or to evaluate: a checkpoint, a run's directory (its newest checkpoint; RUN@best: its best), a
+    hub id, or a published state-dict file."""
     resume: Annotated[int, Field(ge=0, le=MOST_EPOCHS)] = 0
+    """Epochs that count as done. Without load_model_path a pretrained model so skips the first stages."""
     from_scratch: bool = False
+    """Random weights from the configuration of model_id."""
     attn_implementation: OptionalText = None
+    """Attention of transformers: sdpa, eager, ...; null: its default."""
     trust_remote_code: bool = False
+    """Run code that comes with a model: read it first."""
     gguf_file: OptionalPath = None
+    """A GGUF file in model_id."""
     lora_r: Annotated[int | None, Field(ge=1, le=LARGEST), BeforeValidator(_null)] = None
+    """Rank of LoRA; null: all weights are trained."""
     lora_alpha: Annotated[float | None, Field(gt=0), BeforeValidator(_null)] = None
+    """Alpha of LoRA; null: twice lora_r."""
     lora_dropout: Annotated[float | None, Field(ge=0, lt=1), BeforeValidator(_null)] = None
+    """Dropout of LoRA; null: 0."""
     lora_target_modules: Annotated[str | list[str] | None, Field(min_length=1), BeforeValidator(_null)] = None
+    """Modules that LoRA adapts: a name, a list or a regular expression; null: all linear ones."""
     # data
     train_path: OptionalPath = None
+    """JSON file of training records."""
     val_path: PathText
+    """JSON file of validation records."""
     chat_template: bool = False
+    """Wrap each question in the tokenizer's chat template."""
     # checkpoints
     save_only_improve: bool = False
+    """Save a checkpoint only when its accuracy is the best of its stage."""
     save_every_steps: Annotated[int | None, Field(ge=1, le=LARGEST), BeforeValidator(_null)] = None
+    """Also save inside epochs, every so many steps; null: never."""
     async_save: bool = False
+    """Write checkpoints while training goes on."""
     sharded_checkpoints: bool = False
+    """parallel: fsdp: each process writes its part."""
     allow_changed_data: bool = False
+    """Go on although a data file is not what it was."""
     keep_last: Annotated[int | None, Field(ge=1, le=LARGEST), BeforeValidator(_null)] = None
+    """Checkpoints that are kept, the best one besides; null: all."""
     # evaluation
     batch_size_eval: Positive = 16
+    """Questions of an evaluation batch."""
     max_new_tokens: Positive = 64
+    """Most tokens of an answer."""
     eval_latents: EvalLatents = "gold"
+    """Thoughts of an answer where pad_latent_to_max is False: gold: as its steps; max: as the most steps; or a number."""
     # systems
     parallel: Literal["ddp", "fsdp"] = "ddp"
+    """ddp, or fsdp: weights, gradients and optimizer are sharded."""
     fsdp_gather: Literal["pass", "step"] = "pass"
+    """pass: parameters are gathered for each latent pass; step: once per optimizer step."""
     activation_checkpointing: bool = False
-    hang_timeout: Annotated[float | None, Field(gt=0, le=1e6), BeforeValidator(_null)] = 600.0  # seconds
+    """Less memory for about one more forward pass."""
+    hang_timeout: Annotated[float | None, Field(gt=0, le=1e6), BeforeValidator(_null)] = 600.0
+    """Seconds without progress after which a process writes its stacks and ends; null: never."""
     compile: bool = False
+    """torch.compile of the transformer blocks."""
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    """Of float32 matrix products, see torch.set_float32_matmul_precision."""
     num_workers: Annotated[int | None, Field(ge=0, le=MOST_WORKERS), BeforeValidator(_null)] = None
+    """Processes that make batches; null: from the machine."""
     wandb: Literal["online", "offline", "disabled"] = "online"
+    """online, offline or disabled."""
     log_every: Positive = 10
+    """Optimizer steps between two rows of metrics.jsonl."""
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
@@ -290,12 +378,22 @@ class RunConfig(Config):
 AnyConfig = TypeVar("AnyConfig", bound=Config)
 
 
-def load_config(kind: type[AnyConfig], arguments: list[str]) -> AnyConfig:
-    """`[FILE.yaml] [key=value ...]` to a configuration. Raises UserError with one line on anything that does not fit."""
+def load_config(kind: type[AnyConfig], arguments: list[str], about: str | None = None, default: str | None = None) -> AnyConfig:
+    """`[FILE.yaml] [key=value ...]` to a configuration. Raises UserError with one line on anything that does not fit.
+
+    about: what the program is, shown by `--help` above the keys. default: the file that is taken without any argument.
+    """
+    if {"-h", "--help"} & set(arguments):
+        if is_main_process():
+            with telling():
+                print(help_text(kind, about, default), flush=True)
+        sys.exit()
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
+    if not arguments and default is not None:
+        arguments = [default if Path(default).is_file() else str(Path(__file__).parent / default)]
     for argument in arguments:
-        found, source = _parse_argument(argument)
+        found, source = _parse_argument(argument, kind)
         for key in found:
             if key not in kind.model_fields:
                 raise UserError(f"{source}: unknown key {shown(key)}{_nearest(key, kind)}")
@@ -304,16 +402,44 @@ def load_config(kind: type[AnyConfig], arguments: list[str]) -> AnyConfig:
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise UserError(_one_line(error, sources)) from None
+        hint = f"; {default} has everything that is needed" if default is not None and default not in arguments else ""
+        raise UserError(_one_line(error, sources, hint)) from None
 
 
-def _parse_argument(argument: str) -> tuple[dict[str, Any], str]:
+def help_text(kind: type[Config], about: str | None = None, default: str | None = None) -> str:
+    """What `--help` prints: the program, then each key with its default and its description."""
+    lines = [(about or "").strip(), "", "Keys, in FILE.yaml as `key: value` and after it as key=value, which comes last:", ""]
+    unused = getattr(kind, "unused", tuple)()  # keys that the program refuses
+    for name, field in kind.model_fields.items():
+        if name in unused:
+            continue
+        value = "needed" if field.is_required() else _written(field.get_default(call_default_factory=True))
+        lines += [f"  {name} ({value})", textwrap.indent(textwrap.fill(description(kind, name), 100), " " * 6)]
+    if default is not None:
+        lines += ["", f"Without arguments: {default}."]
+    return "\n".join(lines).strip()
+
+
+def description(kind: type[Config], key: str) -> str:
+    """What a key is; a class that only changes its default says nothing of its own."""
+    fields = [getattr(one, "model_fields", {}).get(key) for one in kind.__mro__]
+    return next((field.description for field in fields if field is not None and field.description), "")
+
+
+def _written(value: Any) -> str:
+    """A value as one would write it in YAML."""
+    return "null" if value is None else yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("...\n").strip()
+
+
+def _parse_argument(argument: str, kind: type[Config]) -> tuple[dict[str, Any], str]:
     if "=" in argument and not _is_file(argument):
         key, text = argument.split("=", 1)
-        return {key: _parse_yaml(text, f"command line: {_cut(argument, LONGEST_NAME)}")}, "command line"
+        return {key: _parse_yaml(text, f"command line: {_cut(argument, LONGEST_NAME)}", kind, key)}, "command line"
     if not argument.endswith((".yaml", ".yml")):
-        raise UserError(f"command line: {shown(argument)} is neither a YAML file nor key=value")
-    values = _parse_yaml(read_text(Path(argument)), argument)
+        number = argument.isdigit() and "num_questions" in kind.model_fields
+        hint = f"; did you mean num_questions={argument}?" if number else ""
+        raise UserError(f"command line: {shown(argument)} is neither a YAML file nor key=value{hint}")
+    values = _parse_yaml(read_text(Path(argument)), argument, kind)
     if not isinstance(values, dict):
         raise UserError(f"{argument}: expected `key: value` lines, found {type(values).__name__}")
     return {str(key): value for key, value in values.items()}, argument
@@ -325,9 +451,18 @@ def _is_file(argument: str) -> bool:
     return False
 
 
-def _parse_yaml(text: str, source: str) -> Any:
+def _parse_yaml(text: str, source: str, kind: type[Config] | None = None, key: str | None = None) -> Any:
+    """The value of a YAML text: of one key's, or of a mapping of keys. Keys of `kind` that hold text keep it as written."""
     try:
-        return yaml.load(text, Loader=_Loader)
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        pairs = node.value if key is None and isinstance(node, yaml.MappingNode) else [(yaml.ScalarNode("", key or ""), node)]
+        for name, value in pairs:
+            if kind is not None and _holds_text(kind, name.value) and isinstance(value, yaml.ScalarNode) and value.tag != NULL:
+                value.tag = TEXT  # else 1.10 is a number, 12:30:00 seconds, yes a boolean
+        return loader.construct_document(node)
     except RecursionError:
         raise UserError(f"{source}: not valid YAML: nested too deeply") from None
     except Exception as error:  # `!!float "x"` is a ValueError, `!!bool "x"` a KeyError, `!!timestamp "x"` an AttributeError
@@ -336,8 +471,29 @@ def _parse_yaml(text: str, source: str) -> Any:
         raise UserError(f"{source}: not valid YAML: {reason}") from None
 
 
+NULL, TEXT = "tag:yaml.org,2002:null", "tag:yaml.org,2002:str"
+MOST_MERGED = 1000  # keys: `<<` in `<<` in `<<` makes ever more
+PLAIN_NUMBER = re.compile(r"[-+]?(0|[1-9][0-9]*)")
+
+
+def _holds_text(kind: type[Config], key: Any) -> bool:
+    field = kind.model_fields.get(str(key))
+    return field is not None and _allows(field.annotation, str)
+
+
+def _allows(annotation: Any, wanted: type) -> bool:
+    parts = () if get_origin(annotation) is list else get_args(annotation)
+    return annotation is wanted or any(_allows(one, wanted) for one in parts)
+
+
 class _Loader(yaml.SafeLoader):
-    """Refuses keys that are given twice, of which YAML would silently take the last, and numbers that cannot be shown."""
+    """Refuses keys that are given twice, of which YAML would silently take the last, numbers that cannot be shown, whole
+    numbers that are not written plainly (010 would be 8, and 12:30:00 45000), and merges that grow without end."""
+
+    def flatten_mapping(self, node: Any) -> None:
+        super().flatten_mapping(node)
+        if len(node.value) > MOST_MERGED:
+            raise yaml.constructor.ConstructorError(None, None, f"more than {MOST_MERGED} merged keys", node.start_mark)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         pairs = node.value if isinstance(node, yaml.MappingNode) else []
@@ -350,6 +506,9 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
     def construct_yaml_int(self, node: Any) -> int:
+        if not PLAIN_NUMBER.fullmatch(node.value):
+            problem = f"{shown(node.value)}: write the whole number in plain decimal digits, or a text in quotes"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
         number = super().construct_yaml_int(node)
         if number.bit_length() > MOST_BITS:
             problem = f"a whole number of {number.bit_length()} bits"
@@ -361,14 +520,39 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 def read_text(path: Path) -> str:
-    """The text of a file. Raises UserError naming it if it cannot be read."""
+    """The text of a regular file. Raises UserError naming it if it cannot be read."""
+    check_regular(path)
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        raise UserError(no_such_file(path)) from None
     except (OSError, UnicodeDecodeError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         raise UserError(f"{path}: cannot be read: {reason}") from None
+
+
+MAKERS = {  # the command that makes the files of `args/`, by how their names begin
+    "gsm_": "bash preprocessing/gsm_icot.bash",
+    "gsm8k_": "python preprocessing/gsm8k.py --train train.jsonl --test test.jsonl",
+    "prontoqa_": "bash scripts/make_prontoqa.sh CLONE",
+    "prosqa_quick_": "bash scripts/quickstart.sh",
+    "prosqa_symbolic_": "python preprocessing/prosqa.py --symbolic",
+    "prosqa_": "git checkout data",
+    "quick-": "bash scripts/quickstart.sh",
+    "gsm-cot": "run.py args/gsm_cot.yaml",
+}
+
+
+def no_such_file(path: Path) -> str:
+    """The problem, and for what `args/` names the command that makes it."""
+    begin = max((one for one in MAKERS if path.name.startswith(one)), key=len, default=None)
+    return f"{path}: no such file" + (f"; `{MAKERS[begin]}` makes it (data/README.md)" if begin else "")
+
+
+def check_regular(path: Path) -> None:
+    """Raise UserError for a pipe, a device or a directory: reading or writing them may never end."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: not a regular file")
 
 
 def _nearest(key: str, kind: type[Config]) -> str:
@@ -376,13 +560,13 @@ def _nearest(key: str, kind: type[Config]) -> str:
     return f"; did you mean {nearest[0]!r}?" if nearest else f"; valid keys: {', '.join(sorted(kind.model_fields))}"
 
 
-def _one_line(error: ValidationError, sources: dict[str, str]) -> str:
+def _one_line(error: ValidationError, sources: dict[str, str], hint: str) -> str:
     first = error.errors(include_url=False)[0]
     if not first["loc"]:
         return _message(first)
     key = str(first["loc"][0])
     if first["type"] == "missing":
-        return f"{key}: missing; it must be set in the YAML file or as {key}=VALUE"
+        return f"{key}: missing; it must be set in the YAML file or as {key}=VALUE{hint}"
     return f"{sources.get(key, 'default')}: {key}: {_message(first).lower()}, got {shown(first['input'])}"
 
 
@@ -422,7 +606,35 @@ def set_seed(seed: int) -> None:
 
 
 def is_main_process() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
+    return os.environ.get("RANK", "0") == "0"
+
+
+def check_environment() -> None:
+    """Raise UserError if the variables of torchrun are no numbers, out of range, or only some of them are there."""
+    found: dict[str, int] = {}
+    for key, least in {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}.items():
+        text = os.environ.get(key)
+        if text is not None:
+            if not text.isascii() or not text.isdigit() or int(text) < least:
+                raise UserError(f"environment: {key}={text}: a whole number of at least {least} is needed; start with torchrun")
+            found[key] = int(text)
+    missing = [key for key in ("RANK", "MASTER_ADDR", "MASTER_PORT") if key not in os.environ]
+    if "WORLD_SIZE" in found and missing:
+        raise UserError(f"environment: WORLD_SIZE is set, but not {', '.join(missing)}: start with torchrun, or unset it")
+    if found.get("RANK", 0) >= found.get("WORLD_SIZE", found.get("RANK", 0) + 1):
+        raise UserError(f"environment: RANK={found['RANK']} of WORLD_SIZE={found['WORLD_SIZE']} processes: start with torchrun")
+
+
+@contextlib.contextmanager
+def telling() -> Iterator[None]:
+    """Around what writes to standard output: where the reader has gone (`| head`), the run is asked to stop as by SIGTERM."""
+    try:
+        yield
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+        signal.raise_signal(signal.SIGTERM)
 
 
 class _RankFilter(logging.Filter):
@@ -436,7 +648,8 @@ class _ToStdout(logging.Handler):
     """Looks standard output up each time: it may have been redirected since the logger was made."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), flush=True)
+        with telling():
+            print(self.format(record), flush=True)
 
 
 @functools.cache
@@ -515,6 +728,7 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
 def append_jsonl(path: Path, row: dict[str, Any]) -> None:
     """Add one row, or nothing. Raises UserError if it cannot be written."""
     line = (json.dumps(row) + "\n").encode()
+    check_regular(path)
     with writing(path), path.open("ab", buffering=0) as file:
         size = file.tell()
         if file.write(line) < len(line):  # the disk took a part of it
@@ -530,7 +744,11 @@ def entry_point(main: Callable[[list[str]], None]) -> Callable[[], None]:
 
     @functools.wraps(main)
     def run() -> None:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")  # a name may hold what the terminal cannot show
         try:
+            check_environment()
             main(sys.argv[1:])
         except UserError as error:
             _exit(f"error: {error}", 2)

@@ -7,6 +7,9 @@ and with the same samples.
 
 Each setting that needs branches of its own is one run of `sweep` in a folder of its own, so that the same command goes on where
 it was stopped; the numbers of branches and the aggregations come from the branches of the run that all parts share.
+
+    python -m experiments.ablation args/ablation.yaml
+    python -m experiments.ablation args/ablation.yaml parts=branches num_branches=9 num_questions=100
 """
 
 from __future__ import annotations
@@ -58,11 +61,7 @@ def _parts(value: Any) -> Any:
 
 
 class AblationConfig(BranchConfig):
-    """The keys of run_noisy_experiment.py, which describe the setting that is varied, and what is varied around it.
-
-    noise_ratios: norms of the noise by the norm of the thought; every noise type gets the scales that add as much.
-    injection_steps: which thoughts get the noise, one at a time, from 1; every thought there is if None.
-    """
+    """The keys of run_noisy_experiment.py, which describe the setting that is varied, and what is varied around it."""
 
     results_path: str = "ablation/results"
     noise_type: Annotated[list[NoiseType], Field(min_length=1), BeforeValidator(_listed)] = Field(default=["gaussian_scaled"])
@@ -70,8 +69,11 @@ class AblationConfig(BranchConfig):
     noise_ratios: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1), BeforeValidator(_listed)] = Field(
         default=[0.5, 1.0, 2.0]
     )
+    """Norms of the noise by the norm of the thought; every noise type gets the scales that add as much."""
     injection_steps: Annotated[list[Positive] | None, Field(min_length=1), BeforeValidator(_listed)] = None
+    """Which thoughts get the noise, one at a time, from 1; null: every thought there is."""
     parts: Annotated[list[PartName], Field(min_length=1), BeforeValidator(_parts)] = Field(default=list(PARTS))
+    """What is varied: all or some of injection_step, branches, noise_type, aggregation, shared_noise, schedule."""
 
     @model_validator(mode="after")
     def _one_setting(self) -> AblationConfig:
@@ -332,7 +334,7 @@ def mixed_branches(ablation: Ablation, cells: list[dict[int, Outcome]]) -> dict[
 
 @entry_point
 def main(arguments: list[str]) -> None:
-    config = load_config(AblationConfig, arguments)
+    config = load_config(AblationConfig, arguments, __doc__, "args/ablation.yaml")
     with distributed.process_group() as device:
         print_config(config)
         ablation = run_ablation(config, device)

@@ -38,42 +38,75 @@ class SweepConfig(Config):
 
     # general
     name: PathText
+    """Folder of the experiment below results_path."""
     results_path: PathText = "results"
+    """Folder below which every experiment has its own."""
     seed: Seed = 0
-    fresh: bool = False  # forget what an earlier run of this name has done
+    """Of noise, samples and drawn questions."""
+    fresh: bool = False
+    """Forget the experiment of this name, with its results, and start over."""
     # who answers: a checkpoint of this project, or any causal language model without training
     model_id: OptionalPath = None
+    """A causal language model without training: hub id or local directory."""
     load_model_path: OptionalPath = None
+    """A trained checkpoint of this project, or a run's directory (its newest checkpoint; RUN@best: its best)."""
     gguf_file: OptionalPath = None
+    """A GGUF file in model_id."""
     attn_implementation: OptionalText = None
+    """Attention of transformers: sdpa, eager, ...; null: its default."""
     trust_remote_code: bool = False
+    """Run code that comes with a model: read it first."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """float32, bfloat16 or float16."""
     hidden_layer_idx: Annotated[int | None, BeforeValidator(_null)] = None
+    """The layer whose state is fed back: -1 the last one, after the final norm; published gpt-oss experiments used 1.
+    null: as trained, else -1."""
     n_latents: Annotated[int | None, Field(ge=1, le=MOST_THOUGHTS), BeforeValidator(_null)] = None
+    """Thoughts of every question; null: as trained, else 8."""
     # questions
     benchmark: str
+    """gsm8k, gsm-symbolic, mmlu, math, gpqa, prosqa or prontoqa."""
     data_path: OptionalPath = None
+    """A local file in place of the hub's data set; needed for prosqa and prontoqa."""
     subset: OptionalText = None
+    """Configuration of the hub's data set; null: the usual one."""
     split: OptionalText = None
+    """Split of the hub's data set; null: its test split."""
     num_questions: Annotated[int | None, Field(ge=1), BeforeValidator(_null)] = None
+    """So many: of a file the first ones, of the hub drawn with the seed; null: all."""
     # noise
     noise_type: Annotated[list[NoiseType], Field(min_length=1), BeforeValidator(_listed)] = Field(default=["gaussian"])
+    """One, a list, or all: gaussian, gaussian_scaled, snr, orthogonal, uniform, dropout, targeted."""
     noise_direction: Annotated[Literal["same", "opposite"] | None, BeforeValidator(_null)] = None
+    """Of targeted noise: same or opposite; null: both."""
     noise_scales: Annotated[list[float] | None, Field(min_length=1), BeforeValidator(_listed)] = None
+    """A scale or a list; null: the recommended ones of each type."""
     noise_at_step: Positive = 1
+    """The thought that is perturbed, from 1."""
     apply_noise_to_all_passes: bool = False
+    """Perturb every thought."""
     schedule: Schedule = "none"
-    lambda_decay: Annotated[float, Field(ge=0)] = DECAY  # of the exponential and the adaptive schedule, per pass
+    """Noise of the thoughts after that one: none, constant, linear, cosine, exponential or adaptive."""
+    lambda_decay: Annotated[float, Field(ge=0)] = DECAY
+    """Decay per thought of the schedules exponential and adaptive."""
     shared_noise: bool = False
+    """One noise vector for all branches of a question."""
     controls: Annotated[list[Control], BeforeValidator(lambda value: _listed(value) or [])] = Field(default=[])
+    """What stands in place of thoughts: one, a list or none of zero, mean, other, pause."""
     # branches
     num_branches: Branches = 1
+    """Branches of a question that vote."""
     temperature: Annotated[float, Field(ge=0)] = 0.0
+    """Of the branches' samples; 0: greedy."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Probability mass from which samples are drawn."""
     self_consistency_temperature: Annotated[float, Field(gt=0)] = 0.7
+    """Of the baseline without noise, where temperature is 0."""
     max_new_tokens: Positive = 64
+    """Most tokens of an answer."""
     # running
-    batch_size: Positive = 64  # branches decoded at once; what a question is answered does not depend on it
+    batch_size: Positive = 64
+    """Branches decoded at once; no answer depends on it."""
 
     @model_validator(mode="after")
     def _consistent(self) -> SweepConfig:
@@ -147,11 +180,15 @@ class FullConfig(SweepConfig):
     noise_type: Annotated[list[NoiseType], Field(min_length=1), BeforeValidator(_listed)] = Field(
         default=list(get_args(NoiseType))
     )
+    """One, a list, or all."""
     controls: Annotated[list[Control], BeforeValidator(lambda value: _listed(value) or [])] = Field(
         default=list(get_args(Control))
     )
+    """One, a list, or none."""
     branch_noise_type: NoiseType = "gaussian_scaled"
-    harmless_margin: Annotated[float, Field(gt=0, le=100)] = 2.0  # points: noise that is shown to cost less is called harmless
+    """Noise of the branches that vote."""
+    harmless_margin: Annotated[float, Field(gt=0, le=100)] = 2.0
+    """Points of accuracy: noise is called harmless where its loss is shown to be smaller."""
     num_branches: Voters = 5
     temperature: Annotated[float, Field(ge=0)] = 0.7
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,8 +12,20 @@ import yaml
 from conftest import ROOT
 
 from experiments.ablation import AblationConfig
+from experiments.branch_check import QuickBranchConfig
+from experiments.selfcheck import CheckConfig
 from experiments.settings import BranchConfig, FullConfig, SweepConfig
-from utils import RunConfig, UserError, load_config, save_config
+from utils import (
+    RunConfig,
+    UserError,
+    append_jsonl,
+    check_environment,
+    description,
+    load_config,
+    no_such_file,
+    read_text,
+    save_config,
+)
 
 PROGRAMS = {
     "run.py": RunConfig,
@@ -116,3 +131,135 @@ def test_stages_follow_the_epochs_and_end_past_the_last() -> None:
     config = load("method=coconut", "epochs_per_stage=5", "max_latent_stage=2", "num_epochs=50")
     assert [config.scheduled_stage(epoch) for epoch in (0, 4, 5, 10, 15, 20, 49)] == [0, 0, 1, 2, 3, 3, 3]
     assert load("method=cot", "num_epochs=50").scheduled_stage(49) == 0
+
+
+# --- what people write who come from the published code ---
+
+
+@pytest.mark.parametrize("kind", [*PROGRAMS.values(), CheckConfig, QuickBranchConfig], ids=lambda kind: kind.__name__)
+def test_help_names_every_key_with_default_and_description(kind: type, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        load_config(kind, ["x.yaml", "--help"], "About it.", "args/x.yaml")
+    assert not stop.value.code
+    text = capsys.readouterr().out
+    assert text.startswith("About it.")
+    assert "Without arguments: args/x.yaml." in text
+    for name, field in kind.model_fields.items():
+        if name not in getattr(kind, "unused", tuple)():
+            assert len(description(kind, name)) > 5, name
+            default = "needed" if field.is_required() else field.get_default(call_default_factory=True)
+            shown = "null" if default is None else str(default).lower() if isinstance(default, bool) else default
+            shown = "[" if isinstance(default, list) else shown
+            assert f"  {name} ({shown}" in text
+
+
+def test_without_arguments_the_default_file_is_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert load_config(SweepConfig, [], default="args/noise_sweep.yaml").name == "noise_scale"
+    monkeypatch.chdir(tmp_path)  # from elsewhere too
+    assert load_config(SweepConfig, [], default="args/noise_sweep.yaml").name == "noise_scale"
+    with pytest.raises(UserError, match="name: missing; .*; args/noise_sweep.yaml has everything that is needed"):
+        load_config(SweepConfig, ["noise_type=snr"], default="args/noise_sweep.yaml")
+
+
+def test_a_number_alone_is_taken_for_a_number_of_questions() -> None:
+    with pytest.raises(UserError, match="'1000' is neither a YAML file nor key=value; did you mean num_questions=1000"):
+        load_config(QuickBranchConfig, ["1000"])
+
+
+@pytest.mark.parametrize("text", ["1.10", "2024_01_01", "12:30:00", "010", "yes", "1e3", "0x10", "2024-01-01"])
+def test_text_stays_as_it_is_written(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(f"method: cot\nname: {text}\ntrain_path: {text}\n")
+    config = load_config(RunConfig, [*NEEDED, str(path)])
+    assert (config.name, config.train_path) == (text, text)
+    assert load("method=cot", f"name={text}").name == text
+    assert load("method=cot", f"name='{text}'").name == text
+
+
+@pytest.mark.parametrize("number", ["010", "12:30:00", "0x10", "1_000"])
+def test_odd_whole_numbers_are_refused(number: str) -> None:
+    with pytest.raises(UserError, match="write the whole number in plain decimal digits"):
+        load("method=cot", f"num_epochs={number}")
+
+
+def test_paths(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = load("method=cot", "save_path=~/runs", "load_model_path=")
+    assert config.save_path == str(tmp_path / "runs")
+    assert config.load_model_path is None
+    assert load("method=cot", 'load_model_path=""').load_model_path is None
+    with pytest.raises(UserError, match="load_model_path: a placeholder of the published files: put your own path"):
+        load("method=cot", "load_model_path=YOUR_PATH_TO_COT_CHECKPOINT!")
+    with pytest.raises(UserError, match="save_path: no such user"):
+        load("method=cot", "save_path=~nobody_here/x")
+
+
+def test_every_file_that_args_names_has_its_command() -> None:
+    for path in (ROOT / "args").glob("*.yaml"):
+        values = yaml.safe_load(path.read_text())
+        for key in ("train_path", "val_path", "data_path"):
+            if values.get(key):
+                assert "` makes it" in no_such_file(Path(values[key])), values[key]
+    assert "gsm_icot.bash" in no_such_file(Path("data/gsm_train.json"))
+    assert no_such_file(Path("data/mine.json")) == "data/mine.json: no such file"
+
+
+def test_merges_that_grow_without_end_and_pipes(tmp_path: Path) -> None:
+    bomb = ["a0: &a0 {" + ", ".join(f"k{n}: 1" for n in range(10)) + "}"]
+    bomb += [f"a{n}: &a{n} {{<<: [" + ", ".join([f"*a{n - 1}"] * 10) + "]}" for n in range(1, 9)]
+    path = tmp_path / "x.yaml"
+    path.write_text("\n".join(bomb))
+    with pytest.raises(UserError, match="more than 1000 merged keys"):
+        load(str(path))
+    pipe = tmp_path / "pipe.yaml"
+    os.mkfifo(pipe)
+    for use in (lambda: load(str(pipe)), lambda: read_text(pipe), lambda: append_jsonl(pipe, {})):
+        with pytest.raises(UserError, match=r"pipe\.yaml: not a regular file"):
+            use()
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is set, but not RANK, MASTER_ADDR, MASTER_PORT"),
+        ({"RANK": "abc"}, "RANK=abc: a whole number of at least 0"),
+        ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE=0: a whole number of at least 1"),
+        ({"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, "RANK=2 of WORLD_SIZE=2 processes"),
+    ],
+)
+def test_an_environment_that_torchrun_would_not_make(
+    variables: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(key, raising=False)
+    check_environment()
+    for key, value in variables.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(UserError, match=message):
+        check_environment()
+
+
+def test_a_reader_that_has_gone_stops_the_run_as_sigterm_does() -> None:
+    """The second line meets a closed pipe: the handler of SIGTERM runs, and what is written afterwards goes nowhere."""
+    program = """
+import signal, sys
+signal.signal(signal.SIGTERM, lambda *_: print("stopped", file=sys.stderr))
+from utils import get_logger
+get_logger().info("first")
+sys.stdin.readline()
+get_logger().info("second"); get_logger().info("third")
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "first\n"
+    process.stdout.close()
+    process.stdout = None
+    _, errors = process.communicate("go\n", timeout=60)
+    assert (process.returncode, errors) == (0, "stopped\n")
