@@ -9,7 +9,18 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from experiments.answers import answer_kind
 from noise import DECAY, NOISE_TYPES, RECOMMENDED_SCALES, Intervention, check_noise
-from utils import MOST_THOUGHTS, Config, OptionalPath, OptionalText, PathText, Positive, Seed, check_folder_name, check_kernel
+from utils import (
+    MOST_THOUGHTS,
+    Config,
+    EvalLatents,
+    OptionalPath,
+    OptionalText,
+    PathText,
+    Positive,
+    Seed,
+    check_folder_name,
+    check_kernel,
+)
 
 NoiseType = Literal["gaussian", "gaussian_scaled", "snr", "orthogonal", "uniform", "dropout", "targeted"]
 Schedule = Literal["none", "constant", "linear", "cosine", "exponential", "adaptive"]
@@ -63,6 +74,9 @@ class SweepConfig(Config):
     null: as trained, else -1."""
     n_latents: Annotated[int | None, Field(ge=1, le=MOST_THOUGHTS), BeforeValidator(_null)] = None
     """Thoughts of every question; null: as trained, else 8."""
+    eval_latents: EvalLatents = "gold"
+    """Thoughts of a checkpoint trained with pad_latent_to_max: False: gold: as the record's steps; max: as the most steps; or
+    a number."""
     # questions
     benchmark: str
     """gsm8k, gsm-symbolic, mmlu, math, gpqa, prosqa or prontoqa."""
@@ -135,6 +149,7 @@ class SweepConfig(Config):
             "noise_direction": (self.noise_direction and "targeted" not in self.noise_type, "noise_type: targeted"),
             "shared_noise": (self.shared_noise and self.num_branches == 1, "num_branches of at least 2"),
             "top_p": ("top_p" in self.model_fields_set and self.top_p != 1 and greedy, "temperature above 0, or branches"),
+            "eval_latents": (self.eval_latents != "gold" and self.n_latents is not None, "n_latents: null"),
             "lambda_decay": (self.lambda_decay != DECAY and not decays, "schedule: exponential or adaptive"),
         }
         for key, (idle, needed) in without_effect.items():

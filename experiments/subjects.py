@@ -17,7 +17,7 @@ from experiments.answers import build_prompt, user_message
 from experiments.benchmarks import BenchmarkQuestion
 from experiments.settings import SweepConfig
 from models import LatentIds, build_model, latent_ids
-from utils import RunConfig, UserError
+from utils import EvalLatents, RunConfig, UserError
 
 WITH_THOUGHTS = ("coconut", "no_curriculum")  # methods whose latents are fed thoughts
 
@@ -27,7 +27,7 @@ class Subject:
     """A model with its prompts.
 
     source: the checkpoint or the model. curriculum, stage: how the checkpoint was trained; None for a model without training.
-    n_latents: so many for every question; None is as it was trained.
+    n_latents: so many for every question; None is as it was trained, by the rule eval_latents (`dataset.stage_shape`).
     """
 
     model: Coconut
@@ -38,6 +38,7 @@ class Subject:
     curriculum: RunConfig | None
     stage: int
     n_latents: int | None
+    eval_latents: EvalLatents = "gold"
 
     def prompt(self, question: BenchmarkQuestion) -> list[int]:
         """Token ids of the question, the markers and the latents. UserError: it holds any, or does not say how many."""
@@ -60,12 +61,12 @@ class Subject:
     def _trained_latents(self, question: BenchmarkQuestion) -> int:
         curriculum = self.curriculum
         assert curriculum is not None
-        if question.steps is None and not curriculum.pad_latent_to_max:
+        if question.steps is None and not curriculum.pad_latent_to_max and self.eval_latents == "gold":
             raise UserError(
                 f"question {question.index}: {self.source} was trained with as many thoughts as steps (pad_latent_to_max: "
-                "False), but the record has no steps: add them, or set n_latents"
+                "False), but the record has no steps: add them, or set eval_latents"
             )
-        return stage_shape(curriculum, self.stage, question.steps or 0).thoughts
+        return stage_shape(curriculum, self.stage, question.steps or 0, self.eval_latents).thoughts
 
     def branch_point(self, prompts: Sequence[list[int]], noise_at_step: int) -> BranchPoint:
         """The prompts as one batch, thought through up to where this thought is fed back."""
@@ -113,6 +114,8 @@ def load_subject(config: SweepConfig, device: torch.device) -> Subject:
             raise UserError(f"{source} was trained with method {curriculum.method}, which has no thoughts to put noise into")
         if stage == 0 and config.n_latents is None:
             raise UserError(f"{source} is of stage 0, which has no thoughts yet: take a later checkpoint, or set n_latents")
+    if curriculum is None and config.eval_latents != "gold":
+        raise UserError(f"eval_latents: {config.eval_latents}: {source} was not trained with thoughts; set n_latents")
     tokenizer = checkpoint.load_run_tokenizer(run)
     ids = latent_ids(tokenizer, run.method)
     model = build_model(run, tokenizer, ids).eval().to(device=device, dtype=getattr(torch, config.dtype))
@@ -121,7 +124,7 @@ def load_subject(config: SweepConfig, device: torch.device) -> Subject:
     if not -1 <= layer <= layers:
         raise UserError(f"hidden_layer_idx is {layer}; {source} has {layers} layers: use -1, or 0 to {layers}")
     model.hidden_layer_idx = layer
-    return Subject(model, tokenizer, ids, device, source, curriculum, stage, config.n_latents)
+    return Subject(model, tokenizer, ids, device, source, curriculum, stage, config.n_latents, config.eval_latents)
 
 
 def _run_config(config: SweepConfig) -> RunConfig:

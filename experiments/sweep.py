@@ -461,6 +461,7 @@ def _information(config: SweepConfig, subject: Subject, records: list[Record], p
         "errors": sum(record["error"] is not None for record in records),
         **subject.describe(),
         "checkpoint": config.load_model_path,
+        "eval_latents": config.eval_latents,
         "n_latents": sorted({record["n_latents"] for record in records if record["error"] is None}),
         "num_branches": config.num_branches,
         "temperature": config.temperature,

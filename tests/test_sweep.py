@@ -379,6 +379,16 @@ def test_records_without_steps_where_their_number_counts(arguments: dict[str, An
     with pytest.raises(UserError, match="was trained with as many thoughts as steps"):
         run(arguments, data_path=path)
     assert len(run(arguments, data_path=path, n_latents=2)) == 2
+    assert [one["n_latents"] for one in run(arguments, data_path=path, name="max", eval_latents="max")] == [3, 3]
+
+
+def test_the_number_of_thoughts_follows_eval_latents(arguments: dict[str, Any]) -> None:
+    """The checkpoint has as many thoughts as the question's steps, one to three, unless told otherwise."""
+    for value, expected in [("gold", [1, 2, 3, 1, 2, 3, 1]), ("max", [3] * 7), (5, [5] * 7)]:
+        finished = run_sweep(SweepConfig(**arguments, eval_latents=value, noise_scales=1), CPU)
+        assert finished is not None
+        assert [record["n_latents"] for record in finished.records] == expected
+        arguments["name"] += "x"
 
 
 def test_a_state_dict_file_must_be_converted(arguments: dict[str, Any], tmp_path: Path) -> None:
