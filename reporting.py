@@ -144,10 +144,15 @@ def _start_wandb(config: RunConfig, mode: str, run_id: str | None) -> Any:
 # --- tables ---
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:  # rich would end the process with exit code 1
+        raise BrokenPipeError
+
+
 def show(table: Table) -> None:
     if is_main_process():
         with telling():
-            Console(width=max(100, Console().width), highlight=False).print(table)
+            _Console(width=max(100, Console().width), highlight=False).print(table)
             sys.stdout.flush()
 
 

@@ -627,13 +627,16 @@ def check_environment() -> None:
 
 @contextlib.contextmanager
 def telling() -> Iterator[None]:
-    """Around what writes to standard output: where the reader has gone (`| head`), the run is asked to stop as by SIGTERM."""
+    """Around what writes to standard output. Where the reader has gone (`| head`), a run that listens to SIGTERM stops as it
+    does then; any other ends at once."""
     try:
         yield
     except BrokenPipeError:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
         os.close(nowhere)
+        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            sys.exit(128 + signal.SIGPIPE)
         signal.raise_signal(signal.SIGTERM)
 
 

@@ -11,10 +11,10 @@ from fractions import Fraction
 from typing import NamedTuple
 
 MOST_DIGITS = 40  # a longer run of digits is no answer
-LONGEST_VERIFIED = 200  # characters of an answer that is handed to the computer algebra
+LONGEST_VERIFIED = 150  # characters of an answer that is handed to the computer algebra
 COSTLIEST_NESTING = 800  # characters times 2 ** depth of the brackets, as which the time to read an answer grows
 LARGEST_POWER = 1000  # product of all exponents up to which it is
-VERIFY_SECONDS = 5
+VERIFY_SECONDS = 1
 
 _SEPARATOR = re.compile(r"(?<=\d)(?:\{,\}|\\,|,\\!|\\!|[\u00a0\u2009\u202f])(?=\d{3}(?!\d))")
 _CURRENCY_WORD = re.compile(r"\b(?:USD|EUR|GBP|INR|Rs\.?)\s?(?=-?\d)|\bUS(?=\\?\$)")

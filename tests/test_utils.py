@@ -247,7 +247,10 @@ signal.signal(signal.SIGTERM, lambda *_: print("stopped", file=sys.stderr))
 from utils import get_logger
 get_logger().info("first")
 sys.stdin.readline()
-get_logger().info("second"); get_logger().info("third")
+from reporting import show
+from rich.table import Table
+show(Table("second"))
+get_logger().info("third")
 """
     process = subprocess.Popen(
         [sys.executable, "-c", program],
