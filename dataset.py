@@ -370,6 +370,7 @@ class _StageExamples:
     end_id: int
     epoch: int = 0
     with_labels: bool = True
+    latents: EvalLatents = "gold"
 
     def __call__(self, rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
         columns = ("idx", "question_tokenized", "steps_tokenized", "answer_tokenized")
@@ -378,7 +379,7 @@ class _StageExamples:
 
     def _example(self, idx: int, question: list[int], steps: list[list[int]], answer: list[int]) -> dict[str, Any]:
         stage = self._sample_stage(idx, len(steps)) if self.with_labels else self.stage
-        shape = stage_shape(self.curriculum, stage, len(steps))
+        shape = stage_shape(self.curriculum, stage, len(steps), self.latents)
         thoughts = [self.thought_id] * shape.thoughts
         if uses_markers(self.curriculum.method):
             thoughts = [self.start_id, *thoughts, self.end_id]
@@ -439,10 +440,19 @@ def get_cot_latent_dataset(
 
 
 def get_question_latent_dataset(
-    scheduled_stage: int, base_dataset: Dataset, configs: Curriculum, start_id: int, latent_id: int, end_id: int
+    scheduled_stage: int,
+    base_dataset: Dataset,
+    configs: Curriculum,
+    start_id: int,
+    latent_id: int,
+    end_id: int,
+    latents: EvalLatents = "gold",
 ) -> Dataset:
-    """Prompts of a stage (question, markers, latents): input_ids, attention_mask, position_ids, idx."""
-    examples = _StageExamples(configs, scheduled_stage, start_id, latent_id, end_id, with_labels=False)
+    """Prompts of a stage (question, markers, latents): input_ids, attention_mask, position_ids, idx.
+
+    latents: how many, see `stage_shape`.
+    """
+    examples = _StageExamples(configs, scheduled_stage, start_id, latent_id, end_id, with_labels=False, latents=latents)
     return base_dataset.with_transform(examples)
 
 
@@ -455,15 +465,25 @@ def check_passes(size: int, examples: int | None) -> None:
         )
 
 
-def check_lengths(datasets: Sequence[Dataset], curriculum: Curriculum, max_new_tokens: int, positions: int | None) -> None:
-    """Raise DataError naming the first record that needs more positions than the model has, trained or answered."""
+def check_lengths(
+    datasets: Sequence[Dataset],
+    curriculum: Curriculum,
+    max_new_tokens: int,
+    positions: int | None,
+    latents: EvalLatents = "gold",
+) -> None:
+    """Raise DataError naming the first record that needs more positions than the model has, trained or answered.
+
+    latents: how many an answer gets, see `stage_shape`.
+    """
     if positions is None:
         return
     markers = 2 if uses_markers(curriculum.method) else 0
     for dataset in datasets:
         columns = (dataset[name] for name in ("question_tokenized", "steps_tokenized", "answer_tokenized"))
         for index, (question, steps, answer) in enumerate(zip(*columns, strict=True)):
-            thoughts = stage_shape(curriculum, curriculum.max_latent_stage, len(steps)).thoughts
+            shapes = [stage_shape(curriculum, curriculum.max_latent_stage, len(steps), kind) for kind in ("gold", latents)]
+            thoughts = max(shape.thoughts for shape in shapes)
             longest = max(sum(map(len, steps)) + len(answer), max_new_tokens)
             needed = len(question) + markers + thoughts + longest
             if needed > positions:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -23,17 +25,22 @@ from dataset import (
     batch_loader,
     get_cot_latent_dataset,
     get_question_latent_dataset,
+    marker_tokens,
     remaining_steps,
     stage_shape,
 )
 from distributed import unwrap
 from models import LatentIds
-from utils import RunConfig, is_main_process
+from utils import EvalLatents, RunConfig, UserError, is_main_process
 
 
 @dataclass
 class Prediction:
-    """One row of predictions_<epoch>.jsonl. output: the generated text. answer: what follows its last "#"."""
+    """One row of predictions_<epoch>.jsonl.
+
+    output: the generated text. answer: what follows its last "#". wrote_steps: whether text stands before the answer's "###";
+    else the answer was given at once.
+    """
 
     idx: int
     output: str
@@ -41,18 +48,24 @@ class Prediction:
     gold: str
     correct: bool
     cot_match: bool
+    wrote_steps: bool
     new_tokens: int
 
 
 @dataclass
 class Evaluation:
-    """Accuracy and cot_match are fractions of `questions`; loss is the mean cross entropy per labelled token.
+    """Accuracy, cot_match and wrote_steps are fractions of `questions`; loss is the mean cross entropy per labelled token.
 
+    low, high: the 95% interval of accuracy. accuracy_at_once: of the answers that were given at once, None if there are none.
     seconds_per_question: answering time of all processes together, divided by the questions.
     """
 
     loss: float
     accuracy: float
+    low: float
+    high: float
+    accuracy_at_once: float | None
+    wrote_steps: float
     cot_match: float
     questions: int
     new_tokens: float
@@ -65,7 +78,10 @@ class Evaluation:
 
 @dataclass
 class Evaluator:
-    """Evaluates one model on one data set at any stage. progress: called with what was done after each batch."""
+    """Evaluates one model on one data set at any stage. progress: called with what was done after each batch.
+
+    Raises UserError if eval_latents is a number and the method has no latents.
+    """
 
     config: RunConfig
     dataset: Dataset
@@ -74,27 +90,49 @@ class Evaluator:
     device: torch.device
     progress: Callable[[str], None] = lambda done: None
 
+    def __post_init__(self) -> None:
+        latents, method = self.config.eval_latents, self.config.method
+        if isinstance(latents, int) and not marker_tokens(method):
+            raise UserError(f"eval_latents: {latents}: a model trained with method {method} has no latents; leave it out")
+
     def evaluate(self, model: nn.Module, stage: int) -> Evaluation:
-        """Loss, then greedy answers for all questions, with the model in evaluation mode."""
-        was_training = model.training
-        model.eval()
-        with torch.no_grad(), distributed.autocast(self.config.bf16, self.config.parallel, self.device):
+        """Loss, then greedy answers for all questions with `eval_latents`, with the model in evaluation mode.
+
+        The loss is that of training: its latents are always those of the gold steps.
+        """
+        with self._evaluating(model):
             loss = self._loss(model, stage)
             began = time.perf_counter()
-            predictions = self._predict(model, stage)
+            predictions = self._predict(model, stage, self.config.eval_latents)
             seconds = time.perf_counter() - began
-        distributed.reshard(model)
-        model.train(was_training)
         count = len(predictions)
         return Evaluation(
             loss=loss,
-            accuracy=sum(one.correct for one in predictions) / count,
+            **answer_scores(predictions),
             cot_match=sum(one.cot_match for one in predictions) / count,
             questions=count,
             new_tokens=sum(one.new_tokens for one in predictions) / count,
             seconds_per_question=seconds / count,
             predictions=predictions,
         )
+
+    def answers_with_fixed_latents(self, model: nn.Module, stage: int) -> list[Prediction] | None:
+        """Answers with as many latents for every question; None where those of `evaluate` are that already."""
+        numbers = {len(steps) for steps in self.dataset["steps"]}
+        shape = functools.partial(stage_shape, self.config, stage)
+        if self.config.eval_latents != "gold" or all(shape(steps) == shape(steps, "max") for steps in numbers):
+            return None
+        with self._evaluating(model):
+            return self._predict(model, stage, "max")
+
+    @contextlib.contextmanager
+    def _evaluating(self, model: nn.Module) -> Iterator[None]:
+        was_training = model.training
+        model.eval()
+        with torch.no_grad(), distributed.autocast(self.config.bf16, self.config.parallel, self.device):
+            yield
+        distributed.reshard(model)
+        model.train(was_training)
 
     def _loss(self, model: nn.Module, stage: int) -> float:
         # Every question at the stage that is evaluated.
@@ -112,8 +150,9 @@ class Evaluator:
         total, count = distributed.all_reduce([total, count], self.device)
         return total / count
 
-    def _predict(self, model: nn.Module, stage: int) -> list[Prediction]:
-        prompts = get_question_latent_dataset(stage, self.dataset, self.config, self.ids.start, self.ids.thought, self.ids.end)
+    def _predict(self, model: nn.Module, stage: int, latents: EvalLatents) -> list[Prediction]:
+        markers = (self.ids.start, self.ids.thought, self.ids.end)
+        prompts = get_question_latent_dataset(stage, self.dataset, self.config, *markers, latents)
         collator = MyCollator(self.tokenizer, self.ids.latent, align_end=True)
         predictions = []
         for batch, filler in self._batches(prompts, collator, "answers"):
@@ -147,6 +186,7 @@ class Evaluator:
             gold=gold,
             correct=answer == gold,
             cot_match=_lines(output.split("#")[0]) == _lines(expected),
+            wrote_steps=bool(output.rsplit("#", 1)[0].strip("# \n")),
             new_tokens=len(new),
         )
 
@@ -168,6 +208,20 @@ class Evaluator:
         for number, (batch, (_, filler)) in enumerate(zip(bar, mine, strict=True), start=1):
             yield {key: value.to(self.device) for key, value in batch.items()}, filler
             self.progress(f"{title}, batch {number} of {len(mine)}")
+
+
+def answer_scores(predictions: Sequence[Prediction]) -> dict[str, Any]:
+    """accuracy, low, high, accuracy_at_once and wrote_steps, as `Evaluation` has them."""
+    correct = sum(one.correct for one in predictions)
+    at_once = [one.correct for one in predictions if not one.wrote_steps]
+    low, high = interval(correct, len(predictions))
+    return {
+        "accuracy": correct / len(predictions),
+        "low": low,
+        "high": high,
+        "accuracy_at_once": sum(at_once) / len(at_once) if at_once else None,
+        "wrote_steps": 1 - len(at_once) / len(predictions),
+    }
 
 
 def extract_answer(output: str) -> str:

@@ -207,11 +207,11 @@ def epoch_table(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
-def save_predictions(config: RunConfig, epoch: int, predictions: Sequence[Prediction]) -> None:
-    """predictions_<epoch>.jsonl, for all processes. Raises UserError on all of them if it cannot be written."""
+def save_predictions(config: RunConfig, epoch: int, predictions: Sequence[Prediction], kind: str = "predictions") -> None:
+    """KIND_<epoch>.jsonl, for all processes. Raises UserError on all of them if it cannot be written."""
     rows = [asdict(one) for one in predictions]
     if not config.debug:
-        distributed.run_on_main(lambda: write_jsonl(config.save_dir / f"predictions_{epoch}.jsonl", rows))
+        distributed.run_on_main(lambda: write_jsonl(config.save_dir / f"{kind}_{epoch}.jsonl", rows))
 
 
 def save_nonfinite(config: RunConfig, facts: dict[str, Any], processes: list[list[dict[str, Any]]]) -> str:

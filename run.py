@@ -7,13 +7,14 @@ python run.py args/prosqa_coconut_eval.yaml load_model_path=checkpoints/prosqa-c
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import checkpoint
 import distributed
 from dataset import check_lengths, check_passes, get_dataset
-from evaluation import Evaluator, interval
+from evaluation import Evaluator, answer_scores
 from models import build_model, latent_ids
 from preemption import PREEMPTION, StopRequest
 from reporting import Reporter, print_config, save_predictions, schedule_table, show
@@ -47,7 +48,7 @@ def train(config: RunConfig, device: torch.device, stop: StopRequest) -> None:
         valid_set = get_dataset(config.val_path, tokenizer, DEBUG_VALID if config.debug else None, config.chat_template)
     set_seed(config.seed)  # the same random weights on all processes
     model = build_model(source, tokenizer, ids)
-    check_lengths([train_set, valid_set], config, config.max_new_tokens, model.max_positions)
+    check_lengths([train_set, valid_set], config, config.max_new_tokens, model.max_positions, config.eval_latents)
     check_passes(len(train_set), config.examples_per_epoch)
     wrapped = distributed.wrap(model, config, device)
     set_seed(config.seed + distributed.rank())  # other dropout masks on each
@@ -81,23 +82,34 @@ def evaluate(config: RunConfig, device: torch.device) -> None:
     with distributed.first_on_each_node():
         valid_set = get_dataset(config.val_path, tokenizer, DEBUG_VALID if config.debug else None, config.chat_template)
     model = build_model(config, tokenizer, ids)
-    check_lengths([valid_set], config, config.max_new_tokens, model.max_positions)
+    most = "max" if config.eval_latents == "gold" else config.eval_latents
+    check_lengths([valid_set], config, config.max_new_tokens, model.max_positions, most)
     wrapped = distributed.wrap(model, config, device)
+    watchdog = Watchdog(config.hang_timeout)
+    evaluator = Evaluator(config, valid_set, tokenizer, ids, device, watchdog.beat)
     keep_config(config)
-    with Watchdog(config.hang_timeout) as watchdog:
-        result = Evaluator(config, valid_set, tokenizer, ids, device, watchdog.beat).evaluate(wrapped, stage)
-    correct = sum(one.correct for one in result.predictions)
-    low, high = interval(correct, result.questions)
-    reporter = Reporter(config, keep_rows=None)
+    with watchdog:
+        result = evaluator.evaluate(wrapped, stage)
+        fixed = evaluator.answers_with_fixed_latents(wrapped, stage)
     facts = {"step": 0, "epoch": epoch, "stage": stage, "val_path": config.val_path, "model": config.load_model_path}
-    reporter.row("evaluation", {**facts, **result.metrics(), "low": low, "high": high})
+    fixed_scores = answer_scores(fixed or result.predictions)
+    reporter = Reporter(config, keep_rows=None)
+    reporter.row("evaluation", {**facts, **result.metrics(), **{f"{key}_fixed": fixed_scores[key] for key in fixed_scores}})
     save_predictions(config, epoch, result.predictions)
+    if fixed is not None:
+        save_predictions(config, epoch, fixed, "fixed_predictions")
     reporter.finish()
+    with_fixed = "" if fixed is None else f"with as many latents for every question {_shown(fixed_scores)}, "
     get_logger().info(
-        f"{config.val_path}: stage {stage}, accuracy {correct}/{result.questions} = {result.accuracy:.1%} "
-        f"(95% interval {low:.1%} to {high:.1%}), loss {result.loss:.4f}, steps right {result.cot_match:.1%}, "
-        f"{result.new_tokens:.1f} new tokens a question"
+        f"{config.val_path}: stage {stage}, {result.questions} questions, accuracy {_shown(result.metrics())}, {with_fixed}"
+        f"loss {result.loss:.4f}, steps right {result.cot_match:.1%}, {result.new_tokens:.1f} new tokens a question"
     )
+
+
+def _shown(scores: dict[str, Any]) -> str:
+    at_once = "" if scores["accuracy_at_once"] is None else f", {scores['accuracy_at_once']:.1%} of the others right"
+    bounds = f"95% interval {scores['low']:.1%} to {scores['high']:.1%}"
+    return f"{scores['accuracy']:.1%} ({bounds}; {scores['wrote_steps']:.1%} wrote steps before the answer{at_once})"
 
 
 def keep_config(config: RunConfig, resumed: bool = False) -> None:

@@ -236,10 +236,11 @@ class RunConfig(Config):
     # evaluation
     batch_size_eval: Positive = 16
     """Questions of an evaluation batch."""
-    max_new_tokens: Positive = 64
-    """Most tokens of an answer."""
+    max_new_tokens: Positive = 128
+    """Most tokens of an answer. Not given or null: as in the published code, 64 where val_path holds "gsm", else 128."""
     eval_latents: EvalLatents = "gold"
-    """Thoughts of an answer where pad_latent_to_max is False: gold: as its steps; max: as the most steps; or a number."""
+    """Thoughts of an answer. gold: as in training, from its own steps where pad_latent_to_max is False; max: for every question
+    as many as the stage allows; or so many latent tokens."""
     # systems
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """ddp, or fsdp: weights, gradients and optimizer are sharded."""
@@ -259,6 +260,14 @@ class RunConfig(Config):
     """online, offline or disabled."""
     log_every: Positive = 10
     """Optimizer steps between two rows of metrics.jsonl."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _published_length(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """The published code has no key max_new_tokens and decides so (its run.py)."""
+        if _null(values.get("max_new_tokens")) is not None:
+            return values
+        return {**values, "max_new_tokens": 64 if "gsm" in str(values.get("val_path")) else 128}
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
@@ -336,12 +345,13 @@ class RunConfig(Config):
 
     @property
     def save_dir(self) -> Path:
-        """Where a run writes. An evaluation has a place of its own below, named by its data and by where its weights are."""
+        """Where a run writes. An evaluation has a place of its own below, named by its data, weights and eval_latents."""
         run = Path(self.save_path) / self.name
         if not self.only_eval:
             return run
         weights = Path(str(self.load_model_path)).resolve().parts[1:][-2:]
-        return run / "eval" / "-".join([Path(self.val_path).stem, *weights])
+        latents = [] if self.eval_latents == "gold" else [f"latents_{self.eval_latents}"]
+        return run / "eval" / "-".join([Path(self.val_path).stem, *weights, *latents])
 
     def scheduled_stage(self, epoch: int) -> int:
         """The stage at the end of an epoch (paper, section 3), at which it is evaluated.

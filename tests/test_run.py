@@ -73,6 +73,58 @@ def test_predictions_say_what_was_answered(run_arguments: list[str], tmp_path: P
         assert row["correct"] == (row["answer"] == row["gold"])
 
 
+def test_evaluation_counts_gold_and_fixed_latents_and_written_steps_apart(
+    run_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """A model that answers rightly with as many latents as gold steps, up to two, and writes first in every other answer."""
+    import evaluation
+
+    start(run_arguments, "pad_latent_to_max=false", "num_epochs=3", "epochs_per_stage=1")
+    steps = [min(2, len(record["steps"])) for record in chain_records(7)]
+    assert {1, 2} <= set(steps)
+    epoch = read_rows(tmp_path / "checkpoints" / "run" / "metrics.jsonl", "epoch")[-1]
+    assert epoch["stage"] == 2
+    assert "accuracy_fixed" not in epoch  # that pass is for evaluations alone
+    asked = []
+
+    def generate(self: Any, model: Any, batch: Any) -> list[list[int]]:
+        latents = (batch["input_ids"] == self.ids.latent).sum(dim=1).tolist()
+        asked.extend(latents)
+        words = [
+            (self.dataset[idx]["steps"][0] + "\n" if idx % 2 else "")
+            + "### "
+            + (self.dataset[idx]["answer"] if count == steps[idx] else "no")
+            for idx, count in zip(batch["idx"].tolist(), latents, strict=True)
+        ]
+        return [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in words]
+
+    monkeypatch.setattr(evaluation.Evaluator, "_generate", generate)
+    evaluate = ["only_eval=true", "from_scratch=false", f"load_model_path={tmp_path}/checkpoints/run"]
+    start(run_arguments, *evaluate)
+    row = read_evaluation(tmp_path / "checkpoints" / "run")
+    assert sorted(asked) == sorted(steps + [2] * 7)
+    assert row["accuracy"] == row["accuracy_at_once"] == 1
+    assert row["accuracy_fixed"] == pytest.approx(steps.count(2) / 7)
+    assert row["low_fixed"] < row["accuracy_fixed"] < row["high_fixed"]
+    assert row["accuracy_at_once_fixed"] == pytest.approx(steps[::2].count(2) / 4)
+    assert row["wrote_steps"] == row["wrote_steps_fixed"] == pytest.approx(3 / 7)
+    assert f"for every question {row['accuracy_fixed']:.1%}" in " ".join(capsys.readouterr().out.split())
+    place = tmp_path / "checkpoints" / "run" / "eval"
+    [answers] = place.glob("*/predictions_3.jsonl")
+    assert [one["wrote_steps"] for one in read_rows(answers)] == [bool(idx % 2) for idx in range(7)]
+    [fixed] = place.glob("*/fixed_predictions_3.jsonl")
+    assert [one["correct"] for one in read_rows(fixed)] == [count == 2 for count in steps]
+
+    for given, expected in (("max", 2), (5, 5)):
+        asked.clear()
+        start(run_arguments, *evaluate, f"name=run-{given}", f"eval_latents={given}")
+        assert asked == [expected] * 7  # one pass, and no second one
+        row = read_evaluation(tmp_path / "checkpoints" / f"run-{given}")
+        assert row["accuracy_fixed"] == row["accuracy"] == pytest.approx(steps.count(expected) / 7)
+    with pytest.raises(UserError, match="eval_latents: 5: a model trained with method cot has no latents"):
+        start(run_arguments, "name=cot", "method=cot", "eval_latents=5")
+
+
 def test_answers_can_be_learned(run_arguments: list[str], tmp_path: Path) -> None:
     """Seven questions, all of them seen in training: accuracy must reach 100%, or judging the answers is broken."""
     start(run_arguments, "num_epochs=24", "epochs_per_stage=12", "max_latent_stage=1", "max_new_tokens=30", "lr=3e-3")

@@ -59,6 +59,22 @@ def test_every_file_in_args_loads_and_says_how_it_is_run(path: Path) -> None:
     assert any("Expected:" in line for line in header)
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["val_path=data/gsm_valid.json"], 64),
+        (["val_path=data/prosqa_valid.json"], 128),
+        (["val_path=data/gsm_valid.json", "max_new_tokens=null"], 64),
+        (["val_path=data/prosqa_valid.json", "max_new_tokens=None"], 128),
+        (["val_path=data/gsm_valid.json", "max_new_tokens=7"], 7),
+    ],
+)
+def test_answers_are_as_long_as_in_the_published_code(given: list[str], expected: int) -> None:
+    """Its files have no key max_new_tokens."""
+    config = load_config(RunConfig, ["name=x", "method=cot", "model_id=m", "train_path=t", *given])
+    assert config.max_new_tokens == expected
+
+
 def test_published_spellings_load() -> None:
     config = load("coconut=True", "cot=False", "load_model_path=None", 'lr=!!float "1e-4"', "bf16=False")
     assert config.method == "coconut"
