@@ -16,7 +16,7 @@ from typing import Any
 
 from dataset import load_records, stage_shape
 from experiments.plots import method_bars
-from experiments.quickstart import CHANCE, evaluation_of, read_metrics
+from experiments.quickstart import CHANCE, evaluation_of, read_evaluation, read_metrics
 from experiments.tables import markdown, text
 from preprocessing.prosqa_shortcuts import depth_shortcut
 from reporting import METRICS
@@ -36,7 +36,10 @@ LABELS = {
 
 
 def summarise(save_path: Path, test_file: Path, seeds: Sequence[int], methods: Sequence[str]) -> dict[str, Any]:
-    """The content of summary.json. Accuracies are fractions; deviations are those of a sample (n - 1), None of one seed."""
+    """The content of summary.json. Accuracies are fractions; deviations are those of a sample (n - 1), None of one seed.
+
+    accuracies: with as many thoughts as the gold steps ask for, _fixed with as many for every question.
+    """
     records = load_records(test_file)
     return {
         "methods": {method: summarise_method(save_path, records, method, seeds) for method in methods},
@@ -49,14 +52,15 @@ def summarise(save_path: Path, test_file: Path, seeds: Sequence[int], methods: S
 
 def summarise_method(save_path: Path, records: list[dict[str, Any]], method: str, seeds: Sequence[int]) -> dict[str, Any]:
     runs = [save_path / f"{method}-seed{seed}" for seed in seeds]
-    results = [read_metrics(evaluation_of(run), "evaluation")[-1] for run in runs]
+    results = [read_evaluation(run) for run in runs]
     epochs = [read_metrics(run, "epoch") for run in runs]
     timed = next((run for run in (one.with_name(one.name + TIMED) for one in runs) if run.is_dir()), None)
-    accuracies = [result["accuracy"] for result in results]
+    accuracies = {key: [result[f"accuracy{key}"] for result in results] for key in ("", "_fixed")}
     return {
-        "accuracies": accuracies,
-        "accuracy": mean(accuracies),
-        "deviation": stdev(accuracies) if len(accuracies) > 1 else None,
+        **{f"accuracies{key}": values for key, values in accuracies.items()},
+        **{f"accuracy{key}": mean(values) for key, values in accuracies.items()},
+        **{f"deviation{key}": stdev(values) if len(values) > 1 else None for key, values in accuracies.items()},
+        "wrote_steps": mean(result["wrote_steps"] for result in results),
         "new_tokens": mean(result["new_tokens"] for result in results),
         "thoughts": thoughts(runs[0] / "config.yaml", records),
         "seconds_per_question": read_metrics(evaluation_of(timed), "evaluation")[-1]["seconds_per_question"] if timed else None,
@@ -77,6 +81,9 @@ def table(summary: dict[str, Any]) -> str:
     columns = [
         "accuracy, mean ± deviation",
         "each seed",
+        "as many thoughts for every question",
+        "each seed",
+        "wrote steps",
         "tokens written",
         "thoughts",
         "seconds a question",
@@ -85,8 +92,9 @@ def table(summary: dict[str, Any]) -> str:
     rows = [
         [
             f"{LABELS[method]} (`{method}`)",
-            f"{100 * row['accuracy']:.1f}" + text(row["deviation"] and 100 * row["deviation"], " ± {:.1f}"),
-            ", ".join(f"{100 * accuracy:.1f}" for accuracy in row["accuracies"]),
+            *_accuracies(row, ""),
+            *(_accuracies(row, "_fixed") if row["thoughts"] else ("", "")),
+            f"{100 * row['wrote_steps']:.1f}%",
             f"{row['new_tokens']:.1f}",
             text(row["thoughts"] or None, "{:.1f}"),
             text(row["seconds_per_question"], "{:.4f}"),
@@ -97,6 +105,13 @@ def table(summary: dict[str, Any]) -> str:
     for key in ("depth_shortcut", "chance"):
         rows.append([key.replace("_", " "), f"{100 * summary[key]:.1f}", *[""] * (len(columns) - 1)])
     return markdown(["", *columns], rows) + "\n"
+
+
+def _accuracies(row: dict[str, Any], which: str) -> tuple[str, str]:
+    """Mean and deviation, and each seed; in percent. which: "" or "_fixed"."""
+    deviation = row[f"deviation{which}"]
+    mean_and_deviation = f"{100 * row[f'accuracy{which}']:.1f}" + text(deviation and 100 * deviation, " ± {:.1f}")
+    return mean_and_deviation, ", ".join(f"{100 * accuracy:.1f}" for accuracy in row[f"accuracies{which}"])
 
 
 def write_results(summary: dict[str, Any], save_path: Path, out: Path) -> None:

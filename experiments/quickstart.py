@@ -16,13 +16,25 @@ from rich.table import Table
 from dataset import load_records
 from evaluation import interval
 from experiments.plots import epoch_curves, grouped
+from experiments.tables import terminal, text
 from files import read_typed_lines
 from preprocessing.prosqa_shortcuts import depth_shortcut, shortcuts
 from reporting import METRICS, show
 from utils import UserError, entry_point, write_json
 
 METHODS = {"coconut": "quick-coconut", "no_cot": "quick-no-cot"}
+ROWS = (
+    ("Coconut, gold thoughts", "coconut", ""),
+    ("Coconut, fixed thoughts", "coconut", "_fixed"),
+    ("no-CoT control", "no_cot", ""),
+)
+MEANING = (
+    "Gold: as many thoughts as the question's own steps ask for, which a user does not know beforehand. "
+    "Fixed: as many for every question. At once: answers before which no steps were written."
+)
+SIMPLE = {"depth shortcut": "depth_shortcut", "always the first option": "first_option", "chance": "chance"}
 CHANCE = 0.5  # two options
+SCORES = ("accuracy", "low", "high", "wrote_steps", "accuracy_at_once")
 
 
 def read_metrics(run: Path, kind: str) -> list[dict[str, Any]]:
@@ -41,13 +53,25 @@ def evaluation_of(run: Path) -> Path:
     return found[-1].parent
 
 
+def read_evaluation(run: Path) -> dict[str, Any]:
+    """The newest evaluation of a run. Raises UserError if there is none, or one of an earlier version."""
+    directory = evaluation_of(run)
+    row = read_metrics(directory, "evaluation")[-1]
+    if "accuracy_fixed" not in row:
+        raise UserError(f"{directory}: evaluated by an earlier version; remove it and evaluate again")
+    return row
+
+
 def summarise(save_path: Path, test_file: Path, seconds_total: float) -> dict[str, Any]:
-    """The content of summary.json; accuracies are fractions, low and high their 95% Wilson interval."""
+    """The content of summary.json; accuracies are fractions, low and high their 95% Wilson interval.
+
+    accuracy is with as many thoughts as the gold steps ask for, accuracy_fixed with as many for every question.
+    """
     records = load_records(test_file)
     summary: dict[str, Any] = {}
     for method, name in METHODS.items():
-        result = read_metrics(evaluation_of(save_path / name), "evaluation")[-1]
-        summary[method] = {key: result[key] for key in ("accuracy", "low", "high", "questions", "stage")}
+        result = read_evaluation(save_path / name)
+        summary[method] = {key: result[key] for key in ("questions", "stage", *SCORES, *(f"{key}_fixed" for key in SCORES))}
         epochs = read_metrics(save_path / name, "epoch")
         summary[method] |= {"examples": epochs[-1]["examples"], "seconds_training": sum(row["seconds"] for row in epochs)}
     summary["depth_shortcut"] = sum(depth_shortcut(record) for record in records) / len(records)
@@ -59,18 +83,16 @@ def summarise(save_path: Path, test_file: Path, seconds_total: float) -> dict[st
 
 
 def summary_table(summary: dict[str, Any]) -> Table:
-    table = Table(title=f"Quick start: {summary['coconut']['questions']} test questions", title_justify="left")
-    for column in ("", "accuracy", "95% interval", "training examples", "training minutes"):
-        table.add_column(column, justify="left" if not column else "right")
-    names = {"coconut": f"Coconut, stage {summary['coconut']['stage']} (all steps latent)", "no_cot": "no-CoT control"}
-    for method, name in names.items():
+    title = f"Quick start: {summary['coconut']['questions']} test questions, Coconut at stage {summary['coconut']['stage']}"
+    columns = ("", "accuracy", "95% interval", "at once", "right of these", "examples", "minutes")
+    rows: list[tuple[str, ...]] = []
+    for name, method, which in ROWS:
         row = summary[method]
-        bounds = f"{row['low']:.1%} to {row['high']:.1%}"
-        table.add_row(name, f"{row['accuracy']:.1%}", bounds, f"{row['examples']:,}", f"{row['seconds_training'] / 60:.1f}")
-    table.add_row("depth shortcut", f"{summary['depth_shortcut']:.1%}", "", "", "")
-    table.add_row("always the first option", f"{summary['first_option']:.1%}", "", "", "")
-    table.add_row("chance", f"{summary['chance']:.1%}", "", "", "")
-    return table
+        accuracy, low, high, wrote, right = (row[key + which] for key in SCORES)
+        answers = (f"{accuracy:.1%}", f"{low:.1%} to {high:.1%}", f"{1 - wrote:.1%}", text(right, "{:.1%}"))
+        rows.append((name, *answers, f"{row['examples']:,}", f"{row['seconds_training'] / 60:.1f}"))
+    rows += [(name, f"{summary[key]:.1%}") for name, key in SIMPLE.items()]
+    return terminal(title, columns, rows, MEANING)
 
 
 def write_results(summary: dict[str, Any], save_path: Path, test_file: Path, out: Path) -> None:
@@ -79,17 +101,16 @@ def write_results(summary: dict[str, Any], save_path: Path, test_file: Path, out
     epoch_curves(curves, out / "curves.png", "Quick start: small ProsQA, from scratch")
     shortcut, total = summary["depth_shortcut"], len(load_records(test_file))
     low, high = interval(round(shortcut * total), total)
-    bars = {
-        **{method: summary[method] for method in METHODS},
-        "depth shortcut": {"accuracy": shortcut, "low": low, "high": high},
-    }
-    drawn = {name: {key: 100 * bar[key] for key in ("accuracy", "low", "high")} for name, bar in bars.items()}
+    bars = {name: [summary[method][key + which] for key in SCORES[:3]] for name, method, which in ROWS}
+    bars["depth shortcut"] = [shortcut, low, high]
+    drawn = {name: {key: 100 * value for key, value in zip(SCORES, bar, strict=False)} for name, bar in bars.items()}
     title = "Quick start: test questions of 2 to 3 hops"
     grouped({"test questions": drawn}, out / "accuracy.png", title, chance=100 * CHANCE)
     for method, name in METHODS.items():
         shutil.copyfile(save_path / name / METRICS, out / f"metrics_{method}.jsonl")
-        newest = max(evaluation_of(save_path / name).glob("predictions_*.jsonl"), key=lambda path: path.stat().st_mtime)
-        shutil.copyfile(newest, out / f"predictions_{method}.jsonl")
+        predictions = evaluation_of(save_path / name).glob("*predictions_*.jsonl")
+        for path in sorted(predictions, key=lambda path: path.stat().st_mtime):  # the newest of a kind stays
+            shutil.copyfile(path, out / f"{path.stem.rpartition('_')[0]}_{method}.jsonl")
     write_json(out / "summary.json", summary)
 
 

@@ -17,29 +17,33 @@ from preprocessing.prosqa import chain_records
 from utils import RunConfig, UserError, append_jsonl, load_config, save_config
 
 
-def write_run(directory: Path, accuracies: list[tuple[int, float]], test_accuracy: float) -> None:
-    """Metrics of a finished training run and of its evaluation on 40 test questions."""
+def write_run(directory: Path, accuracies: list[tuple[int, float]], test_accuracy: float, fixed: float | None = None) -> None:
+    """Metrics of a finished training run and of its evaluation on 40 test questions. fixed: with as many latents for each."""
     evaluation = directory / "eval" / "test-run-checkpoint_4"
     evaluation.mkdir(parents=True)
     for number, (stage, accuracy) in enumerate(accuracies, start=1):
         row = {"epoch": number, "stage": stage, "accuracy": accuracy, "train_loss": 1 / number, "val_loss": 1.1 / number}
         append_jsonl(directory / "metrics.jsonl", {"kind": "step", "step": number, "loss": 1.0})
         append_jsonl(directory / "metrics.jsonl", {"kind": "epoch", **row, "examples": 64 * number, "seconds": 2.5})
-    facts = {
-        "accuracy": test_accuracy,
-        "low": test_accuracy - 0.1,
-        "high": test_accuracy + 0.05,
+    facts: dict[str, Any] = {}
+    for which, accuracy in (("", test_accuracy), ("_fixed", test_accuracy if fixed is None else fixed)):
+        scores = {"accuracy": accuracy, "low": accuracy - 0.1, "high": accuracy + 0.05}
+        scores |= {"wrote_steps": 0.25, "accuracy_at_once": None if accuracy == 0.5 else accuracy - 0.01}
+        facts |= {f"{key}{which}": value for key, value in scores.items()}
+    facts |= {
         "questions": 40,
         "stage": 3,
         "new_tokens": 6.5,
     }
     append_jsonl(evaluation / "metrics.jsonl", {"kind": "evaluation", **facts})
     append_jsonl(evaluation / "predictions_4.jsonl", {"idx": 0, "correct": True})
+    if fixed is not None:
+        append_jsonl(evaluation / "fixed_predictions_4.jsonl", {"idx": 0, "correct": False})
 
 
 @pytest.fixture
 def save_path(tmp_path: Path) -> Path:
-    write_run(tmp_path / "runs" / "quick-coconut", [(0, 0.6), (1, 0.7), (2, 0.8), (3, 0.9)], 0.9)
+    write_run(tmp_path / "runs" / "quick-coconut", [(0, 0.6), (1, 0.7), (2, 0.8), (3, 0.9)], 0.9, 0.7)
     write_run(tmp_path / "runs" / "quick-no-cot", [(0, 0.5)] * 4, 0.5)
     return tmp_path / "runs"
 
@@ -56,7 +60,7 @@ def test_the_summary_says_what_was_measured(
     monkeypatch.setattr(sys, "argv", ["quickstart", str(save_path), str(test_file), str(out), "--seconds", "123"])
     quickstart.main()
     summary = json.loads((out / "summary.json").read_text())
-    assert summary["coconut"]["accuracy"] == 0.9
+    assert (summary["coconut"]["accuracy"], summary["coconut"]["accuracy_fixed"]) == (0.9, 0.7)
     assert summary["coconut"]["examples"] == summary["no_cot"]["examples"] == 256
     assert summary["no_cot"]["questions"] == 40
     assert summary["depth_shortcut"] == summary["chance"] == 0.5
@@ -66,12 +70,20 @@ def test_the_summary_says_what_was_measured(
         assert picture[..., :3].std() > 0.05  # something is drawn
     for method in ("coconut", "no_cot"):
         assert (out / f"metrics_{method}.jsonl").is_file()
-        assert (out / f"predictions_{method}.jsonl").is_file()
+        assert json.loads((out / f"predictions_{method}.jsonl").read_text())["correct"]
+    assert not json.loads((out / "fixed_predictions_coconut.jsonl").read_text())["correct"]
     shown = capsys.readouterr().out
+    assert re.search(r"gold thoughts +90.0% +80.0% to 95.0% +75.0% +89.0%", shown)
+    assert re.search(r"fixed thoughts +70.0% +60.0% to 75.0% +75.0% +69.0%", shown)
     first = f"{summary['first_option']:.1%}"
     assert re.search(rf"always the first option\W+{re.escape(first)}", shown)
-    assert "90.0%" in shown
-    assert "80.0% to 95.0%" in shown
+
+
+def test_an_evaluation_of_an_earlier_version_is_named(save_path: Path, test_file: Path) -> None:
+    place = quickstart.evaluation_of(save_path / "quick-no-cot")
+    (place / "metrics.jsonl").write_text('{"kind": "evaluation", "accuracy": 0.5}\n')
+    with pytest.raises(UserError, match=f"{place}: evaluated by an earlier version"):
+        quickstart.summarise(save_path, test_file, 1.0)
 
 
 def test_a_missing_run_is_one_line(test_file: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
@@ -92,7 +104,7 @@ def write_comparison(save_path: Path, accuracies: dict[str, list[float]]) -> Non
     for method, values in accuracies.items():
         for seed, accuracy in enumerate(values):
             directory = save_path / f"{method}-seed{seed}"
-            write_run(directory, [(0, 0.5), (3, accuracy)], accuracy)
+            write_run(directory, [(0, 0.5), (3, accuracy)], accuracy, accuracy - 0.2)
             needed = [f"name={directory.name}", f"method={method}", "model_id=m", "train_path=t", "val_path=v", "num_epochs=8"]
             curriculum = ["c_thought=2", "max_latent_stage=3", "pad_latent_to_max=false"]
             save_config(load_config(RunConfig, needed + curriculum), directory / "config.yaml")
@@ -119,7 +131,10 @@ def test_comparison_of_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert summary["methods"]["coconut"]["training_minutes"] == pytest.approx(2 * 2.5 / 60)
     assert summary["depth_shortcut"] == 0.5
     table = (out / "table.md").read_text().splitlines()
-    assert table[2].startswith("| Coconut (`coconut`) | 95.0 ± 7.1 | 90.0, 100.0 | 6.5 | 4.0 | 0.1250 |")
+    assert table[2].startswith(
+        "| Coconut (`coconut`) | 95.0 ± 7.1 | 90.0, 100.0 | 75.0 ± 7.1 | 70.0, 80.0 | 25.0% | 6.5 | 4.0 | 0.1250 |"
+    )
+    assert table[3].startswith("| no-CoT (`no_cot`) | 50.0 ± 0.0 | 50.0, 50.0 |  |  | 25.0% |")  # it has no thoughts
     assert len({line.count("|") for line in table}) == 1
     assert image.imread(out / "accuracy.png").shape[0] > 300
     assert (out / "metrics" / "no_cot-seed1-test.jsonl").is_file()
