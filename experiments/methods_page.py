@@ -5,8 +5,8 @@ For every method one question, each stage, the exact tokens, and which of them c
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 import tempfile
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dataset import IGNORE_INDEX, get_cot_latent_dataset, get_dataset, marker_tokens
 from models import latent_ids, load_tokenizer
-from utils import ALL_TOKENS, METHODS, STAGED_METHODS, RunConfig, load_config
+from utils import ALL_TOKENS, METHODS, STAGED_METHODS, RunConfig, entry_point, load_config, write_text
 
 ROOT = Path(__file__).parents[1]
 TOKENIZER = "configs/gpt2_small"  # one token per word
@@ -122,12 +122,15 @@ index); the methods with stages have them: {", ".join(STAGED_METHODS)}.
     return heading + "\n".join(section(method) for method in METHODS)
 
 
-def main() -> None:
-    text = page()
-    if len(sys.argv) > 1:
-        Path(sys.argv[1]).write_text(text, encoding="utf-8")
+@entry_point
+def main(given: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m experiments.methods_page", description=__doc__)
+    parser.add_argument("out", type=Path, nargs="?", help="the page; standard output if left out")
+    out = parser.parse_args(given).out
+    if out is None:
+        print(page())
     else:
-        print(text)
+        write_text(out, page())
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ noise_schedules.png (the share of the scale in later passes).
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,9 @@ from matplotlib.figure import Figure
 
 from experiments.noise_laws import NoiseSetting, expected_cosine, expected_ratio
 from experiments.plots import save_figure
+from files import read_typed
 from noise import SCHEDULES, apply_noise_to_hidden_states, derived_generator, schedule_factor
-from utils import UserError, entry_point, get_logger, read_text
+from utils import UserError, entry_point, get_logger
 
 STYLES: dict[str, tuple[str, str, Any]] = {  # colour, marker, dashes; types that fall on one line differ in all three
     "gaussian": ("C0", "o", "-"),
@@ -139,12 +139,10 @@ def _draw_schedule(axes: Axes, schedule: str, colour: str, norms: Sequence[float
 
 def read_result(path: Path) -> dict[str, Any]:
     """The content of a noise_check.json. Raises UserError if it is something else."""
+    result = read_typed(path, dict[str, Any])
     try:
-        result = json.loads(read_text(path))
         _ = result["norms"]["mean_inverse_square"], result["float32"]["settings"][0]["ratio"]
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        if isinstance(error, UserError):
-            raise
+    except (KeyError, TypeError, IndexError):
         raise UserError(f"{path}: not what `python -m experiments.noise_check` writes") from None
     return result
 
