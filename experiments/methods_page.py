@@ -115,8 +115,8 @@ blanks, ⏎ is a newline. `[question]` stands for
 
 and is never trained on. Loss is the mean cross entropy over the tokens with loss. At evaluation the model gets what is
 without loss and writes the rest. With `pad_latent_to_max: False` a question has no more latents (or pauses) than its steps ×
-`c_thought`. `uniform_prob` and `earlier_stage_prob` give a sample the sequence of another stage, drawn from (seed, epoch,
-index); the methods with stages have them: {", ".join(STAGED_METHODS)}.
+`c_thought`, at evaluation too unless `eval_latents` says otherwise. `uniform_prob` and `earlier_stage_prob` give a sample the
+sequence of another stage, drawn from (seed, epoch, index); the methods with stages have them: {", ".join(STAGED_METHODS)}.
 
 """
     return heading + "\n".join(section(method) for method in METHODS)

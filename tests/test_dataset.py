@@ -250,6 +250,14 @@ def test_a_record_longer_than_the_model_is_named(tokenizer: Any, tmp_path: Path)
     check_lengths([dataset], curriculum(), 8, 200)
     with pytest.raises(DataError, match=r"record 2 needs up to \d+ positions .*; the model has 45"):
         check_lengths([dataset], curriculum(), 8, 45)
+    few = get_dataset(write_json(tmp_path / "one.json", [RECORD]), tokenizer)  # one step
+    own = curriculum(pad_latent_to_max=False, c_thought=20)
+    needed = len(few[0]["question_tokenized"]) + 2 + 20 + 30  # markers, thoughts of one step, answer
+    check_lengths([few], own, 30, needed)
+    for latents, thoughts in (("max", 60), (21, 21)):
+        check_lengths([few], own, 30, needed - 20 + thoughts, latents)
+        with pytest.raises(DataError, match="record 0 needs"):
+            check_lengths([few], own, 30, needed - 20 + thoughts - 1, latents)
 
 
 # --- stages ---

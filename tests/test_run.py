@@ -121,6 +121,8 @@ def test_evaluation_counts_gold_and_fixed_latents_and_written_steps_apart(
         assert asked == [expected] * 7  # one pass, and no second one
         row = read_evaluation(tmp_path / "checkpoints" / f"run-{given}")
         assert row["accuracy_fixed"] == row["accuracy"] == pytest.approx(steps.count(expected) / 7)
+        [place] = (tmp_path / "checkpoints" / f"run-{given}" / "eval").iterdir()
+        assert place.name.endswith(f"checkpoint_3-latents_{given}")  # not that of the usual evaluation
     with pytest.raises(UserError, match="eval_latents: 5: a model trained with method cot has no latents"):
         start(run_arguments, "name=cot", "method=cot", "eval_latents=5")
 
