@@ -23,7 +23,7 @@ from checkpoint import Facts, id_facts
 from coconut import MAX_N_LATENT
 from dataset import get_dataset, get_question_latent_dataset
 from experiments import sweep, sweep_results
-from experiments.benchmarks import load_questions
+from experiments.benchmarks import BenchmarkQuestion, load_questions
 from experiments.compare import report
 from experiments.progress import open_progress
 from experiments.settings import BranchConfig, SweepConfig
@@ -203,6 +203,7 @@ def test_answers_are_those_of_the_naive_model(arguments: dict[str, Any], tmp_pat
             "pause": [base.get_input_embeddings().weight[ids.latent].detach()] * 3,
         }
         for key, found in record["conditions"].items():
+            assert found.get("displaced_by") == (other if key.startswith("other/") else None)
             for branch, given in enumerate(found["branches"]):
                 sampler = naive_sampler(1.0, 0.9, sampling_generator(3, record["index"], branch))
                 perturb: Any = None
@@ -395,6 +396,17 @@ def test_a_state_dict_file_must_be_converted(arguments: dict[str, Any], tmp_path
     (tmp_path / "weights.pt").write_bytes(b"x")
     with pytest.raises(UserError, match="checkpoint.py convert .*weights.pt"):
         run(arguments, load_model_path=str(tmp_path / "weights.pt"))
+
+
+def test_spellings_of_one_answer_vote_together(arguments: dict[str, Any]) -> None:
+    """Two branches say a half, in two ways, and three each something else."""
+    answerer = sweep.Answerer(SweepConfig(**arguments, num_branches=5, temperature=1.0), None, [], None)  # type: ignore[arg-type]
+    question = BenchmarkQuestion("math", 0, "?", "0.5")
+    said = [r"\boxed{3}", r"\boxed{\frac{1}{2}}", r"\boxed{4}", r"\boxed{0.5}", r"\boxed{5}"]
+    given = [sweep.Answer(text, [-1.0], None, torch.zeros(2, 4)) for text in said]
+    judged = answerer._judge(question, sweep.Condition("clean", 5, 1.0), given)
+    assert (judged["majority"]["votes"], judged["majority"]["correct"]) == (2, True)
+    assert [branch["correct"] for branch in judged["branches"]] == [False, True, False, True, False]
 
 
 # --- stopping and going on ---

@@ -1,0 +1,74 @@
+"""What counts as right, and that the validation loss is that of the stage, however the questions are batched."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from dataset import get_dataset
+from evaluation import Evaluator
+from models import build_model, latent_ids, load_tokenizer
+from utils import RunConfig, load_config
+
+
+def evaluator(run_arguments: list[str], *more: str) -> tuple[Evaluator, Any]:
+    """An evaluator on seven questions, and the same random model each time."""
+    config = load_config(RunConfig, [*run_arguments, *more])
+    tokenizer = load_tokenizer(config.model_id)
+    ids = latent_ids(tokenizer, config.method)
+    torch.manual_seed(0)
+    model = build_model(config, tokenizer, ids).eval()
+    return Evaluator(config, get_dataset(config.val_path, tokenizer), tokenizer, ids, torch.device("cpu")), model
+
+
+@pytest.mark.parametrize(
+    ("output", "correct", "wrote_steps"),
+    [
+        ("### {gold}", True, False),
+        ("Tom is a lempus.\n### {gold}", True, True),
+        ("{gold}\n### Sally is a zumpus.", False, True),  # it stands in the text, but is not the answer
+        ("### Sally is a zumpus. {gold}", False, False),
+        ("### {gold} {gold}", False, False),
+        ("{gold}", False, True),  # no answer is marked
+    ],
+)
+def test_only_the_answer_itself_is_judged(run_arguments: list[str], output: str, correct: bool, wrote_steps: bool) -> None:
+    judge, _ = evaluator(run_arguments)
+    gold = judge.dataset[0]["answer"]
+    tokens = judge.tokenizer(output.format(gold=gold), add_special_tokens=False)["input_ids"]
+    found = judge._judge(0, tokens, stage=0)
+    assert (found.correct, found.wrote_steps, found.gold) == (correct, wrote_steps, gold)
+    assert found.new_tokens == len(tokens)
+
+
+def test_right_steps_are_all_that_the_stage_still_writes(run_arguments: list[str]) -> None:
+    judge, _ = evaluator(run_arguments)
+    record = judge.dataset[2]  # three steps
+    for stage, written in [(0, record["steps"]), (1, record["steps"][1:]), (2, record["steps"][2:])]:
+        for steps, right in [(written, True), (written[:-1], False), ([*written, written[0]], False)]:
+            text = "\n".join([*steps, "### " + record["answer"]])
+            tokens = judge.tokenizer(text, add_special_tokens=False)["input_ids"]
+            assert judge._judge(2, tokens, stage).cot_match is right, (stage, steps)
+
+
+@pytest.mark.parametrize("mixed", ["uniform_prob=1", "earlier_stage_prob=1"])
+def test_the_validation_loss_is_that_of_the_stage(run_arguments: list[str], mixed: str) -> None:
+    """Training mixes stages; validation does not, so that its loss is comparable from run to run."""
+    plain, model = evaluator(run_arguments)
+    mixing, _ = evaluator(run_arguments, mixed)
+    with torch.no_grad():
+        losses = [plain._loss(model, stage) for stage in (0, 1, 2)]
+        assert [mixing._loss(model, stage) for stage in (0, 1, 2)] == losses
+    assert len(set(losses)) == 3
+
+
+def test_the_validation_loss_is_a_mean_over_tokens(run_arguments: list[str]) -> None:
+    """Batches have different numbers of labelled tokens; the mean of their means would be another number."""
+    losses = []
+    for size in (1, 2, 7):
+        each, model = evaluator(run_arguments, f"batch_size_eval={size}")
+        with torch.no_grad():
+            losses.append(each._loss(model, 1))
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)

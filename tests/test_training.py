@@ -1,0 +1,44 @@
+"""When a stage is left, which learning rate a step has, which checkpoint is the best: what only the training loop decides."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from conftest import read_rows
+
+import run
+from training import Trainer
+from utils import RunConfig, load_config
+
+
+@pytest.mark.parametrize(
+    ("settings", "stage", "accuracy", "cot_match", "following"),
+    [
+        ([], 0, 1.0, 1.0, 1),  # no threshold: all epochs of the stage
+        (["advance_accuracy=0.9"], 0, 0.89, 1.0, 1),
+        (["advance_accuracy=0.9"], 0, 0.9, 0.0, 3),
+        (["advance_accuracy=0.9", "advance_cot_match=0.8"], 0, 0.95, 0.79, 1),
+        (["advance_accuracy=0.9", "advance_cot_match=0.8"], 0, 0.95, 0.8, 3),
+        (["advance_accuracy=0.9", "advance_cot_match=0.8"], 0, 0.85, 1.0, 1),
+        (["advance_accuracy=0.9"], 2, 1.0, 1.0, 1),  # nothing comes after the last one
+    ],
+)
+def test_a_stage_is_left_once_it_is_learned(
+    run_arguments: list[str], settings: list[str], stage: int, accuracy: float, cot_match: float, following: int
+) -> None:
+    """The first epoch of three of a stage is done; the next stage begins with epoch 3 (counted from 0)."""
+    config = load_config(RunConfig, [*run_arguments, "epochs_per_stage=3", *settings])
+    trainer: Any = SimpleNamespace(config=config, state=SimpleNamespace(epoch=0))
+    evaluation: Any = SimpleNamespace(accuracy=accuracy, cot_match=cot_match)
+    assert Trainer._next_epoch(trainer, stage, evaluation) == following
+
+
+def test_the_learning_rate_grows_over_the_warm_up(run_arguments: list[str], tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("sys.argv", ["run.py", *run_arguments, "num_epochs=1", "warmup_steps=4", "lr=1e-3"])
+    run.main()
+    rows = read_rows(tmp_path / "checkpoints" / "run" / "metrics.jsonl", "step")
+    assert [row["lr"] for row in rows] == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3, 1e-3])
+    assert [row["examples"] for row in rows] == [4, 8, 12, 16, 20, 22]
