@@ -376,7 +376,7 @@ def _portable_tokenizer(path: Path) -> None:
 def restore(directory: Path, loaded: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """LoRA weights, optimizer and random number generators as they were; `loaded` is what `read_training_state` gave.
 
-    With another number of processes generators start anew. Raises UserError if the LoRA weights do not fit.
+    With another number of processes generators start anew. Raises UserError if the LoRA weights or the optimizer do not fit.
     """
     load_adapter_state(unwrap(model).base_causallm, loaded["adapter"])
     if loaded["optimizer"] is None:
@@ -386,6 +386,7 @@ def restore(directory: Path, loaded: dict[str, Any], model: nn.Module, optimizer
         read_shards(directory / SHARDS, {"optimizer": own["state"]})
         set_optimizer_state_dict(model, optimizer, {**loaded["optimizer"], "state": own["state"]})
     else:
+        _check_shapes(directory, loaded["optimizer"]["state"], model)
         set_optimizer_state_dict(model, optimizer, loaded["optimizer"], options=_WHOLE)
     if len(loaded["rng"]) == distributed.world_size():
         _set_rng_state(loaded["rng"][distributed.rank()])
@@ -394,6 +395,18 @@ def restore(directory: Path, loaded: dict[str, Any], model: nn.Module, optimizer
             f"resuming with {distributed.world_size()} processes, saved with {len(loaded['rng'])}: same data order, "
             "but dropout draws other numbers"
         )
+
+
+def _check_shapes(directory: Path, state: dict[str, dict[str, torch.Tensor]], model: nn.Module) -> None:
+    """Raise UserError if AdamW's averages have other shapes than the parameters: a fused step would write past their end."""
+    parameters = get_model_state_dict(model)
+    for name, moments in state.items():
+        for quantity, value in moments.items():
+            wanted = None if name not in parameters else torch.Size() if quantity == "step" else parameters[name].shape
+            if value.shape != wanted:
+                needed = "the model has no such parameter" if wanted is None else f"{list(wanted)} is needed"
+                found = f"the optimizer's {quantity} of {name} has shape {list(value.shape)}; {needed}"
+                raise CheckpointError(f"{directory / STATE}: damaged or of another model: {found}")
 
 
 def _rng_state() -> dict[str, Any]:
@@ -458,13 +471,21 @@ def convert(source: Path, target: Path, model_id: str, facts: dict[str, Any]) ->
             pad_latent_to_max, epoch.
 
     Raises:
-        UserError: no such file, not a state dict, one that does not fit the model, or `target` is there already.
+        UserError: no such file, not a state dict, one that does not fit the model, facts that contradict each other, or
+            `target` is there already.
     """
     _check_absent(target)
+    method, stage = facts["method"], facts["stage"]
+    last = 0 if method in ("cot", "no_cot") else facts["max_latent_stage"] + 1
+    if method != "icot" and stage > last:  # a stage of icot is a number of tokens
+        hint = f", as max-latent-stage is {last - 1}" if last else ""
+        raise UserError(f"--stage {stage}: the last stage of method {method} is {last}{hint}")
+    if marker_tokens(method) and stage and not facts["c_thought"]:
+        raise UserError(f"--c-thought 0 leaves stage {stage} of {method} without thoughts: set at least 1")
     if not source.is_file():
         raise CheckpointError(f"{source}: no such file; a state dict in one file is needed")
     config = RunConfig(
-        name="convert", val_path="", only_eval=True, model_id=model_id, load_model_path=str(source), method=facts["method"]
+        name="convert", val_path="", only_eval=True, model_id=model_id, load_model_path=str(source), method=method
     )
     tokenizer = load_run_tokenizer(resolve_paths(config))
     ids = latent_ids(tokenizer, config.method)

@@ -33,6 +33,7 @@ START_LATENT, END_LATENT, LATENT, PAUSE = "<|start-latent|>", "<|end-latent|>", 
 MARKERS = (START_LATENT, END_LATENT, LATENT)
 RECORDS_PER_WORKER = 20_000  # below this, starting another tokenising process costs more than it saves
 MOST_PASSES = 1000  # of an epoch: each takes a random order of its own
+TEMPLATE_SECONDS = 10.0  # a chat template that takes longer for one question loops
 CACHED_FROM = 2**20  # bytes of a data file: smaller ones are tokenised faster than looked up
 
 
@@ -166,6 +167,8 @@ def get_dataset(
     """
     if chat_template and not tokenizer.chat_template:
         raise DataError("chat_template: True, but the tokenizer of this model has no chat template; set chat_template: False")
+    if chat_template:
+        check_chat_template(tokenizer)
     if not is_main_process():
         disable_progress_bars()
     tokenize = _Tokenize(tokenizer, chat_template)
@@ -245,6 +248,34 @@ def question_ids(tokenizer: PreTrainedTokenizerBase, questions: list[str], chat_
     return tokenize.prompt_ids([tokenize.prompt(question) for question in questions])
 
 
+def in_chat_template(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
+    """The question as a user's turn in the tokenizer's chat template, up to where the assistant begins.
+
+    Raises UserError with the template's message.
+    """
+    turn = [{"role": "user", "content": question}]
+    try:
+        return str(tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False))
+    except Exception as error:  # a template may raise what it likes
+        message = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"chat template of {tokenizer.name_or_path}: cannot be used for a question: {message}") from None
+
+
+def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write one question with the chat template. Raises UserError if it raises, or takes longer than TEMPLATE_SECONDS."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise TimeoutError(f"not done after {TEMPLATE_SECONDS:g} seconds; does it loop?")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, TEMPLATE_SECONDS)
+    try:
+        in_chat_template(tokenizer, "What is 1 plus 1?")
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 @dataclass
 class _Tokenize:
     """Batched map function: text columns to token columns."""
@@ -268,8 +299,7 @@ class _Tokenize:
         """What stands before the thoughts, as text."""
         if not self.chat_template:
             return question + "\n"
-        turn = [{"role": "user", "content": question}]
-        return str(self.tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False))
+        return in_chat_template(self.tokenizer, question)
 
     def prompt_ids(self, texts: list[str]) -> list[list[int]]:
         return self._ids(texts, special=not self.chat_template)  # a chat template writes its special tokens itself

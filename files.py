@@ -83,9 +83,17 @@ class _RandomState(BaseModel):
     cuda: Tensor | None
 
 
+class _Moments(BaseModel):
+    """What AdamW keeps of one parameter; the averages have its shape."""
+
+    step: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+
+
 class _Groups(BaseModel):
     param_groups: list[dict[str, Any]]
-    state: dict[str, Any] = {}  # in shards, it stands there
+    state: dict[str, _Moments] = {}  # in shards, it stands there
 
 
 class _Adapter(BaseModel):

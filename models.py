@@ -288,9 +288,19 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, SafetensorError, _unpickling_error()) as error:
         raise UserError(f"{path}: not a state dict of tensors: {_first_line(error)}") from None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(key, str) and isinstance(state[key], Tensor) for key in state):
         raise UserError(f"{path}: not a state dict of tensors: expected a mapping from parameter names to tensors")
+    for key, value in state.items():
+        if not _is_plain(value):
+            raise UserError(f"{path}: {key} is sparse, expanded or without values; the file must hold a value for each entry")
     return {_strip_prefixes(key): value for key, value in state.items()}
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether each entry has a value of its own, so that a small file cannot ask for a large memory."""
+    if tensor.layout != torch.strided or tensor.device.type != "cpu":
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def _unpickling_error() -> type[Exception]:
@@ -317,8 +327,9 @@ def load_state_dict_file(base: PreTrainedModel, path: Path) -> None:
     if "embedding.weight" in state and "embedding.weight" not in own:  # a wrapper that names the embeddings a second time
         state.setdefault(embedding, state["embedding.weight"])
         del state["embedding.weight"]
-    if embedding in state and state[embedding].shape[0] != own[embedding].shape[0]:
-        base.resize_token_embeddings(state[embedding].shape[0], mean_resizing=False)
+    rows, *width = state[embedding].shape if embedding in state and state[embedding].ndim else (0,)
+    if rows not in (0, own[embedding].shape[0]) and width == [*own[embedding].shape[1:]]:
+        base.resize_token_embeddings(rows, mean_resizing=False)
         own = base.state_dict()
     optional = set(getattr(base, "_tied_weights_keys", None) or []) if base.config.tie_word_embeddings else set()
     missing = sorted(own.keys() - state.keys() - optional)
@@ -345,16 +356,24 @@ def initialise_markers(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     """Make room for the markers and start their rows from the embedding of "<<", or from the mean embedding.
 
     Rows of markers that a checkpoint already has stay as they are. Embeddings that are padded beyond the tokenizer are
-    never shrunk.
+    never shrunk. Raises UserError if the tokenizer has other tokens for text.
     """
     there = getattr(base.config, "coconut_markers", None) or []
     there = [START_LATENT, END_LATENT, LATENT] if there is True else there  # as checkpoints of version 0.1 say it
     new = [cast("int", tokenizer.convert_tokens_to_ids(marker)) for marker in markers if marker not in there]
-    if not new:
-        return
     rows = embedding_weight(base).shape[0]
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}  # markers, padding, ...
+    texts = [(number, token) for token, number in tokenizer.get_vocab().items() if number not in special]
+    last, token = max(texts, default=(0, ""))
+    if last >= rows:
+        raise UserError(
+            f"the tokenizer does not belong to the model: it has {token!r} as token {last}, but the model's embeddings end at "
+            f"{rows - 1}; use the tokenizer that came with the model"
+        )
     if len(tokenizer) > rows:
         base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    if not new:
+        return
     like = tokenizer.encode("<<", add_special_tokens=False)
     one_token = len(like) == 1 and like[0] != tokenizer.unk_token_id
     for weight in (embedding_weight(base), cast("nn.Linear", base.get_output_embeddings()).weight):

@@ -1,6 +1,7 @@
 """A small training run killed with SIGKILL at random moments ends as one that nothing interrupts: bit for bit, on a CPU.
 
-    python benchmarks/kill_test.py [--kills 60] [--processes 2] [--parallel fsdp] [--out results/benchmarks/kill_test.json]
+    python benchmarks/kill_test.py [--configuration one_row] [--kills 60] [--out results/benchmarks/kill_test.json]
+    python benchmarks/kill_test.py --configuration fsdp_shards --processes 2
 
 The same command is started again after each kill until the run is finished, then the next run begins, until so many kills
 are reached. A moment is drawn uniformly from a part of the run after each start; two of three kills then wait for the next
@@ -28,6 +29,7 @@ import common  # first: it makes the repository importable
 import psutil
 import torch
 from same_run import differences, timeless_rows
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from preprocessing.prosqa import chain_records
 from storage import complete_checkpoints
@@ -44,8 +46,22 @@ AIMS = ("anything", "saving", "evaluation")  # what a kill waits for
 INSIDE = 0.02  # seconds: how far into it, at most
 SIZES = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
 
+# What each configuration changes in `settings`. All have 8 steps an epoch.
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    "usual": {},
+    "one_row": {"batch_size_training": 1, "gradient_accumulation_steps": 8},
+    "uneven": {"examples_per_epoch": 57},  # one question in the last step
+    "accumulation": {"batch_size_training": 2, "gradient_accumulation_steps": 4},
+    "mixed_stages": {"uniform_prob": 0, "earlier_stage_prob": 0.5, "pad_latent_to_max": False},
+    "icot": {"method": "icot", "uniform_prob": 0, "icot_tokens_per_epoch": 6},
+    "lora": {"from_scratch": False, "lora_r": 4, "lora_dropout": 0.1},
+    "async_save": {"async_save": True},
+    "fsdp": {"parallel": "fsdp"},
+    "fsdp_shards": {"parallel": "fsdp", "sharded_checkpoints": True},
+}
 
-def settings(folder: Path) -> list[str]:
+
+def settings(folder: Path, changes: dict[str, Any]) -> list[str]:
     """The arguments of the run: a tiny model with dropout, 64 questions, 4 epochs of 8 steps, a checkpoint after each."""
     model, source = folder / "model", common.ROOT / "configs" / "llama_small"
     shutil.copytree(source, model)
@@ -74,7 +90,11 @@ def settings(folder: Path) -> list[str]:
         "num_workers": 0,
         "wandb": "disabled",
         "log_every": 1,
+        **changes,
     }
+    if not values["from_scratch"]:
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model)).save_pretrained(model)
     return [f"{key}={value}" for key, value in values.items()]
 
 
@@ -194,7 +214,7 @@ def uninterrupted(command: Sequence[str], directory: Path) -> float:
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Runs with kills until there were enough of them, each compared with the uninterrupted one."""
     (folder / "runs").mkdir()
-    common_arguments = [*settings(folder), f"parallel={arguments.parallel}", f"async_save={arguments.async_save}"]
+    common_arguments = settings(folder, CONFIGURATIONS[arguments.configuration])
     reference = folder / "runs" / "reference"
     seconds = uninterrupted(command(arguments.processes, [*common_arguments, "name=reference"]), reference)
     rng = random.Random(arguments.seed)
@@ -217,8 +237,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     options.add_argument("--kills", type=int, default=60)
     options.add_argument("--processes", type=int, default=1)
-    options.add_argument("--parallel", choices=("ddp", "fsdp"), default="ddp")
-    options.add_argument("--async-save", action="store_true")
+    options.add_argument("--configuration", choices=CONFIGURATIONS, default="usual")
     options.add_argument("--window", type=float, default=0.35, help="kills fall into this part of the run after a start")
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--out", type=Path, help="write the result to this JSON file")

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from coconut import MAX_N_LATENT
+from dataset import in_chat_template
 from experiments.expressions import canonical_latex, same_latex, whole_number
 from experiments.extraction import (
     canonical_concept,
@@ -105,8 +106,7 @@ HARMONY_ANALYSIS = "<|channel|>analysis<|message|>"
 def _templated(tokenizer: PreTrainedTokenizerBase, message: str) -> str:
     if tokenizer.chat_template is None:
         return message + "\n"
-    chat = [{"role": "user", "content": message}]
-    text = str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+    text = in_chat_template(tokenizer, message)
     harmony = {"<|channel|>", "<|message|>"} <= tokenizer.get_vocab().keys()
     return text + HARMONY_ANALYSIS if harmony else text
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 import checkpoint
 from coconut import MAX_N_LATENT, BranchPoint, Coconut
-from dataset import MyCollator, question_ids, stage_shape
+from dataset import MyCollator, check_chat_template, question_ids, stage_shape
 from experiments.answers import build_prompt, user_message
 from experiments.benchmarks import BenchmarkQuestion
 from experiments.settings import SweepConfig
@@ -117,6 +117,8 @@ def load_subject(config: SweepConfig, device: torch.device) -> Subject:
     if curriculum is None and config.eval_latents != "gold":
         raise UserError(f"eval_latents: {config.eval_latents}: {source} was not trained with thoughts; set n_latents")
     tokenizer = checkpoint.load_run_tokenizer(run)
+    if tokenizer.chat_template is not None if curriculum is None else curriculum.chat_template:
+        check_chat_template(tokenizer)
     ids = latent_ids(tokenizer, run.method)
     model = build_model(run, tokenizer, ids).eval().to(device=device, dtype=getattr(torch, config.dtype))
     layers = model.base_causallm.config.get_text_config().num_hidden_layers

@@ -300,6 +300,12 @@ def test_what_cannot_be_converted_is_one_line_and_leaves_nothing(
         convert(published, target)
     with pytest.raises(UserError, match="expected a whole number that is not negative, got '-1'"):
         convert(published, target, "--stage=-1")
+    with pytest.raises(UserError, match="--stage 5: the last stage of method cot is 0"):
+        convert(published, target, "--stage", 5, "--method", "cot")
+    with pytest.raises(UserError, match="--stage 5: the last stage of method coconut is 4, as max-latent-stage is 3"):
+        convert(published, target, "--stage", 5, "--max-latent-stage", 3)
+    with pytest.raises(UserError, match="--c-thought 0 leaves stage 1 of coconut without thoughts"):
+        convert(published, target, "--stage", 1, "--c-thought", 0)
     with pytest.raises(UserError, match="is there already: choose another directory"):
         convert(published, model_directory, "--stage", 1)
     torch.save({"a": torch.ones(1)}, tmp_path / "other.pt")
@@ -310,3 +316,23 @@ def test_what_cannot_be_converted_is_one_line_and_leaves_nothing(
     assert caught.value.code == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
     assert not target.exists()
+
+
+def test_an_optimizer_state_of_another_shape_is_one_line(run_arguments: list[str], save_dir: Path) -> None:
+    """A fused AdamW would write past the end of the smaller tensor."""
+    start(run_arguments, "num_epochs=1")
+    directory = save_dir / "run" / "checkpoint_1"
+    (directory / "manifest.json").unlink()
+    saved = torch.load(directory / "training_state.pt", weights_only=True)
+    name = next(iter(saved["optimizer"]["state"]))
+    for quantity, needed in (("step", r"\[\]"), ("exp_avg", r"\[\d.*\]"), ("exp_avg_sq", r"\[\d.*\]")):
+        moments = saved["optimizer"]["state"][name]
+        whole, moments[quantity] = moments[quantity], torch.ones(1)
+        torch.save(saved, directory / "training_state.pt")
+        moments[quantity] = whole
+        with pytest.raises(UserError, match=rf"training_state.pt: .* {quantity} of {name} has shape \[1\]; {needed} is needed"):
+            start(run_arguments, "num_epochs=2")
+    saved["optimizer"]["state"] = {"elsewhere": saved["optimizer"]["state"][name]}
+    torch.save(saved, directory / "training_state.pt")
+    with pytest.raises(UserError, match="step of elsewhere has shape .*; the model has no such parameter"):
+        start(run_arguments, "num_epochs=2")

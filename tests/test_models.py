@@ -19,6 +19,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, PreTrainedTokenizerFast
 
 import checkpoint
+import dataset
 import models
 from checkpoint import Facts, TrainingState
 from coconut import Coconut
@@ -150,6 +151,38 @@ def test_a_file_that_is_no_state_dict_is_refused(saved: Path, tmp_path: Path) ->
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(UserError, match="expected a mapping from parameter names"):
         build(configuration(saved, load_model_path=str(tmp_path / "list.pt")))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        (7, torch.ones(1)),
+        (("transformer", 1), torch.ones(1)),
+        ("transformer.wte.weight", torch.tensor(1.0)),
+        ("transformer.wte.weight", torch.ones(0, 16)),
+        ("transformer.wte.weight", torch.ones(1).expand(10**12)),
+        ("transformer.wte.weight", torch.ones(1, 16).expand(10**12, 16)),
+        ("transformer.wte.weight", torch.ones(10**12, 0)),
+        ("transformer.wte.weight", torch.ones(5, 16).to_sparse()),
+        ("transformer.wte.weight", torch.ones(5, 16, device="meta")),
+    ],
+)
+def test_a_state_dict_of_odd_keys_or_tensors_is_one_line(saved: Path, tmp_path: Path, key: Any, value: torch.Tensor) -> None:
+    path = tmp_path / "odd.pt"
+    torch.save({**gpt2(5).state_dict(), key: value}, path)
+    with pytest.raises(UserError, match="odd.pt") as caught:
+        build(configuration(saved, load_model_path=str(path)))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("method", ["cot", "coconut"])
+def test_a_tokenizer_of_more_tokens_than_the_model_has_is_refused(saved: Path, method: str) -> None:
+    config = configuration(saved, method=method)
+    tokenizer = load_tokenizer(config.model_id)
+    tokenizer.add_tokens(["surplus"])
+    ids = latent_ids(tokenizer, method)
+    with pytest.raises(UserError, match="does not belong to the model: it has 'surplus' as token 5, but .* end at 4"):
+        build_model(config, tokenizer, ids)
 
 
 def test_pickled_code_is_not_run(saved: Path, tmp_path: Path) -> None:
@@ -353,6 +386,24 @@ def test_a_chat_template_wraps_the_question_once(tmp_path: Path) -> None:
     tokenizer.chat_template = None
     with pytest.raises(UserError, match="has no chat template; set chat_template: False"):
         get_dataset(path, tokenizer, chat_template=True)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('system turn needed') }}", "system turn needed"),
+        ("{% if %}", "Expected an expression"),
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "not done after 0.2 seconds"),
+    ],
+)
+def test_a_chat_template_that_fails_is_one_line_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str, message: str
+) -> None:
+    monkeypatch.setattr(dataset, "TEMPLATE_SECONDS", 0.2)
+    tokenizer = byte_tokenizer(CASES["DeepSeek-R1-Distill-Qwen"])
+    tokenizer.chat_template = template
+    with pytest.raises(UserError, match=f"chat template of .*: cannot be used for a question: {message}"):
+        get_dataset(write_json(tmp_path / "data.json", RECORDS), tokenizer, chat_template=True)
 
 
 # --- what is no causal language model ---

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import importlib
 import json
+import math
 import os
 import random
 import re
@@ -30,7 +31,7 @@ import storage
 import training
 from checkpoint import CheckpointError
 from storage import complete_checkpoints, newest_whole
-from utils import UserError
+from utils import RunConfig, UserError, load_config
 
 SMALL = ["num_epochs=2", "batch_size_training=8", "batch_size_eval=3", "max_new_tokens=2"]  # 3 steps an epoch
 recorded: list[Path] = []
@@ -212,6 +213,18 @@ def test_the_kill_test_kills_and_starts_again(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(kill_test, "AIMS", ("saving",))
     command = [sys.executable, "-c", STAND_IN, str(tmp_path / "run")]
     assert kill_test.run_with_kills(command, tmp_path / "run", 2, window=0.1, rng=random.Random(0)) == ["saving", "saving"]
+
+
+def test_the_kill_test_has_runs_that_can_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    kill_test = importlib.import_module("kill_test")
+    for name, changes in kill_test.CONFIGURATIONS.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "run.yaml").write_text("name: killed\n")
+        config = load_config(RunConfig, [str(folder / "run.yaml"), *kill_test.settings(folder, changes)])
+        rows = config.batch_size_training * config.gradient_accumulation_steps
+        assert math.ceil((config.examples_per_epoch or 64) / rows) == 8  # `kill_test.moment` counts on it
 
 
 def test_an_evaluation_adds_its_row_after_the_last_whole_one(tmp_path: Path) -> None:
