@@ -171,6 +171,7 @@ def test_what_cannot_be_fitted() -> None:
         ([0, 1, 2], [0.8, 0.4, 0.0], 1),
         ([0, 1, 2, 3], [0.8, 0.2, 0.7, 0.1], 2 / 3),
         ([0, 1, 2], [0.8, 0.7, 0.4], None),
+        ([0, 1, 2, 3], [0.4, 0.8, 0.3, 0.1], 2.5),  # half of that at the smallest scale, not of the highest
         ([0, 1], [0.0, 0.0], None),
         ([], [], None),
     ],
