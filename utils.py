@@ -419,7 +419,7 @@ def load_config(kind: type[AnyConfig], arguments: list[str], about: str | None =
 def help_text(kind: type[Config], about: str | None = None, default: str | None = None) -> str:
     """What `--help` prints: the program, then each key with its default and its description."""
     lines = [(about or "").strip(), "", "Keys, in FILE.yaml as `key: value` and after it as key=value, which comes last:", ""]
-    unused = getattr(kind, "unused", tuple)()  # keys that the program refuses
+    unused: tuple[str, ...] = getattr(kind, "unused", tuple)()  # keys that the program refuses
     for name, field in kind.model_fields.items():
         if name in unused:
             continue

@@ -7,7 +7,7 @@ A local file takes the place of a data set on the hub: a JSON list or one JSON o
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -76,7 +76,7 @@ def load_questions(
         source, rows = _hub_rows(benchmark, subset, split)
     else:
         source, rows = str(path), _file_rows(Path(path))
-    chosen = range(len(rows))[:limit]
+    chosen: Sequence[int] = range(len(rows))[:limit]
     if path is None and len(chosen) < len(rows):
         chosen = sorted(np.random.default_rng(seed).choice(len(rows), len(chosen), replace=False).tolist())
     numbered = iter(chosen)

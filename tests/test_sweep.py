@@ -399,10 +399,10 @@ def test_a_state_dict_file_must_be_converted(arguments: dict[str, Any], tmp_path
 
 
 def test_spellings_of_one_answer_vote_together(arguments: dict[str, Any]) -> None:
-    """Two branches say a half, in two ways, and three each something else."""
+    """Two branches say x + 1, in two ways, and three each something else."""
     answerer = sweep.Answerer(SweepConfig(**arguments, num_branches=5, temperature=1.0), None, [], None)  # type: ignore[arg-type]
-    question = BenchmarkQuestion("math", 0, "?", "0.5")
-    said = [r"\boxed{3}", r"\boxed{\frac{1}{2}}", r"\boxed{4}", r"\boxed{0.5}", r"\boxed{5}"]
+    question = BenchmarkQuestion("math", 0, "?", "x+1")
+    said = [r"\boxed{3}", r"\boxed{x+1}", r"\boxed{4}", r"\boxed{1+x}", r"\boxed{5}"]
     given = [sweep.Answer(text, [-1.0], None, torch.zeros(2, 4)) for text in said]
     judged = answerer._judge(question, sweep.Condition("clean", 5, 1.0), given)
     assert (judged["majority"]["votes"], judged["majority"]["correct"]) == (2, True)
