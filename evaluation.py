@@ -186,7 +186,7 @@ class Evaluator:
             gold=gold,
             correct=answer == gold,
             cot_match=_lines(output.split("#")[0]) == _lines(expected),
-            wrote_steps=bool(output.rsplit("#", 1)[0].strip("# \n")),
+            wrote_steps=wrote_steps(output),
             new_tokens=len(new),
         )
 
@@ -227,6 +227,11 @@ def answer_scores(predictions: Sequence[Prediction]) -> dict[str, Any]:
 def extract_answer(output: str) -> str:
     """What follows the last "#", without commas and outer blanks; empty where there is no "#"."""
     return clean_answer(output.rsplit("#", 1)[1]) if "#" in output else ""
+
+
+def wrote_steps(output: str) -> bool:
+    """Whether text stands before the answer's "###"; a text without any is all steps."""
+    return bool(output.rsplit("#", 1)[0].strip("# \n"))
 
 
 def clean_answer(text: str) -> str:

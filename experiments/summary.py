@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.table import Table
 
-from evaluation import interval
+from evaluation import interval, wrote_steps
 from experiments.answers import NO_ANSWER, Coverage, Vote, coverage_curve
 from experiments.statistics import fit_decays, half_scale, holm, mcnemar, paired_difference, status
 from experiments.tables import probability, terminal, text
@@ -93,10 +93,11 @@ def _conditions(record: Record) -> dict[str, Outcome]:
 def condition_summary(records: Sequence[Record], key: str) -> dict[str, Any]:
     """A condition over all questions that have it; accuracy, with its 95% Wilson interval, is that of the majority's answers.
 
-    Questions that failed count in `errors` alone. no_answer and branch_accuracy: percent of single branches. agreement: mean
-    confidence of the majority, 0..1. perturbed: questions of which a thought got noise. new_tokens and noise_ratio (noise norm
-    by thought norm): means over branches. diversity, all_steps, late_half, normalised: means over questions of
-    `noise.PathDiversity`. coverage: for every threshold 1..K an `answers.Coverage`, judged by the majority; empty for one.
+    Questions that failed count in `errors` alone. no_answer, wrote_steps and branch_accuracy: percent of single branches.
+    agreement: mean confidence of the majority, 0..1. perturbed: questions of which a thought got noise. new_tokens and
+    noise_ratio (noise norm by thought norm): means over branches. diversity, all_steps, late_half, normalised: means over
+    questions of `noise.PathDiversity`. coverage: for every threshold 1..K an `answers.Coverage`, judged by the majority;
+    empty for one.
     """
     outcomes = [conditions[key] for conditions in map(_conditions, records) if key in conditions]
     branches = [branch for one in outcomes for branch in one["branches"]]
@@ -108,6 +109,7 @@ def condition_summary(records: Sequence[Record], key: str) -> dict[str, Any]:
         "branch_accuracy": _percent([branch["correct"] for branch in branches]),
         "agreement": _mean([one[JUDGE]["confidence"] for one in outcomes]),
         "new_tokens": _mean([branch["new_tokens"] for branch in branches]),
+        "wrote_steps": _percent([wrote_steps(branch["text"]) for branch in branches]),
         "perturbed": sum(one["noise_ratio"] is not None for one in outcomes),
         "noise_ratio": _mean(ratios),
         **_diversity([one["diversity"] for one in outcomes if one["diversity"] is not None]),
@@ -259,7 +261,17 @@ def summarise(records: Sequence[Record], seed: int = 0) -> dict[str, dict[str, A
 
 def summary_table(summary: dict[str, dict[str, Any]], title: str) -> Table:
     """One row for each condition of a `summarise`; narrow enough for 100 columns."""
-    columns = ("condition", "accuracy", "95%\ninterval", "status", "agree", "diversity", "p vs\nclean", "p\n(Holm)")
+    columns = (
+        "condition",
+        "accuracy",
+        "95%\ninterval",
+        "status",
+        "wrote\nsteps",
+        "agree",
+        "diversity",
+        "p vs\nclean",
+        "p\n(Holm)",
+    )
     rows = []
     for key, row in summary.items():
         versus = row["versus_clean"] or {"p_value": None, "p_holm": None}
@@ -268,6 +280,7 @@ def summary_table(summary: dict[str, dict[str, Any]], title: str) -> Table:
             text(row["accuracy"], "{:.1f}%"),
             "" if row["low"] is None else f"{row['low']:.1f}-{row['high']:.1f}",
             row["status"] or "",
+            text(row["wrote_steps"], "{:.0f}%"),
             text(row["agreement"], "{:.2f}"),
             text(row["diversity"], "{:.3g}"),
             probability(versus["p_value"]),
@@ -282,7 +295,8 @@ def _caption(summary: dict[str, dict[str, Any]]) -> str:
     failures = f"; {failed} more failed and are not counted" if failed else ""
     reached = min((row["perturbed"] for key, row in summary.items() if "@" in key), default=questions)
     some = f"; noise reached {reached} of them, on which p is taken" if reached < questions else ""
-    return f"{questions} questions{failures}{some}. agree: mean confidence of the majority; p: exact McNemar test."
+    columns = "steps: branches that wrote some; agree: mean confidence of the majority; p: exact McNemar test"
+    return f"{questions} questions{failures}{some}. {columns}."
 
 
 def coverage_table(summary: dict[str, dict[str, Any]], title: str) -> Table:

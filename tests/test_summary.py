@@ -362,8 +362,8 @@ def test_the_tables() -> None:
     rows = shown(summary.summary_table(found, "Three conditions"))
     low, high = (100 * bound for bound in interval(3, 12))
     assert rows[0] == "Three conditions"
-    assert f"snr@1.0 25.0% {low:.1f}-{high:.1f} Degraded 0.95 1.5 0.004 0.008" in rows
-    assert any(row.startswith("clean 100.0%") and row.endswith("Good 1.00") for row in rows)
+    assert f"snr@1.0 25.0% {low:.1f}-{high:.1f} Degraded 100% 0.95 1.5 0.004 0.008" in rows
+    assert any(row.startswith("clean 100.0%") and row.endswith("Good 100% 1.00") for row in rows)
     assert "12 questions; 1 more failed and are not counted" in " ".join(rows)
     rows = shown(summary.coverage_table(found, "Coverage"))
     assert "snr@1.0 at least 1 12 100.0% 25.0%" in rows
