@@ -91,7 +91,8 @@ def evaluate(config: RunConfig, device: torch.device) -> None:
     with watchdog:
         result = evaluator.evaluate(wrapped, stage)
         fixed = evaluator.answers_with_fixed_latents(wrapped, stage)
-    facts = {"step": 0, "epoch": epoch, "stage": stage, "val_path": config.val_path, "model": config.load_model_path}
+    asked = {"val_path": config.val_path, "model": config.load_model_path, "eval_latents": config.eval_latents}
+    facts = {"step": 0, "epoch": epoch, "stage": stage, **asked}
     fixed_scores = answer_scores(fixed or result.predictions)
     reporter = Reporter(config, keep_rows=None)
     reporter.row("evaluation", {**facts, **result.metrics(), **{f"{key}_fixed": fixed_scores[key] for key in fixed_scores}})

@@ -46,8 +46,9 @@ def read_metrics(run: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def evaluation_of(run: Path) -> Path:
-    """Where the newest evaluation of a run is. Raises UserError if there is none."""
-    found = sorted((run / "eval").glob(f"*/{METRICS}"), key=lambda path: path.stat().st_mtime)
+    """Where the newest evaluation with gold thoughts of a run is. Raises UserError if there is none."""
+    places = sorted((run / "eval").glob(f"*/{METRICS}"), key=lambda path: path.stat().st_mtime)
+    found = [path for path in places if read_metrics(path.parent, "evaluation")[-1].get("eval_latents", "gold") == "gold"]
     if not found:
         raise UserError(f"{run / 'eval'}: no evaluation there; run.py with only_eval=true makes one")
     return found[-1].parent

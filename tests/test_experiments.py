@@ -86,6 +86,15 @@ def test_an_evaluation_of_an_earlier_version_is_named(save_path: Path, test_file
         quickstart.summarise(save_path, test_file, 1.0)
 
 
+def test_the_summary_takes_the_evaluation_with_gold_thoughts(save_path: Path) -> None:
+    """A later one with another number of thoughts has a folder of its own, and is not shown as the headline."""
+    place = quickstart.evaluation_of(save_path / "quick-no-cot")
+    other = place.with_name(f"{place.name}-latents_6")
+    other.mkdir()
+    (other / "metrics.jsonl").write_text('{"kind": "evaluation", "eval_latents": 6, "accuracy": 0.1}\n')
+    assert quickstart.evaluation_of(save_path / "quick-no-cot") == place
+
+
 def test_a_missing_run_is_one_line(test_file: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     with pytest.raises(UserError, match=r"eval: no evaluation there"):
         quickstart.summarise(tmp_path, test_file, 1.0)
