@@ -19,7 +19,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import numpy as np
 import torch
@@ -399,7 +399,7 @@ def restore(directory: Path, loaded: dict[str, Any], model: nn.Module, optimizer
 
 def _check_shapes(directory: Path, state: dict[str, dict[str, torch.Tensor]], model: nn.Module) -> None:
     """Raise UserError if AdamW's averages have other shapes than the parameters: a fused step would write past their end."""
-    parameters = get_model_state_dict(model)
+    parameters = cast("dict[str, torch.Tensor]", get_model_state_dict(model))
     for name, moments in state.items():
         for quantity, value in moments.items():
             wanted = None if name not in parameters else torch.Size() if quantity == "step" else parameters[name].shape
