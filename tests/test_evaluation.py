@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dataset import get_dataset
-from evaluation import Evaluator
+from evaluation import Evaluator, clean_answer, extract_answer
 from models import build_model, latent_ids, load_tokenizer
 from utils import RunConfig, load_config
 
@@ -43,6 +43,10 @@ def test_only_the_answer_itself_is_judged(run_arguments: list[str], output: str,
     assert found.new_tokens == len(tokens)
 
 
+def test_commas_in_numbers_do_not_count() -> None:
+    assert extract_answer("1 # 2\n### 1,234 ") == clean_answer(" 1,234") == "1234"
+
+
 def test_right_steps_are_all_that_the_stage_still_writes(run_arguments: list[str]) -> None:
     judge, _ = evaluator(run_arguments)
     record = judge.dataset[2]  # three steps
@@ -53,11 +57,18 @@ def test_right_steps_are_all_that_the_stage_still_writes(run_arguments: list[str
             assert judge._judge(2, tokens, stage).cot_match is right, (stage, steps)
 
 
-@pytest.mark.parametrize("mixed", ["uniform_prob=1", "earlier_stage_prob=1"])
-def test_the_validation_loss_is_that_of_the_stage(run_arguments: list[str], mixed: str) -> None:
+@pytest.mark.parametrize(
+    ("plainly", "mixed"),
+    [
+        ([], ["uniform_prob=1"]),
+        ([], ["earlier_stage_prob=1"]),
+        (["method=icot", "icot_smoothing=null"], ["method=icot", "icot_smoothing=0.1", "icot_start_epoch=0"]),
+    ],
+)
+def test_the_validation_loss_is_that_of_the_stage(run_arguments: list[str], plainly: list[str], mixed: list[str]) -> None:
     """Training mixes stages; validation does not, so that its loss is comparable from run to run."""
-    plain, model = evaluator(run_arguments)
-    mixing, _ = evaluator(run_arguments, mixed)
+    plain, model = evaluator(run_arguments, *plainly)
+    mixing, _ = evaluator(run_arguments, *mixed)
     with torch.no_grad():
         losses = [plain._loss(model, stage) for stage in (0, 1, 2)]
         assert [mixing._loss(model, stage) for stage in (0, 1, 2)] == losses

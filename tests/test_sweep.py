@@ -405,8 +405,19 @@ def test_spellings_of_one_answer_vote_together(arguments: dict[str, Any]) -> Non
     said = [r"\boxed{3}", r"\boxed{x+1}", r"\boxed{4}", r"\boxed{1+x}", r"\boxed{5}"]
     given = [sweep.Answer(text, [-1.0], None, torch.zeros(2, 4)) for text in said]
     judged = answerer._judge(question, sweep.Condition("clean", 5, 1.0), given)
-    assert (judged["majority"]["votes"], judged["majority"]["correct"]) == (2, True)
+    for name in ("majority", "probability", "probability_sum", "noise_weighted"):
+        assert (judged[name]["votes"], judged[name]["correct"]) == (2, True), name
     assert [branch["correct"] for branch in judged["branches"]] == [False, True, False, True, False]
+
+
+def test_only_the_sum_of_log_probabilities_prefers_short_texts(arguments: dict[str, Any]) -> None:
+    answerer = sweep.Answerer(SweepConfig(**arguments, num_branches=2, temperature=1.0), None, [], None)  # type: ignore[arg-type]
+    given = [
+        sweep.Answer(r"\boxed{3}", [-0.5] * 4, None, torch.zeros(2, 4)),
+        sweep.Answer(r"\boxed{4}", [-1.0], None, torch.zeros(2, 4)),
+    ]
+    judged = answerer._judge(BenchmarkQuestion("math", 0, "?", "3"), sweep.Condition("clean", 2, 1.0), given)
+    assert (judged["probability"]["answer"], judged["probability_sum"]["answer"]) == ("3", "4")
 
 
 # --- stopping and going on ---
