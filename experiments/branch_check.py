@@ -113,4 +113,4 @@ def agreement_cell(outcome: Mapping[str, Any]) -> str:
 
 def diversity_cell(outcome: Mapping[str, Any]) -> str:
     found = outcome["diversity"]
-    return "" if found is None else f"{found['diversity']:.3g} ({found['normalised']:.3g})"
+    return "" if found is None or found["diversity"] is None else f"{found['diversity']:.3g} ({found['normalised']:.3g})"

@@ -10,14 +10,20 @@ import torch
 
 import distributed
 from experiments.full_report import write_report
-from experiments.settings import FullConfig, SweepConfig
+from experiments.settings import SELF_CONSISTENCY, FullConfig, SweepConfig
 from experiments.sweep import Sweep, run_sweep
 from experiments.sweep_results import write_results
 from noise import DECAY
 from preemption import StopRequest
 from utils import get_logger
 
-GREEDILY: dict[str, Any] = {"num_branches": 1, "temperature": 0.0, "top_p": 1.0, "shared_noise": False}
+GREEDILY: dict[str, Any] = {
+    "num_branches": 1,
+    "temperature": 0.0,
+    "top_p": 1.0,
+    "shared_noise": False,
+    "self_consistency_temperature": SELF_CONSISTENCY,
+}
 EVERYWHERE = {"apply_noise_to_all_passes": True, "schedule": "none", "lambda_decay": DECAY, "noise_at_step": 1, "controls": []}
 
 

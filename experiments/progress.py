@@ -17,15 +17,17 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 import distributed
 from files import read_typed, read_typed_lines
+from noise import NOISE_TYPES
 from utils import UserError, append_jsonl, get_logger, write_json, write_jsonl
 
 Record = dict[str, Any]
 FOLDER, SETTINGS, FINISHED = "progress", "settings.json", "finished"
-RESULTS = ("*_[0-9]*-[0-9]*.json", "*.png", "table.txt", "config.yaml")  # the files of an experiment beside its progress
+FIGURES = (*NOISE_TYPES, "targeted-*", "coverage_*", "noise_types", "diversity", "controls")
+RESULTS = (f"*_{'[0-9]' * 8}-{'[0-9]' * 6}.json", *(f"{name}.png" for name in FIGURES), "table.txt", "config.yaml")
 TIMESTAMP = "%Y%m%d-%H%M%S"  # of files, UTC
 
 
@@ -37,12 +39,19 @@ class Saved(BaseModel):
 
 
 class _Line(BaseModel):
-    """What every record has; the rest is the experiment's own."""
+    """What every record has, and what every answered one has; the rest is the experiment's own."""
 
     model_config = ConfigDict(extra="allow")
 
     index: int
     error: str | None
+
+    @model_validator(mode="after")
+    def _whole(self) -> _Line:
+        missing = {"conditions", "n_latents", "seconds"} - (self.model_extra or {}).keys()
+        if self.error is None and missing:
+            raise ValueError(f"an answered question without {', '.join(sorted(missing))}")
+        return self
 
 
 @dataclass
@@ -154,9 +163,9 @@ def _gather_parts(progress: Progress) -> None:
             path.unlink()
     if done:
         get_logger().info(f"going on after {len(done)} questions of an earlier run in {progress.directory}")
-    others = {record.get("git_commit", progress.commit) for record in done} - {progress.commit}
+    others = {record.get("git_commit") for record in done} - {progress.commit}  # version 0.1 did not say
     if others:
-        commits = ", ".join(str(one) for one in sorted(others, key=str))
+        commits = ", ".join(sorted(one or "a commit that is not known" for one in others))
         get_logger().warning(f"{progress.directory}: questions answered by other code: {commits}; now {progress.commit}")
 
 

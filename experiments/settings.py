@@ -26,6 +26,7 @@ NoiseType = Literal["gaussian", "gaussian_scaled", "snr", "orthogonal", "uniform
 Schedule = Literal["none", "constant", "linear", "cosine", "exponential", "adaptive"]
 Control = Literal["zero", "mean", "other", "pause"]
 Setting = tuple[str, str | None]  # noise type and direction
+SELF_CONSISTENCY = 0.7  # temperature of the baseline
 MOST_BRANCHES = 10_000  # of a question: what only a slip of the finger exceeds
 Branches = Annotated[int, Field(ge=1, le=MOST_BRANCHES)]
 Voters = Annotated[int, Field(ge=2, le=MOST_BRANCHES)]  # one alone does not vote
@@ -114,7 +115,7 @@ class SweepConfig(Config):
     """Of the branches' samples; 0: greedy."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Probability mass from which samples are drawn."""
-    self_consistency_temperature: Annotated[float, Field(gt=0)] = 0.7
+    self_consistency_temperature: Annotated[float, Field(gt=0)] = SELF_CONSISTENCY
     """Of the baseline without noise, where temperature is 0."""
     max_new_tokens: Positive = 64
     """Most tokens of an answer."""
@@ -150,6 +151,12 @@ class SweepConfig(Config):
             "shared_noise": (self.shared_noise and self.num_branches == 1, "num_branches of at least 2"),
             "top_p": ("top_p" in self.model_fields_set and self.top_p != 1 and greedy, "temperature above 0, or branches"),
             "eval_latents": (self.eval_latents != "gold" and self.n_latents is not None, "n_latents: null"),
+            "subset": (self.subset and self.data_path, "the hub's data set in place of data_path"),
+            "split": (self.split and self.data_path, "the hub's data set in place of data_path"),
+            "self_consistency_temperature": (
+                self.self_consistency_temperature != SELF_CONSISTENCY and (self.num_branches == 1 or self.temperature > 0),
+                "temperature: 0 and branches",
+            ),
             "lambda_decay": (self.lambda_decay != DECAY and not decays, "schedule: exponential or adaptive"),
         }
         for key, (idle, needed) in without_effect.items():

@@ -144,8 +144,10 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return math.fsum(numbers) / len(numbers) if numbers and len(numbers) == len(values) else None
 
 
-def _diversity(found: Sequence[dict[str, float]]) -> dict[str, float | None]:
-    return {name: _mean([one[name] for one in found]) for name in ("diversity", "all_steps", "late_half", "normalised")}
+def _diversity(found: Sequence[dict[str, float | None]]) -> dict[str, float | None]:
+    """Over the questions that have it: where no thought comes after the noise, only all_steps is defined."""
+    names = ("diversity", "all_steps", "late_half", "normalised")
+    return {name: _mean([one[name] for one in found if one[name] is not None]) for name in names}
 
 
 def _coverage(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
@@ -213,8 +215,10 @@ def setting_result(
     """One noise type and direction: {"results": by scale, "fits": .., "half_scale": ..}, the last two from `decay_fits`.
 
     A result is a `condition_result` and its place on the `noise_axis`. Fits and half scale start from the clean accuracy,
-    whether or not the scales have the one without noise.
+    whether or not the scales have the one without noise. Questions with too few thoughts for the noise are left out.
     """
+    noisy = {condition_key(noise_type, direction, scale) for scale in scales}
+    records = [one for one in records if all(_reached(_conditions(one), key) for key in noisy & _conditions(one).keys())]
     results = {}
     for scale in scales:
         result = condition_result(records, measured_key(noise_type, direction, scale))

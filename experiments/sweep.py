@@ -136,17 +136,23 @@ class Thoughts:
         return alike[int(np.random.default_rng((self.seed, index)).integers(len(alike)))]
 
 
+def _paths(subject: Subject, questions: Sequence[BenchmarkQuestion]) -> dict[int, Tensor]:
+    """The thoughts (N, D) of each question by its index. One that cannot be thought about takes no other with it."""
+    try:
+        point = subject.branch_point([subject.prompt(question) for question in questions], 1)
+    except (UserError, ValueError):  # said when the question itself is answered
+        return {} if len(questions) == 1 else {k: v for one in questions for k, v in _paths(subject, [one]).items()}
+    generated = subject.model.generate_from(point, [Branch(row, q.index) for row, q in enumerate(questions)], 1)
+    steps = point.prompt.latent.sum(dim=1).tolist()
+    thought = zip(questions, generated.thoughts.float().cpu(), steps, strict=True)
+    return {question.index: path[:count] for question, path, count in thought}
+
+
 def clean_thoughts(subject: Subject, questions: Sequence[BenchmarkQuestion], batch_size: int, seed: int) -> Thoughts:
     """Think about all questions, spread over all processes. Questions that cannot be thought about are left out."""
     mine: dict[int, Tensor] = {}
     for chunk in _cut(questions, batch_size)[distributed.rank() :: distributed.world_size()]:
-        with contextlib.suppress(UserError, ValueError):  # said when the question itself is answered
-            prompts = [subject.prompt(question) for question in chunk]
-            point = subject.branch_point(prompts, 1)
-            generated = subject.model.generate_from(point, [Branch(row, q.index) for row, q in enumerate(chunk)], 1)
-            steps = point.prompt.latent.sum(dim=1).tolist()
-            for question, path, count in zip(chunk, generated.thoughts.float().cpu(), steps, strict=True):
-                mine[question.index] = path[:count]
+        mine |= _paths(subject, chunk)
     gathered = {index: path for part in distributed.gather_objects(mine) for index, path in part.items()}
     paths = {index: gathered[index] for index in sorted(gathered)}  # sums over them do not depend on who thought what
     if not paths or not all(len(path) for path in paths.values()):
@@ -299,11 +305,14 @@ class Answerer:
         """The question whose thoughts stand in place of this one's."""
         return {"displaced_by": cast("Thoughts", self.thoughts).other(question.index)} if condition.control == "other" else {}
 
-    def _diversity(self, given: list[Answer]) -> dict[str, float] | None:
+    def _diversity(self, given: list[Answer]) -> dict[str, float | None] | None:
+        """None for one branch; all but all_steps are None where no thought comes after the perturbed one."""
         if len(given) < 2:
             return None
-        measured = path_diversity(torch.stack([answer.thoughts for answer in given]), self.config.noise_at_step)
-        return {name: _rounded(value) for name, value in measured._asdict().items() if name != "pairwise"}
+        thoughts, step = torch.stack([answer.thoughts for answer in given]), self.config.noise_at_step
+        measured = path_diversity(thoughts, step)._asdict()
+        defined = [name for name in measured if name != "pairwise" and (thoughts.shape[1] > step or name == "all_steps")]
+        return {name: _rounded(measured[name]) if name in defined else None for name in measured if name != "pairwise"}
 
 
 def _record(question: BenchmarkQuestion, error: str | None) -> Record:

@@ -28,6 +28,7 @@ from experiments.compare import report
 from experiments.progress import open_progress
 from experiments.settings import BranchConfig, SweepConfig
 from experiments.subjects import load_subject
+from experiments.summary import condition_summary
 from experiments.sweep import Preempted, clean_thoughts, conditions, run_sweep
 from experiments.sweep_results import write_results
 from models import build_model, latent_ids, load_tokenizer
@@ -36,6 +37,7 @@ from utils import RunConfig, UserError
 
 CPU = torch.device("cpu")
 QUESTIONS = 7
+ANSWERED = {"error": None, "conditions": {}, "n_latents": 1, "seconds": 1.0}  # as little as a record can hold
 TIMES = ("seconds", "timestamp", "git_commit")
 
 
@@ -271,9 +273,10 @@ def test_answers_do_not_depend_on_the_batch(arguments: dict[str, Any]) -> None:
             same = second["conditions"][key]
             assert outcome["votes"] == same["votes"]
             assert outcome["majority"] == same["majority"]
-            for number in ("noise_ratio", "diversity"):
-                if outcome[number] is not None:
-                    assert outcome[number] == pytest.approx(same[number], rel=1e-3)
+            assert outcome["noise_ratio"] == (same["noise_ratio"] and pytest.approx(same["noise_ratio"], rel=1e-3))
+            distances, others = ([*(found["diversity"] or {}).values()] for found in (outcome, same))
+            assert [one is None for one in distances] == [one is None for one in others]
+            assert [one or 0 for one in distances] == pytest.approx([one or 0 for one in others], rel=1e-3)
             assert (outcome["noise_ratio"] is None) == ("@" not in key)
             assert (outcome["diversity"] is None) == (key in ("greedy", "no_latents"))
 
@@ -284,6 +287,9 @@ def test_answers_do_not_depend_on_the_batch(arguments: dict[str, Any]) -> None:
         ({"noise_direction": "same"}, "noise_direction: same has no effect without noise_type: targeted"),
         ({"shared_noise": True}, "shared_noise: True has no effect without num_branches of at least 2"),
         ({"top_p": 0.9}, "top_p: 0.9 has no effect without temperature above 0, or branches"),
+        ({"subset": "p1"}, "subset: p1 has no effect without the hub's data set in place of data_path"),
+        ({"split": "train"}, "split: train has no effect without the hub's data set in place of data_path"),
+        ({"self_consistency_temperature": 0.3}, "self_consistency_temperature: 0.3 has no effect without temperature: 0 and"),
         ({"lambda_decay": 1.0}, "lambda_decay: 1.0 has no effect without schedule: exponential or adaptive"),
     ],
 )
@@ -299,8 +305,33 @@ def test_noise_at_a_step_that_few_or_no_questions_have(arguments: dict[str, Any]
     finished = run_sweep(SweepConfig(**arguments, noise_type="gaussian_scaled", noise_scales=100, noise_at_step=3), CPU)
     assert finished is not None
     assert "2 of 7 questions have 3 thoughts; the others get no noise" in capsys.readouterr().out
+    for record in finished.records:  # as if noise made every answer wrong that it reached, and all others were right
+        for outcome in record["conditions"].values():
+            outcome["majority"]["correct"] = outcome["noise_ratio"] is None
     found = write_results(finished)["gaussian_scaled@100.0"]
     assert (found["total"], found["perturbed"], found["versus_clean"]["questions"]) == (7, 2, 2)
+    [path] = finished.config.directory.glob("gaussian_scaled_*.json")
+    setting = json.loads(path.read_text())  # the decay is that of the questions which noise reached
+    assert (setting["results"]["100.0"]["accuracy"], setting["half_scale"]) == (0, 50)
+
+
+def test_a_question_that_cannot_be_thought_about_takes_no_other_with_it(arguments: dict[str, Any], tmp_path: Path) -> None:
+    """Controls need the thoughts of all questions, of which a batch holds many."""
+    rows = chain_records(4)
+    rows[1]["question"] += " <|latent|>"
+    path = write_json(tmp_path / "marker.json", rows)
+    records = run(arguments, data_path=str(path), batch_size=64, noise_scales=[5.0], controls=["mean"])
+    assert [record["error"] is None for record in records] == [True, False, True, True]
+
+
+def test_distances_are_undefined_where_no_thought_comes_after_the_noise(arguments: dict[str, Any]) -> None:
+    """The questions have one, two and three thoughts; the mean is over those that have one after the first."""
+    records = run(arguments, num_branches=3, noise_scales=[5.0], num_questions=3)
+    found = [record["conditions"]["gaussian@5.0"]["diversity"] for record in records]
+    assert [one["diversity"] is None for one in found] == [True, False, False]
+    assert all(one["all_steps"] > 0 for one in found)
+    summarised = condition_summary(records, "gaussian@5.0")
+    assert summarised["diversity"] == pytest.approx((found[1]["diversity"] + found[2]["diversity"]) / 2)
 
 
 def test_the_decay_of_a_schedule_is_a_key(arguments: dict[str, Any]) -> None:
@@ -533,7 +564,7 @@ def test_progress_of_several_processes(tmp_path: Path) -> None:
     """Parts are read together; what failed gives way to what came of it later, in whichever part."""
     progress = open_progress(tmp_path, {"a": 1}, False)
     assert progress.records() == []
-    lines = [{"index": 4, "error": None}, {"index": 1, "error": "x"}], [{"index": 1, "error": None}, {"index": 0, "error": "y"}]
+    lines = [{"index": 4, **ANSWERED}, {"index": 1, "error": "x"}], [{"index": 1, **ANSWERED}, {"index": 0, "error": "y"}]
     for rank, rows in enumerate(lines):
         (progress.folder / f"part-{rank}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"ind')
     assert [(one["index"], one["error"]) for one in progress.records()] == [(0, "y"), (1, None), (4, None)]
@@ -550,21 +581,21 @@ def test_progress_of_several_processes(tmp_path: Path) -> None:
 def test_one_experiment_has_one_set_of_files(tmp_path: Path) -> None:
     """Other settings under its name are refused, finished or not; `fresh` removes its files and nothing else."""
     progress = open_progress(tmp_path, {"a": 1}, False)
-    progress.append([{"index": 0, "error": None}])
+    progress.append([{"index": 0, **ANSWERED}])
     progress.finish()
     ours = ["gaussian_20260101-000000.json", "noise_types.png", "table.txt", "config.yaml"]
-    for name in [*ours, "notes.md"]:
+    for name in [*ours, "notes.md", "poster.png", "notes_1-2.json"]:
         (tmp_path / name).write_text("x")
     with pytest.raises(UserError, match="the experiment there has a 1, this one 2: choose another name, or set fresh: true"):
         open_progress(tmp_path, {"a": 2}, False)
     assert all((tmp_path / name).exists() for name in ours)
     open_progress(tmp_path, {"a": 2}, True)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.md", "progress"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.md", "notes_1-2.json", "poster.png", "progress"]
 
 
 def test_a_setting_that_is_new_counts_as_its_default(tmp_path: Path) -> None:
     progress = open_progress(tmp_path, {"a": 1}, False)
-    progress.append([{"index": 0, "error": None}])
+    progress.append([{"index": 0, **ANSWERED}])
     again = open_progress(tmp_path, {"a": 1, "new": 5}, False, {"new": 5})
     assert [one["index"] for one in again.records()] == [0]
     with pytest.raises(UserError, match="has new 5, this one 6"):  # something was answered with 5
@@ -577,16 +608,19 @@ def test_records_say_whose_they_are(
     """Records of other settings, and lines that are none, are left out; records of another commit are named."""
     monkeypatch.setattr("experiments.progress.git_commit", lambda: "first")
     progress = open_progress(tmp_path, {"a": 1}, False)
-    progress.append([{"index": 0, "error": None}])
+    progress.append([{"index": 0, **ANSWERED}])
     part = progress.folder / "part-0.jsonl"
-    foreign = {"index": 1, "error": None, "settings_sha256": "other"}
-    part.write_text(part.read_text() + json.dumps(foreign) + "\n\n[1]\nnonsense\n" + '{"index": 2, "error": null}\n')
+    foreign = {"index": 1, **ANSWERED, "settings_sha256": "other"}
+    of_version_01, nothing_answered = json.dumps({"index": 2, **ANSWERED}), json.dumps({"index": 5, "error": None})
+    part.write_text(part.read_text() + json.dumps(foreign) + f"\n\n[1]\nnonsense\n{of_version_01}\n{nothing_answered}\n")
     assert [one["index"] for one in progress.records()] == [0, 2]
-    assert "line 3 is left out" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "line 3 is left out" in said
+    assert "an answered question without conditions, n_latents, seconds; line 7 is left out" in said
     monkeypatch.setattr("experiments.progress.git_commit", lambda: "second")
     again = open_progress(tmp_path, {"a": 1}, False)
-    assert "questions answered by other code: first; now second" in capsys.readouterr().out
-    again.append([{"index": 3, "error": None}])
+    assert "questions answered by other code: a commit that is not known, first; now second" in capsys.readouterr().out
+    again.append([{"index": 3, **ANSWERED}])
     assert [one.get("git_commit") for one in again.records()] == ["first", None, "second"]
 
 

@@ -17,7 +17,14 @@ from utils import UserError
 
 def record(index: int, gold: str, said: str, other: int) -> dict:
     outcome = {"branches": [{"answer": said}], "displaced_by": other}
-    return {"index": index, "gold": gold, "error": None, "conditions": {"other/all": outcome, "greedy": {}}}
+    return {
+        "index": index,
+        "gold": gold,
+        "error": None,
+        "n_latents": 1,
+        "seconds": 1.0,
+        "conditions": {"other/all": outcome, "greedy": {}},
+    }
 
 
 RECORDS = [
@@ -43,7 +50,9 @@ def test_report(tmp_path: Path) -> None:
         report(tmp_path)
     (tmp_path / "progress").mkdir()
     part = tmp_path / "progress" / "part-0.jsonl"
-    part.write_text(json.dumps({"index": 0, "error": None, "conditions": {"greedy": {}}}) + "\n")
+    part.write_text(
+        json.dumps({"index": 0, "error": None, "n_latents": 1, "seconds": 1.0, "conditions": {"greedy": {}}}) + "\n"
+    )
     with pytest.raises(UserError, match="no experiment with the control `other`"):
         report(tmp_path)
     part.write_text("".join(json.dumps(one) + "\n" for one in RECORDS))
@@ -58,7 +67,7 @@ def test_kept_records_are_compared_as_the_experiment_itself(tmp_path: Path) -> N
         (directory / name).write_text("{}")
     for rank in (0, 1):
         conditions = {"clean": {"majority": {"correct": True}}, "zero/all": {"majority": {"correct": rank == 0}}}
-        line = json.dumps({"index": rank, "error": None, "conditions": conditions})
+        line = json.dumps({"index": rank, "error": None, "n_latents": 1, "seconds": 1.0, "conditions": conditions})
         (directory / "progress" / f"part-{rank}.jsonl").write_text(line + "\n")
     found = compare.report(directory, ["clean", "zero/all"])
     assert found.startswith("zero/all minus clean: -50.0 points")
