@@ -23,6 +23,7 @@ transformers.utils.logging.disable_progress_bar()  # one bar per loaded or saved
 
 WRAPPER_PREFIXES = ("module.", "_orig_mod.", "base_causallm.")  # DDP, torch.compile, Coconut
 _OWN_CODE = "{}: it brings its own code, which is not run: set trust_remote_code: True if you have read it and trust it"
+OLD_BUFFERS = (".attn.bias", ".masked_bias", ".attention.bias", ".inv_freq")  # masks and angles that old checkpoints hold
 IDENTITY_KEYS = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads")
 
 
@@ -98,24 +99,33 @@ def embedding_weight(base: PreTrainedModel) -> Tensor:
     return cast("nn.Embedding", base.get_input_embeddings()).weight
 
 
-def build_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase, ids: LatentIds) -> Coconut:
-    """The base model that the configuration names, with rows for the markers, inside a Coconut (float32, on the CPU)."""
+def build_model(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, ids: LatentIds, dtype: torch.dtype = torch.float32
+) -> Coconut:
+    """The base model that the configuration names, with rows for the markers, inside a Coconut (on the CPU).
+
+    Raises UserError with one line if it cannot be loaded or used.
+    """
     if config.attn_implementation == "flex_attention" and not config.only_eval and not torch.cuda.is_available():
         raise UserError("attn_implementation: flex_attention: PyTorch cannot train with it on a CPU; use sdpa or eager")
     markers = marker_tokens(config.method)
-    base = _base_model(config, tokenizer, markers)
+    source = config.load_model_path or config.model_id
+    base = _base_model(config, tokenizer, markers, dtype)
+    _check_finite(base, source)
     _warn_of_scaled_thoughts(base)
     initialise_markers(base, tokenizer, markers)
     model = Coconut(base, ids.latent, ids.start, ids.end, ids.eos)
     if config.lora_r is not None:
         add_adapters(base, config, [cast("int", tokenizer.convert_tokens_to_ids(marker)) for marker in markers])
-    _check_usable(model, config.load_model_path or config.model_id)
+    _check_usable(model, source)
     if config.bf16 == "pure":
         model.to(torch.bfloat16)
     return model
 
 
-def _base_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase, markers: Sequence[str]) -> PreTrainedModel:
+def _base_model(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, markers: Sequence[str], dtype: torch.dtype
+) -> PreTrainedModel:
     path = config.load_model_path
     if config.from_scratch:
         base = _random_model(config, len(tokenizer))
@@ -124,20 +134,25 @@ def _base_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase, markers: 
     if path is None:
         if config.resume:
             get_logger().info(f"starts at epoch {config.resume + 1} with the weights of {config.model_id} itself")
-        return _pretrained(config, config.model_id)
+        return _pretrained(config, config.model_id, dtype)
     if Path(path).is_file():
-        base = _pretrained(config, config.model_id)
+        base = _pretrained(config, config.model_id, dtype)
         load_state_dict_file(base, Path(path))
         # The published code sizes the embeddings to the tokenizer once it adds the markers, and only then. More rows than
         # that may be padding: what is evaluated was trained with its markers, what is trained further perhaps without.
         rows = embedding_weight(base).shape[0]
+        if config.only_eval and rows < len(tokenizer):
+            raise UserError(
+                f"{path}: {rows} rows of embeddings, the tokenizer with the markers of method {config.method} has "
+                f"{len(tokenizer)}: it was trained with another method, or with another tokenizer"
+            )
         trained = rows == len(tokenizer) or (config.only_eval and rows > len(tokenizer))
         base.config.coconut_markers = list(markers) if trained else []
         return base
     check_same_family(config, path)
     if (Path(path) / SHARDS).is_dir():
-        return from_shards(Path(path), config.attn_implementation, config.trust_remote_code)
-    return _pretrained(config, path)
+        return from_shards(Path(path), config.attn_implementation, config.trust_remote_code, dtype)
+    return _pretrained(config, path, dtype)
 
 
 def _random_model(config: RunConfig, vocabulary: int) -> PreTrainedModel:
@@ -151,53 +166,94 @@ def _random_model(config: RunConfig, vocabulary: int) -> PreTrainedModel:
         raise UserError(f"{place}: no model can be made from its configuration: {_first_line(error)}") from None
 
 
-def _from_config(model_config: Any, attention: str | None, trust_remote_code: bool) -> PreTrainedModel:
+def _from_config(
+    model_config: Any, attention: str | None, trust_remote_code: bool, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(
-        model_config, dtype=torch.float32, attn_implementation=attention, trust_remote_code=trust_remote_code
+        model_config, dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
     )
 
 
-def from_shards(source: Path, attention: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model of a sharded checkpoint, whole and in float32; called by all processes. Raises UserError if it is damaged."""
-    base = _from_config(_config_of(str(source), None, trust_remote_code), attention, trust_remote_code)
+def from_shards(
+    source: Path, attention: str | None = None, trust_remote_code: bool = False, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """The model of a sharded checkpoint, whole; called by all processes. Raises UserError if it is damaged."""
+    base = _from_config(_config_of(str(source), None, trust_remote_code), attention, trust_remote_code, dtype)
     read_shards(source / SHARDS, {"model": base.state_dict()})
     base.tie_weights()
     return base.eval()
 
 
-def _pretrained(config: RunConfig, source: str) -> PreTrainedModel:
+def _pretrained(config: RunConfig, source: str, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a hub id, a directory or a GGUF file, on the CPU: every pretrained model comes through here.
+
+    Raises UserError if there is none, or its weights are not exactly those that the model has.
+    """
     path, gguf_file = Path(source), gguf_of(config, source)
     if gguf_file is None:
         _config_of(source, None, config.trust_remote_code)  # says more about what is no causal language model than loading it
         if (path / "config.json").is_file() and not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
             raise UserError(f"{source}: a configuration without weights; set from_scratch: True to start from random ones")
+    options = {**_options(gguf_file, config.trust_remote_code), "dtype": dtype}
+    # From 5.2x on transformers would leave the weights quantised where it has kernels for that; those cannot be trained.
+    if gguf_file is not None and hasattr(transformers, "GgufConfig"):
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    if gguf_file is None:
+        options["attn_implementation"] = config.attn_implementation
     try:
-        if gguf_file is not None:
-            return _from_gguf(source, gguf_file, config)
-        options = _options(None, config.trust_remote_code)
-        return AutoModelForCausalLM.from_pretrained(
-            source, dtype=torch.float32, attn_implementation=config.attn_implementation, **options
+        base, info = AutoModelForCausalLM.from_pretrained(
+            source, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
+        if gguf_file is not None:
+            base = _plain_model(base, config, dtype)
     except Exception as error:  # as in load_tokenizer
         _refuse_own_code(source, error, config.trust_remote_code)
         place = _place(source, gguf_file)
         raise UserError(f"{place}: no causal language model could be loaded: {_first_line(error)}") from None
+    shapes = [one if isinstance(one, str) else one[0] for one in info["mismatched_keys"]]  # from version 5 on with the shapes
+    _check_weights(_place(source, gguf_file), [*info["missing_keys"]], [*info["unexpected_keys"]], shapes)
+    _own_weights(base)
+    return base
 
 
-def _from_gguf(source: str, gguf_file: str, config: RunConfig) -> PreTrainedModel:
-    """The weights of a GGUF file as float32 in a model of the usual classes; the one that is loaded cannot be saved."""
-    # From 5.2x on transformers would leave the weights quantised where it has kernels for that; those cannot be trained.
-    dense = {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
-    options = _options(gguf_file, config.trust_remote_code)
-    loaded = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **dense, **options)
+def _plain_model(loaded: PreTrainedModel, config: RunConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The weights of a GGUF file in a model of the usual classes; the one that is loaded cannot be saved."""
     model_config = loaded.config
     if hasattr(model_config, "quantization_config"):
         del model_config.quantization_config
-    base = _from_config(model_config, config.attn_implementation, config.trust_remote_code)
+    base = _from_config(model_config, config.attn_implementation, config.trust_remote_code, dtype)
     base.load_state_dict(loaded.state_dict(), assign=True)
     base.tie_weights()
     base.generation_config = loaded.generation_config
     return base.eval()
+
+
+def _check_weights(place: str, missing: list[str], unexpected: list[str], shapes: list[str]) -> None:
+    """Raise UserError that lists what does not fit the model; transformers would fill it with random numbers and go on."""
+    unexpected = [name for name in unexpected if not name.endswith(OLD_BUFFERS)]
+    if missing or unexpected or shapes:
+        raise UserError(
+            f"{place} does not fit the model: missing keys {_listed(missing)}; unexpected keys {_listed(unexpected)}; "
+            f"wrong shapes {_listed(shapes)}"
+        )
+
+
+@torch.no_grad()
+def _own_weights(base: PreTrainedModel) -> None:
+    """Copy the weights into memory that torch has allocated.
+
+    Loaded weights are the file itself, mapped: they would change with it, and a process whose file is cut dies. They also
+    lie wherever they lie in the file, and the rounding of a matrix-vector product depends on that.
+    """
+    for tensor in itertools.chain(base.parameters(), base.buffers()):
+        tensor.data = tensor.data.clone()
+
+
+def _check_finite(base: PreTrainedModel, source: str) -> None:
+    """Raise UserError if a weight is NaN or infinite."""
+    for name, weight in base.named_parameters():
+        if not weight.isfinite().all():
+            raise UserError(f"{source}: {name} holds NaN or infinite weights: the model is damaged, or its training diverged")
 
 
 def _config_of(source: str, gguf_file: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -249,7 +305,8 @@ def _is_causal(model: Coconut) -> bool:
     tokens = torch.full((2, 2), model.eos_token_id)
     tokens[1, 1] = 0 if model.eos_token_id else 1
     first = model.think(tokens).hidden[:, 0]
-    return torch.allclose(first[0], first[1], rtol=1e-3, atol=1e-5)
+    rounding = 4 * torch.finfo(first.dtype).eps
+    return torch.allclose(first[0], first[1], rtol=max(1e-3, rounding), atol=max(1e-5, rounding))
 
 
 def _first_line(error: Exception) -> str:
@@ -332,19 +389,15 @@ def load_state_dict_file(base: PreTrainedModel, path: Path) -> None:
         base.resize_token_embeddings(rows, mean_resizing=False)
         own = base.state_dict()
     optional = set(getattr(base, "_tied_weights_keys", None) or []) if base.config.tie_word_embeddings else set()
-    missing = sorted(own.keys() - state.keys() - optional)
-    unexpected = sorted(key for key in state.keys() - own.keys() if not key.endswith((".attn.bias", ".attn.masked_bias")))
-    shapes = sorted(key for key in own.keys() & state.keys() if own[key].shape != state[key].shape)
-    if missing or unexpected or shapes:
-        raise UserError(
-            f"load_model_path: {path} does not fit the model: missing keys {_listed(missing)}; "
-            f"unexpected keys {_listed(unexpected)}; wrong shapes {_listed(shapes)}"
-        )
+    shapes = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
+    missing, unexpected = [*(own.keys() - state.keys() - optional)], [*(state.keys() - own.keys())]
+    _check_weights(f"load_model_path: {path}", missing, unexpected, shapes)
     base.load_state_dict({key: value for key, value in state.items() if key in own}, strict=False)
     base.tie_weights()
 
 
 def _listed(keys: list[str], most: int = 8) -> str:
+    keys = sorted(keys)
     return f"[{', '.join(keys[:most])}{f', ... {len(keys) - most} more' if len(keys) > most else ''}]"
 
 

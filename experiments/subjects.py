@@ -120,7 +120,8 @@ def load_subject(config: SweepConfig, device: torch.device) -> Subject:
     if tokenizer.chat_template is not None if curriculum is None else curriculum.chat_template:
         check_chat_template(tokenizer)
     ids = latent_ids(tokenizer, run.method)
-    model = build_model(run, tokenizer, ids).eval().to(device=device, dtype=getattr(torch, config.dtype))
+    model = build_model(run, tokenizer, ids, getattr(torch, config.dtype)).eval()
+    model.to(device)
     layers = model.base_causallm.config.get_text_config().num_hidden_layers
     layer = config.hidden_layer_idx if config.hidden_layer_idx is not None else -1 if facts is None else facts.hidden_layer_idx
     if not -1 <= layer <= layers:

@@ -157,6 +157,8 @@ def test_a_checkpoint_in_shards_is_the_model(
     monkeypatch.setattr(dcp.FileSystemWriter, "write_data", late)
     model = save(tmp_path / "checkpoint_1", background)
     assert equal(dict(from_shards(tmp_path / "checkpoint_1").state_dict()), dict(model.base_causallm.state_dict()))
+    half = from_shards(tmp_path / "checkpoint_1", dtype=torch.bfloat16).state_dict()
+    assert equal(dict(half), {key: value.bfloat16() for key, value in model.base_causallm.state_dict().items()})
     assert there == [".checkpoint_1.partial"]
     assert threads == [not background]
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint_1"]

@@ -19,6 +19,7 @@ from conftest import ROOT, chain_records, write_json
 from naive import naive_decode, naive_perturb, naive_sampler
 from safetensors.torch import load_file, save_file
 
+import models
 from checkpoint import Facts, id_facts
 from coconut import MAX_N_LATENT
 from dataset import get_dataset, get_question_latent_dataset
@@ -350,6 +351,22 @@ def test_the_decay_of_a_schedule_is_a_key(arguments: dict[str, Any]) -> None:
     )
     assert stays == constant != none
     assert gone.keys() == none.keys()
+
+
+def test_a_model_is_loaded_in_the_precision_it_runs_in(arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice the memory would be needed on the way otherwise; the weights are the rounded ones in either case."""
+    asked = []
+    original = models.AutoModelForCausalLM.from_pretrained
+
+    def from_pretrained(*positional: Any, **options: Any) -> Any:
+        asked.append(options["dtype"])
+        return original(*positional, **options)
+
+    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    full, half = (load_subject(SweepConfig(**arguments, dtype=dtype), CPU).model for dtype in ("float32", "bfloat16"))
+    assert asked == [torch.float32, torch.bfloat16]
+    for one, other in zip(full.parameters(), half.parameters(), strict=True):
+        assert torch.equal(one.to(torch.bfloat16), other)
 
 
 def test_low_precision_and_layers_run(arguments: dict[str, Any]) -> None:
