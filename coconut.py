@@ -363,12 +363,13 @@ class Coconut(nn.Module):
         # Gradient checkpointing makes transformers drop the cache with no more than a warning: wrong thoughts.
         if cache is not None and cache.get_seq_length() != attention_mask.shape[1]:
             raise ValueError("the base model keeps no key-value cache, or gradient checkpointing has turned it off")
-        last = outputs.last_hidden_state
-        return last, last if self.hidden_layer_idx == -1 else outputs.hidden_states[self.hidden_layer_idx]
+        device = inputs_embeds.device  # the last layers of a model that is spread over devices are on another one
+        last = outputs.last_hidden_state.to(device)
+        return last, last if self.hidden_layer_idx == -1 else outputs.hidden_states[self.hidden_layer_idx].to(device)
 
     def project(self, hidden: Tensor) -> Tensor:
         """Language-model head on hidden states (..., D) -> logits (..., V), with the scalings some families apply after it."""
-        logits = self.base_causallm.get_output_embeddings()(hidden)
+        logits = self.base_causallm.get_output_embeddings()(hidden).to(hidden.device)
         config = self.base_causallm.config
         if getattr(config, "logit_scale", None):  # Cohere
             logits = logits * config.logit_scale
@@ -639,7 +640,7 @@ class Coconut(nn.Module):
                 self._accompany()
                 break
             if drop_finished and 0 < (going := (~finished).nonzero().squeeze(1)).numel() <= len(finished) // 2:
-                cast("DynamicCache", cache).batch_select_indices(going)
+                keep_rows(cast("DynamicCache", cache), going)
                 rows, token, mask, position, finished = (part[going] for part in (rows, token, mask, position, finished))
                 sampling = sampling.select(going.tolist())
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
@@ -773,8 +774,14 @@ def select_cache(cache: DynamicCache, rows: Tensor) -> DynamicCache:
     """A cache of these rows (R,) of another one, which stays as it is."""
     selected = copy.copy(cache)
     selected.layers = [copy.copy(layer) for layer in cache.layers]
-    selected.batch_select_indices(rows)
+    keep_rows(selected, rows)
     return selected
+
+
+def keep_rows(cache: DynamicCache, rows: Tensor) -> None:
+    """Drop all other rows of a cache, whose layers may be on several devices."""
+    for layer in cast("Any", cache.layers):
+        layer.batch_select_indices(rows.to(layer.keys.device))
 
 
 def nested(values: list[Any], shape: Sequence[int]) -> list[Any]:

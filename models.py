@@ -100,9 +100,15 @@ def embedding_weight(base: PreTrainedModel) -> Tensor:
 
 
 def build_model(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase, ids: LatentIds, dtype: torch.dtype = torch.float32
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: LatentIds,
+    dtype: torch.dtype = torch.float32,
+    device_map: str | None = None,
 ) -> Coconut:
-    """The base model that the configuration names, with rows for the markers, inside a Coconut (on the CPU).
+    """The base model that the configuration names, with rows for the markers, inside a Coconut.
+
+    It is on the CPU; with a device_map ("auto") where accelerate puts its layers.
 
     Raises UserError with one line if it cannot be loaded or used.
     """
@@ -110,7 +116,7 @@ def build_model(
         raise UserError("attn_implementation: flex_attention: PyTorch cannot train with it on a CPU; use sdpa or eager")
     markers = marker_tokens(config.method)
     source = config.load_model_path or config.model_id
-    base = _base_model(config, tokenizer, markers, dtype)
+    base = _base_model(config, tokenizer, markers, dtype, device_map)
     _check_finite(base, source)
     _warn_of_scaled_thoughts(base)
     initialise_markers(base, tokenizer, markers)
@@ -124,7 +130,11 @@ def build_model(
 
 
 def _base_model(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase, markers: Sequence[str], dtype: torch.dtype
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    markers: Sequence[str],
+    dtype: torch.dtype,
+    device_map: str | None,
 ) -> PreTrainedModel:
     path = config.load_model_path
     if config.from_scratch:
@@ -134,7 +144,7 @@ def _base_model(
     if path is None:
         if config.resume:
             get_logger().info(f"starts at epoch {config.resume + 1} with the weights of {config.model_id} itself")
-        return _pretrained(config, config.model_id, dtype)
+        return _pretrained(config, config.model_id, dtype, device_map)
     if Path(path).is_file():
         base = _pretrained(config, config.model_id, dtype)
         load_state_dict_file(base, Path(path))
@@ -152,7 +162,7 @@ def _base_model(
     check_same_family(config, path)
     if (Path(path) / SHARDS).is_dir():
         return from_shards(Path(path), config.attn_implementation, config.trust_remote_code, dtype)
-    return _pretrained(config, path, dtype)
+    return _pretrained(config, path, dtype, device_map)
 
 
 def _random_model(config: RunConfig, vocabulary: int) -> PreTrainedModel:
@@ -184,8 +194,8 @@ def from_shards(
     return base.eval()
 
 
-def _pretrained(config: RunConfig, source: str, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of a hub id, a directory or a GGUF file, on the CPU: every pretrained model comes through here.
+def _pretrained(config: RunConfig, source: str, dtype: torch.dtype, device_map: str | None = None) -> PreTrainedModel:
+    """The model of a hub id, a directory or a GGUF file: every pretrained model comes through here.
 
     Raises UserError if there is none, or its weights are not exactly those that the model has.
     """
@@ -199,11 +209,10 @@ def _pretrained(config: RunConfig, source: str, dtype: torch.dtype) -> PreTraine
     if gguf_file is not None and hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     if gguf_file is None:
-        options["attn_implementation"] = config.attn_implementation
+        options |= {"attn_implementation": config.attn_implementation, "device_map": device_map}
     try:
-        base, info = AutoModelForCausalLM.from_pretrained(
-            source, output_loading_info=True, ignore_mismatched_sizes=True, **options
-        )
+        checked = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        base, info = cast("Any", AutoModelForCausalLM).from_pretrained(source, **checked, **options)
         if gguf_file is not None:
             base = _plain_model(base, config, dtype)
     except Exception as error:  # as in load_tokenizer
@@ -252,7 +261,7 @@ def _own_weights(base: PreTrainedModel) -> None:
 def _check_finite(base: PreTrainedModel, source: str) -> None:
     """Raise UserError if a weight is NaN or infinite."""
     for name, weight in base.named_parameters():
-        if not weight.isfinite().all():
+        if not weight.is_meta and not weight.isfinite().all():  # accelerate may leave weights on the disk
             raise UserError(f"{source}: {name} holds NaN or infinite weights: the model is damaged, or its training diverged")
 
 
@@ -281,7 +290,7 @@ def _check_usable(model: Coconut, source: str) -> None:
         if not _is_causal(model):
             raise ValueError(f"family {family!r} reads in both directions (an encoder); a causal language model is needed")
         model.verify_projection()
-        model.generate(torch.tensor([[model.eos_token_id]]), max_new_tokens=2)
+        model.generate(torch.tensor([[model.eos_token_id]], device=model.embedding.weight.device), max_new_tokens=2)
     except ValueError as error:
         raise UserError(f"{source}: {error}") from None
     except Exception as error:  # families with other inputs or caches raise TypeError, AttributeError, RuntimeError, ...
@@ -302,7 +311,7 @@ def _warn_of_scaled_thoughts(base: PreTrainedModel) -> None:
 @torch.no_grad()
 def _is_causal(model: Coconut) -> bool:
     """Whether the state of a token stays as it is when the next token is another one."""
-    tokens = torch.full((2, 2), model.eos_token_id)
+    tokens = torch.full((2, 2), model.eos_token_id, device=model.embedding.weight.device)
     tokens[1, 1] = 0 if model.eos_token_id else 1
     first = model.think(tokens).hidden[:, 0]
     rounding = 4 * torch.finfo(first.dtype).eps

@@ -70,6 +70,8 @@ class SweepConfig(Config):
     """Run code that comes with a model: read it first."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """float32, bfloat16 or float16."""
+    device_map: Annotated[Literal["auto"] | None, BeforeValidator(_null)] = None
+    """auto: the layers are spread over all GPUs of a single process, for models that do not fit one; null: one device."""
     hidden_layer_idx: Annotated[int | None, BeforeValidator(_null)] = None
     """The layer whose state is fed back: -1 the last one, after the final norm; published gpt-oss experiments used 1.
     null: as trained, else -1."""

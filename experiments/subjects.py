@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 import checkpoint
+import distributed
 from coconut import MAX_N_LATENT, BranchPoint, Coconut
 from dataset import MyCollator, check_chat_template, question_ids, stage_shape
 from experiments.answers import build_prompt, user_message
@@ -120,8 +121,11 @@ def load_subject(config: SweepConfig, device: torch.device) -> Subject:
     if tokenizer.chat_template is not None if curriculum is None else curriculum.chat_template:
         check_chat_template(tokenizer)
     ids = latent_ids(tokenizer, run.method)
-    model = build_model(run, tokenizer, ids, getattr(torch, config.dtype)).eval()
-    model.to(device)
+    if config.device_map is not None and distributed.world_size() > 1:
+        raise UserError("device_map: auto spreads a model over all GPUs: start a single process, without torchrun")
+    model = build_model(run, tokenizer, ids, getattr(torch, config.dtype), config.device_map).eval()
+    if config.device_map is None:
+        model.to(device)
     layers = model.base_causallm.config.get_text_config().num_hidden_layers
     layer = config.hidden_layer_idx if config.hidden_layer_idx is not None else -1 if facts is None else facts.hidden_layer_idx
     if not -1 <= layer <= layers:

@@ -39,7 +39,13 @@ from storage import alone
 from utils import UserError, get_logger, is_main_process
 
 PLACES = ("all", "first", "after")  # which thoughts a control displaces, see `Thoughts`
-WITHOUT_INFLUENCE = ("results_path", "fresh", "batch_size", "trust_remote_code")  # keys that may differ when a run goes on
+WITHOUT_INFLUENCE = (
+    "results_path",
+    "fresh",
+    "batch_size",
+    "trust_remote_code",
+    "device_map",
+)  # keys that may differ when a run goes on
 DIGITS = 6  # significant ones of recorded numbers
 
 

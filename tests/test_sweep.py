@@ -369,6 +369,14 @@ def test_a_model_is_loaded_in_the_precision_it_runs_in(arguments: dict[str, Any]
         assert torch.equal(one.to(torch.bfloat16), other)
 
 
+def test_layers_that_accelerate_places_answer_alike(arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here all on the CPU; several GPUs are not to be had in a test."""
+    assert texts(run(arguments, name="placed", device_map="auto")) == texts(run(arguments))
+    monkeypatch.setattr("distributed.world_size", lambda: 2)
+    with pytest.raises(UserError, match="device_map: auto spreads a model over all GPUs: start a single process"):
+        load_subject(SweepConfig(**arguments, device_map="auto"), CPU)
+
+
 def test_low_precision_and_layers_run(arguments: dict[str, Any]) -> None:
     for number, change in enumerate([{"dtype": "bfloat16"}, {"dtype": "float16"}, {"hidden_layer_idx": 1}]):
         records = run(arguments, **change, name=str(number), noise_scales=[0.5], num_questions=2)
