@@ -18,6 +18,7 @@ from experiments.answers import build_prompt, user_message
 from experiments.benchmarks import BenchmarkQuestion
 from experiments.settings import SweepConfig
 from models import LatentIds, build_model, latent_ids
+from shards import SHARDS
 from utils import EvalLatents, RunConfig, UserError
 
 WITH_THOUGHTS = ("coconut", "no_curriculum")  # methods whose latents are fed thoughts
@@ -121,6 +122,8 @@ def load_subject(config: SweepConfig, device: torch.device) -> Subject:
     if tokenizer.chat_template is not None if curriculum is None else curriculum.chat_template:
         check_chat_template(tokenizer)
     ids = latent_ids(tokenizer, run.method)
+    if config.device_map is not None and (config.gguf_file is not None or (Path(source) / SHARDS).is_dir()):
+        raise UserError("device_map: not for GGUF files and sharded checkpoints: `checkpoint.py consolidate` makes whole files")
     if config.device_map is not None and distributed.world_size() > 1:
         raise UserError("device_map: auto spreads a model over all GPUs: start a single process, without torchrun")
     model = build_model(run, tokenizer, ids, getattr(torch, config.dtype), config.device_map).eval()

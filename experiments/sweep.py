@@ -455,6 +455,8 @@ def _fingerprint(model: torch.nn.Module) -> str:
     """Of the beginning of every parameter: a checkpoint that was trained anew differs there, and large models take no time."""
     digest = hashlib.sha256()
     for parameter in model.parameters():
+        if parameter.is_meta:  # accelerate has left it on the disk
+            continue
         digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
     return digest.hexdigest()
 
