@@ -44,7 +44,7 @@ def test_prepare_directory_makes_it_and_leaves_nothing_in_it(tmp_path):
 
 def test_a_bad_option_is_one_line_and_exit_code_2(capsys):
     with pytest.raises(SystemExit) as end:
-        common.OneLineParser(prog="x.py").parse_args(["--no-such-option"])
+        common.OneLineParser("x.py", None).parse_args(["--no-such-option"])
     assert end.value.code == 2
     assert capsys.readouterr().err == "x.py: error: unrecognized arguments: --no-such-option\n"
 
