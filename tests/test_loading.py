@@ -51,7 +51,8 @@ def test_a_loaded_model_does_not_change_with_its_file(base: Path, values: dict[s
     with path.open("r+b") as file:  # in place: replacing the file would leave the old one to whoever has mapped it
         file.write(bytes(size))
     assert all(torch.equal(tensor, before[name]) for name, tensor in tensors(model).items())
-    assert str(path) not in Path("/proc/self/maps").read_text()
+    if Path("/proc/self/maps").exists():  # on Linux
+        assert str(path) not in Path("/proc/self/maps").read_text()
     os.truncate(path, 8)
     assert all(torch.equal(tensor, before[name]) for name, tensor in tensors(model).items())
 
