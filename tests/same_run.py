@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import checkpoint
+from shards import SHARDS, whole_tensors
 from storage import newest_whole
 
 
@@ -30,13 +31,20 @@ def equal(one: Any, two: Any) -> bool:
     return one == two
 
 
+def weights(directory: Path) -> dict[str, Any]:
+    """Everything in a checkpoint's model.safetensors, or in its shards, which also hold the optimizer's state."""
+    if (directory / SHARDS).is_dir():
+        return {part: whole_tensors(directory / SHARDS, part) for part in ("model", "optimizer")}
+    return load_file(directory / "model.safetensors")
+
+
 def differences(first: Path, second: Path) -> list[str]:
     """In what the newest checkpoints, the metrics but for the times and the predictions of two runs differ."""
     one, two = newest_whole(first), newest_whole(second)
     if one is None or two is None or one.name != two.name:
         return [f"newest checkpoint {two}, not {one}"]
     found = []
-    if not equal(load_file(one / "model.safetensors"), load_file(two / "model.safetensors")):
+    if not equal(weights(one), weights(two)):
         found.append("weights")
     states = [checkpoint.read_training_state(path) for path in (one, two)]
     for state in states:
