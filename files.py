@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar, cast
 import torch
 from pydantic import BaseModel, ConfigDict, Field, InstanceOf, TypeAdapter, ValidationError
 
-from utils import ALL_TOKENS, LARGEST, MOST_EPOCHS, MOST_THOUGHTS, Method, UserError, get_logger, shown
+from utils import ALL_TOKENS, LARGEST, MOST_EPOCHS, MOST_THOUGHTS, Method, UserError, check_regular, get_logger, shown
 
 FACTS, STATE, MANIFEST = "coconut.json", "training_state.pt", "manifest.json"
 FORMAT = 1
@@ -173,6 +173,7 @@ def read_training_state(directory: Path, mmap: bool = False) -> dict[str, Any]:
 
 def _content(path: Path) -> bytes:
     """Of a plain or a gzip-compressed file."""
+    check_regular(path)
     try:
         content = path.read_bytes()
         return gzip.decompress(content) if path.suffix == ".gz" else content

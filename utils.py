@@ -59,6 +59,8 @@ def _null(value: Any) -> Any:
 def _usable_path(value: str | None) -> str | None:
     if value is None:
         return None
+    if "YOUR_" in value:
+        raise ValueError("a placeholder of the published files: put your own path in its place")
     if value.startswith("~"):
         try:
             value = str(Path(value).expanduser())
@@ -72,15 +74,9 @@ def _usable_path(value: str | None) -> str | None:
     return value
 
 
-def _no_placeholder(value: str | None) -> str | None:
-    if value is not None and "YOUR_" in value:
-        raise ValueError("a placeholder of the published files: put your own path in its place")
-    return value
-
-
 OptionalText = Annotated[str | None, BeforeValidator(_null)]
 PathText = Annotated[str, AfterValidator(_usable_path)]
-OptionalPath = Annotated[str | None, BeforeValidator(_null), AfterValidator(_no_placeholder), AfterValidator(_usable_path)]
+OptionalPath = Annotated[str | None, BeforeValidator(_null), AfterValidator(_usable_path)]
 Positive = Annotated[int, Field(ge=1, le=LARGEST)]
 NonNegative = Annotated[int, Field(ge=0, le=LARGEST)]
 # How many latents a question gets when it is answered, see dataset.stage_shape.
@@ -470,8 +466,12 @@ def _parse_yaml(text: str, source: str, kind: type[Config] | None = None, key: s
             return None
         pairs = node.value if key is None and isinstance(node, yaml.MappingNode) else [(yaml.ScalarNode("", key or ""), node)]
         for name, value in pairs:
-            if kind is not None and _holds_text(kind, name.value) and isinstance(value, yaml.ScalarNode) and value.tag != NULL:
+            if kind is None or not isinstance(value, yaml.ScalarNode) or value.tag == NULL:
+                continue
+            if _holds_text(kind, name.value):
                 value.tag = TEXT  # else 1.10 is a number, 12:30:00 seconds, yes a boolean
+            elif ODD_NUMBER.fullmatch(value.value):
+                raise _odd_number(value)  # a text too: pydantic reads '1_0e-4' as a number
         return loader.construct_document(node)
     except RecursionError:
         raise UserError(f"{source}: not valid YAML: nested too deeply") from None
@@ -484,6 +484,7 @@ def _parse_yaml(text: str, source: str, kind: type[Config] | None = None, key: s
 NULL, TEXT = "tag:yaml.org,2002:null", "tag:yaml.org,2002:str"
 MOST_MERGED = 1000  # keys: `<<` in `<<` in `<<` makes ever more
 PLAIN_NUMBER = re.compile(r"[-+]?(0|[1-9][0-9]*)")
+ODD_NUMBER = re.compile(r"[-+]?[0-9.]+[_:][-+0-9._:e]*", re.IGNORECASE)  # 1_0.5 would be 10.5, and 1:30.5 90.5
 
 
 def _holds_text(kind: type[Config], key: Any) -> bool:
@@ -497,8 +498,8 @@ def _allows(annotation: Any, wanted: type) -> bool:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses keys that are given twice, of which YAML would silently take the last, numbers that cannot be shown, whole
-    numbers that are not written plainly (010 would be 8, and 12:30:00 45000), and merges that grow without end."""
+    """Refuses keys that are given twice, of which YAML would silently take the last, numbers that cannot be shown or are
+    not written plainly (010 would be 8, and 12:30:00 45000), and merges that grow without end."""
 
     def flatten_mapping(self, node: Any) -> None:
         super().flatten_mapping(node)
@@ -517,16 +518,26 @@ class _Loader(yaml.SafeLoader):
 
     def construct_yaml_int(self, node: Any) -> int:
         if not PLAIN_NUMBER.fullmatch(node.value):
-            problem = f"{shown(node.value)}: write the whole number in plain decimal digits, or a text in quotes"
-            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+            raise _odd_number(node)
         number = super().construct_yaml_int(node)
         if number.bit_length() > MOST_BITS:
             problem = f"a whole number of {number.bit_length()} bits"
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
         return number
 
+    def construct_yaml_float(self, node: Any) -> float:
+        if ODD_NUMBER.fullmatch(node.value):
+            raise _odd_number(node)
+        return super().construct_yaml_float(node)
+
+
+def _odd_number(node: yaml.ScalarNode) -> yaml.YAMLError:
+    problem = f"{shown(node.value)}: write the number in plain decimal digits, or a text in quotes"
+    return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_yaml_float)
 
 
 def read_text(path: Path) -> str:
@@ -762,6 +773,9 @@ def entry_point(main: Callable[[list[str]], None]) -> Callable[[], None]:
                 stream.reconfigure(errors="backslashreplace")  # a name may hold what the terminal cannot show
         try:
             check_environment()
+        except UserError as error:
+            _exit(f"error: {error}", 2, everywhere=True)  # it is not known which process this is
+        try:
             main(sys.argv[1:])
         except UserError as error:
             _exit(f"error: {error}", 2)
@@ -776,8 +790,8 @@ def entry_point(main: Callable[[list[str]], None]) -> Callable[[], None]:
     return run
 
 
-def _exit(line: str, code: int) -> NoReturn:
-    if is_main_process() or os.environ.get("LOCAL_RANK") == "0":  # what is wrong may be so on this node alone
+def _exit(line: str, code: int, everywhere: bool = False) -> NoReturn:
+    if everywhere or is_main_process() or os.environ.get("LOCAL_RANK") == "0":  # what is wrong may be so on this node alone
         print(_one_printable_line(line), file=sys.stderr, flush=True)
     sys.exit(code)
 

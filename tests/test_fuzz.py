@@ -191,7 +191,7 @@ FOUND = (
     (["lr=!!timestamp x"], "not valid YAML: a value that its tag does not allow"),
     (["lr=" + "[" * 5000], "not valid YAML: nested too deeply"),
     (["lr={a: 1, a: 2}"], "the key 'a' is given twice"),
-    (["seed=0x" + "f" * 5000], "write the whole number in plain decimal digits"),
+    (["seed=0x" + "f" * 5000], "write the number in plain decimal digits"),
     ([f"seed={2**64}"], "seed: input should be less than or equal to"),
     (["num_epochs=1000000000"], "num_epochs: input should be less than or equal to"),
     (["method=no_thoughts", "max_latent_stage=1000000000"], "max_latent_stage: input should be less than or equal to"),

@@ -15,12 +15,14 @@ from experiments.ablation import AblationConfig
 from experiments.branch_check import QuickBranchConfig
 from experiments.selfcheck import CheckConfig
 from experiments.settings import BranchConfig, FullConfig, SweepConfig
+from files import read_typed
 from utils import (
     RunConfig,
     UserError,
     append_jsonl,
     check_environment,
     description,
+    entry_point,
     load_config,
     no_such_file,
     read_text,
@@ -192,10 +194,34 @@ def test_text_stays_as_it_is_written(text: str, tmp_path: Path) -> None:
     assert load("method=cot", f"name='{text}'").name == text
 
 
-@pytest.mark.parametrize("number", ["010", "12:30:00", "0x10", "1_000"])
-def test_odd_whole_numbers_are_refused(number: str) -> None:
-    with pytest.raises(UserError, match="write the whole number in plain decimal digits"):
-        load("method=cot", f"num_epochs={number}")
+@pytest.mark.parametrize(
+    "text",
+    [
+        "num_epochs=010",
+        "num_epochs=12:30:00",
+        "num_epochs=0x10",
+        "num_epochs=1_000",
+        "num_epochs='1_000'",
+        "lr=1_0.5",
+        "lr=1:30.5",
+        "lr=1_0e-4",
+        "lr=!!float '1:30'",
+    ],
+)
+def test_numbers_in_odd_notations_are_refused(text: str) -> None:
+    with pytest.raises(UserError, match="write the number in plain decimal digits"):
+        load("method=cot", text)
+
+
+def test_numbers_in_plain_notations_are_taken() -> None:
+    for text, number in {"1e-4": 1e-4, "1.5e-4": 1.5e-4, "'1e-4'": 1e-4, ".5": 0.5, "5": 5.0}.items():
+        assert load("method=cot", f"lr={text}").lr == number
+    assert load_config(SweepConfig, ["name=x", "model_id=m", "benchmark=gsm8k", "noise_scales=[0.5, 1]"]).noise_scales == [
+        0.5,
+        1,
+    ]
+    with pytest.raises(UserError, match="write the number in plain decimal digits"):
+        load_config(SweepConfig, ["name=x", "model_id=m", "benchmark=gsm8k", "noise_scales=[1_0.5]"])
 
 
 def test_paths(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -204,8 +230,9 @@ def test_paths(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert config.save_path == str(tmp_path / "runs")
     assert config.load_model_path is None
     assert load("method=cot", 'load_model_path=""').load_model_path is None
-    with pytest.raises(UserError, match="load_model_path: a placeholder of the published files: put your own path"):
-        load("method=cot", "load_model_path=YOUR_PATH_TO_COT_CHECKPOINT!")
+    for key in ("load_model_path", "model_id", "val_path", "save_path"):
+        with pytest.raises(UserError, match=f"{key}: a placeholder of the published files: put your own path"):
+            load("method=cot", f"{key}=YOUR_PATH_TO_COT_CHECKPOINT!")
     with pytest.raises(UserError, match="save_path: no such user"):
         load("method=cot", "save_path=~nobody_here/x")
 
@@ -229,7 +256,13 @@ def test_merges_that_grow_without_end_and_pipes(tmp_path: Path) -> None:
         load(str(path))
     pipe = tmp_path / "pipe.yaml"
     os.mkfifo(pipe)
-    for use in (lambda: load(str(pipe)), lambda: read_text(pipe), lambda: append_jsonl(pipe, {})):
+    uses = (
+        lambda: load(str(pipe)),
+        lambda: read_text(pipe),
+        lambda: append_jsonl(pipe, {}),
+        lambda: read_typed(pipe, dict[str, int]),
+    )
+    for use in uses:
         with pytest.raises(UserError, match=r"pipe\.yaml: not a regular file"):
             use()
 
@@ -244,15 +277,17 @@ def test_merges_that_grow_without_end_and_pipes(tmp_path: Path) -> None:
     ],
 )
 def test_an_environment_that_torchrun_would_not_make(
-    variables: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+    variables: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(key, raising=False)
     check_environment()
     for key, value in variables.items():
         monkeypatch.setenv(key, value)
-    with pytest.raises(UserError, match=message):
-        check_environment()
+    with pytest.raises(SystemExit, match="2"):
+        entry_point(lambda _: None)()
+    [line] = capsys.readouterr().err.splitlines()  # whatever the rank
+    assert message in line
 
 
 def test_a_reader_that_has_gone_stops_the_run_as_sigterm_does() -> None:
