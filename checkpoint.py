@@ -437,7 +437,14 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="checkpoint.py", description="Checkpoints of other forms to checkpoint directories.")
+    parser = _Parser(
+        prog="checkpoint.py",
+        description="Checkpoints of other forms to checkpoint directories.",
+        formatter_class=argparse.RawTextHelpFormatter,
+        epilog="""examples:
+  python checkpoint.py convert FILE DIRECTORY --stage 4 --c-thought 2 --max-latent-stage 3
+  python checkpoint.py consolidate checkpoints/NAME DIRECTORY""",
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser(
         "convert", help="a single-file state dict (torch or safetensors) to a directory that run.py evaluates and trains"

@@ -20,10 +20,15 @@ Row = TypeVar("Row")
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Errors are one line and exit code 2. The help begins with the first line of `doc`; `python -OO` leaves it out."""
+    """Errors are one line and exit code 2. The help begins with the first line of `doc`, which `python -OO` leaves out, and
+    ends with `examples`: the arguments of two calls."""
 
-    def __init__(self, program: str, doc: str | None) -> None:
-        super().__init__(prog=program, description=(doc or "").partition("\n")[0])
+    def __init__(self, program: str, doc: str | None, examples: Sequence[str] = ()) -> None:
+        super().__init__(
+            prog=program, description=(doc or "").partition("\n")[0], formatter_class=argparse.RawTextHelpFormatter
+        )
+        calls = "".join(f"  python preprocessing/{program} {example}\n" for example in examples)
+        self.epilog = f"examples:\n{calls}" if calls else None
 
     def error(self, message: str) -> NoReturn:
         exit_with(self.prog, message)

@@ -31,6 +31,7 @@ from preprocessing.common import (
 )
 
 PROGRAM = "gsm8k.py"
+EXAMPLES = ("--train train.jsonl --test test.jsonl", "--hub --steps sentences")
 HUB = "openai/gsm8k"
 ANNOTATION = re.compile(r"<<[^<>\n]*>>")  # a `<<` that is not closed ends at the next one: linear time
 
@@ -100,7 +101,7 @@ def read_hub() -> dict[str, list[Record]]:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Command line, checked; a contradiction ends with one line and exit code 2."""
-    parser = OneLineParser(PROGRAM, __doc__)
+    parser = OneLineParser(PROGRAM, __doc__, EXAMPLES)
     parser.add_argument("--train", type=Path, metavar="FILE", help="JSON lines")
     parser.add_argument("--test", type=Path, metavar="FILE", help="JSON lines")
     parser.add_argument("--hub", action="store_true", help=f"take both from {HUB}")

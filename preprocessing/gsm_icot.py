@@ -24,6 +24,7 @@ from preprocessing.common import (
 )
 
 PROGRAM = "gsm_icot.py"
+EXAMPLES = ("train.txt data/gsm_train.json", "valid.txt data/gsm_valid.json")
 # Only between two steps: blanks inside `<<...>>` belong to the step.
 BETWEEN_STEPS = re.compile(r"(?<=>>)\s*(?=<<)")
 
@@ -51,7 +52,7 @@ def parse_line(line: str) -> Record:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = OneLineParser(PROGRAM, __doc__)
+    parser = OneLineParser(PROGRAM, __doc__, EXAMPLES)
     parser.add_argument("text", type=Path, metavar="IN.txt")
     parser.add_argument("out", type=Path, metavar="OUT.json")
     args = parser.parse_args(argv)

@@ -27,6 +27,7 @@ from preprocessing.common import (
 from utils import UserError, read_text
 
 PROGRAM = "prontoqa.py"
+EXAMPLES = ("5hop_0shot_random.json", "5hop_0shot_random.json --train 500 --valid 50 --out-prefix data/mine")
 ANSWERS = ("True", "False")
 PUBLISHED_SIZES = (9000, 200, 800)
 QUERY = "True or false: "
@@ -216,7 +217,7 @@ def print_table(splits: dict[str, list[Record]]) -> None:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Command line, checked; a contradiction ends with one line and exit code 2."""
-    parser = OneLineParser(PROGRAM, __doc__)
+    parser = OneLineParser(PROGRAM, __doc__, EXAMPLES)
     parser.add_argument("raw", type=Path, metavar="RAW.json", help="the generator's file")
     train, valid, test = PUBLISHED_SIZES
     parser.add_argument("--train", type=int, default=train, metavar="N", help=f"first N examples (default {train})")

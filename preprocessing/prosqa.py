@@ -27,6 +27,7 @@ from preprocessing.prosqa_symbolic import HOPS as SYMBOLIC_HOPS
 from preprocessing.prosqa_symbolic import NODES, symbolic_record
 
 PROGRAM = "prosqa.py"
+EXAMPLES = ("--symbolic", "--shape chains --train 5000 --valid 200 --test 200 --out-prefix data/mine")
 
 # Records by default. The symbolic ones are the paper's; its valid and test are the published files' questions of 3 and 4 hops.
 SIZES = {
@@ -224,7 +225,7 @@ def prosqa_records(
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Command line, checked; a contradiction ends with one line and exit code 2."""
-    parser = OneLineParser(PROGRAM, __doc__)
+    parser = OneLineParser(PROGRAM, __doc__, EXAMPLES)
     parser.add_argument("--shape", choices=("graph", "chains"), default="graph", help="ProsQA, or two chains")
     parser.add_argument("--depth-matched", action="store_true", help="options of equal depth, each graph asked about twice")
     parser.add_argument("--symbolic", action="store_true", help="symbols in place of sentences, 3 and 4 hops")

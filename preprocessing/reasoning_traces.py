@@ -44,6 +44,7 @@ from preprocessing.common import (
 from utils import UserError, read_text
 
 PROGRAM = "reasoning_traces.py"
+EXAMPLES = ("TRACES.jsonl data/own.json", "TRACES.jsonl data/own.json --trace-field reasoning --answer-field answer")
 MARKER = "In summary:"
 # Beside those that spaCy's English tokenizer keeps whole ("Dr.", "e.g.", "U.S."); "No." is as often a sentence.
 ABBREVIATIONS = "al. approx. cf. eds. eq. eqs. etc. fig. figs. pp. resp. viz. vol. vols."
@@ -342,7 +343,7 @@ def first_words(text: str) -> str:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Command line, checked; a contradiction ends with one line and exit code 2."""
-    parser = OneLineParser(PROGRAM, __doc__)
+    parser = OneLineParser(PROGRAM, __doc__, EXAMPLES)
     parser.add_argument("traces", type=Path, metavar="TRACES", help="JSONL file, or a JSON list")
     parser.add_argument("out", type=Path, metavar="OUT.json", help="records; rejected traces go to OUT.rejected.jsonl")
     parser.add_argument("--question-field", default="question", metavar="NAME", help="(default question)")

@@ -21,6 +21,7 @@ from preprocessing.prosqa import CONCEPTS, NAMES
 from preprocessing.prosqa_symbolic import EDGE, NODES, OPTIONS, ROOT
 
 PROGRAM = "word_tokenizer.py"
+EXAMPLES = ("", "--out my_configs")
 
 UNK, EOS = "<unk>", "<eos>"
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # what Metaspace writes for the space before a word
@@ -164,7 +165,7 @@ def write_model_directory(directory: Path, model: dict[str, Any], tokenizer: Pre
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = OneLineParser(PROGRAM, __doc__)
+    parser = OneLineParser(PROGRAM, __doc__, EXAMPLES)
     parser.add_argument("--out", type=Path, default=Path("configs"), help="directory (default configs)")
     out = parser.parse_args(argv).out
     tokenizers = [

@@ -1,5 +1,6 @@
 """What all preprocessing scripts have in common: hostile input, inputs given as outputs, `python -OO`."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -103,3 +104,12 @@ for name in {SCRIPTS}:
 """
     ended = subprocess.run([sys.executable, "-OO", "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (ended.returncode, ended.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_ends_with_two_examples(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        importlib.import_module(f"preprocessing.{name}").main(["--help"])
+    lines = capsys.readouterr().out.strip().split("\n")
+    assert lines[-3] == "examples:"
+    assert all(line.startswith(f"  python preprocessing/{name}.py") for line in lines[-2:])
