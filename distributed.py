@@ -11,6 +11,7 @@ import functools
 import inspect
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Literal, cast
@@ -26,6 +27,9 @@ from utils import RunConfig, UserError, get_logger
 
 ParallelName = Literal["ddp", "fsdp"]
 GatherName = Literal["pass", "step"]
+# Seconds for gloo's threads to let go of the last tensors. Where DDP keeps the group alive they outlive it, and one that
+# wants Python's lock while Python ends aborts the process: https://github.com/pytorch/pytorch/pull/179291
+THREADS_END = 0.2
 
 
 def rank() -> int:
@@ -67,6 +71,7 @@ def process_group(hang_timeout: float | None = None) -> Iterator[torch.device]:
         yield device
     finally:
         dist.destroy_process_group()
+        time.sleep(THREADS_END)
 
 
 def all_reduce(values: list[float], device: torch.device) -> list[float]:
