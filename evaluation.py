@@ -16,7 +16,6 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-import distributed
 from coconut import Coconut
 from dataset import (
     IGNORE_INDEX,
@@ -29,8 +28,9 @@ from dataset import (
     remaining_steps,
     stage_shape,
 )
-from distributed import unwrap
-from models import LatentIds
+from systems import distributed
+from systems.distributed import unwrap
+from systems.models import LatentIds
 from utils import EvalLatents, RunConfig, UserError, is_main_process
 
 

@@ -8,10 +8,10 @@ Under torchrun the processes share the questions. The same command goes on where
 
 from __future__ import annotations
 
-import distributed
-from experiments.full import run_full
-from experiments.settings import FullConfig
-from reporting import print_config
+from experiments.noise.full import run_full
+from experiments.noise.settings import FullConfig
+from systems import distributed
+from systems.metrics import print_config
 from utils import entry_point, load_config
 
 

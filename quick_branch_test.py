@@ -8,8 +8,8 @@ Without a model the quick start's checkpoint answers, or a small random model wh
 
 from __future__ import annotations
 
-import distributed
-from experiments.branch_check import QuickBranchConfig, show_branches, with_quick_start
+from experiments.checks.branch_check import QuickBranchConfig, show_branches, with_quick_start
+from systems import distributed
 from utils import entry_point, load_config
 
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import sys
 
-import distributed
-from experiments.selfcheck import CheckConfig, run_checks
+from experiments.checks.selfcheck import CheckConfig, run_checks
+from systems import distributed
 from utils import entry_point, load_config
 
 

@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-import checkpoint
-import distributed
 from dataset import check_lengths, check_passes, get_dataset
 from evaluation import Evaluator, answer_scores
-from models import build_model, latent_ids
-from preemption import PREEMPTION, StopRequest
-from reporting import Reporter, print_config, save_predictions, schedule_table, show
-from storage import alone
+from systems import checkpoint, distributed
+from systems.metrics import Reporter, print_config, save_predictions, schedule_table, show
+from systems.models import build_model, latent_ids
+from systems.signals import PREEMPTION, StopRequest
+from systems.storage import alone
+from systems.watchdog import Watchdog
 from training import InterruptibleEvaluator, Trainer
 from utils import (
     DEBUG_TRAIN,
@@ -31,7 +31,6 @@ from utils import (
     save_config,
     set_seed,
 )
-from watchdog import Watchdog
 
 RESOLVED = ("model_id", "load_model_path")  # a run's directory there is named by its newest checkpoint at the first start
 

@@ -8,12 +8,12 @@ Under torchrun the processes share the questions. The same command goes on where
 
 from __future__ import annotations
 
-import distributed
-from experiments.settings import BranchConfig
-from experiments.sweep import run_sweep
-from experiments.sweep_results import write_results
-from preemption import StopRequest
-from reporting import print_config
+from experiments.noise.results import write_results
+from experiments.noise.settings import BranchConfig
+from experiments.noise.sweep import run_sweep
+from systems import distributed
+from systems.metrics import print_config
+from systems.signals import StopRequest
 from utils import entry_point, load_config
 
 

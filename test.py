@@ -6,12 +6,12 @@ python test.py args/noise_sweep.yaml load_model_path=checkpoints/x@best noise_ty
 
 from __future__ import annotations
 
-import distributed
-from experiments.settings import SweepConfig
-from experiments.sweep import run_sweep
-from experiments.sweep_results import write_results
-from preemption import StopRequest
-from reporting import print_config
+from experiments.noise.results import write_results
+from experiments.noise.settings import SweepConfig
+from experiments.noise.sweep import run_sweep
+from systems import distributed
+from systems.metrics import print_config
+from systems.signals import StopRequest
 from utils import entry_point, load_config
 
 

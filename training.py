@@ -16,8 +16,6 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-import checkpoint
-import distributed
 from dataset import (
     IGNORE_INDEX,
     MicroBatch,
@@ -29,10 +27,11 @@ from dataset import (
     stage_shape,
 )
 from evaluation import Evaluation, Evaluator
-from files import Facts, TrainingState, read_training_state
-from models import LatentIds
-from preemption import StopRequest
-from reporting import Reporter, epoch_table, save_nonfinite, save_predictions, show, strict
+from systems import checkpoint, distributed
+from systems.files import Facts, TrainingState, read_training_state
+from systems.metrics import Reporter, epoch_table, save_nonfinite, save_predictions, show, strict
+from systems.models import LatentIds
+from systems.signals import StopRequest
 from utils import Method, RunConfig, UserError, get_logger, is_main_process
 
 Batch = dict[str, torch.Tensor]

@@ -32,7 +32,7 @@ from same_run import differences, timeless_rows
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from preprocessing.prosqa import chain_records
-from storage import complete_checkpoints
+from systems.storage import complete_checkpoints
 
 TRAINING = "optimizer steps"  # the line that run.py writes just before its first step
 ENVIRONMENT = {

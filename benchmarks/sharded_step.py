@@ -28,8 +28,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from train_step import training_batch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import distributed
 from coconut import Coconut
+from systems import distributed
 from utils import RunConfig
 
 VARIANTS: dict[str, dict[str, Any]] = {

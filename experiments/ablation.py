@@ -25,16 +25,16 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args
 import torch
 from pydantic import BeforeValidator, Field, model_validator
 
-import distributed
-from experiments.ablation_results import MIXED, NO_NOISE, Cells, Part, judged_by, ratio_name, vote, write_results
-from experiments.answers import same_answer
-from experiments.benchmarks import BenchmarkQuestion, load_questions
-from experiments.settings import BranchConfig, NoiseType, Setting, Voters
-from experiments.subjects import Subject, load_subject
-from experiments.summary import AGGREGATIONS, CLEAN, JUDGE, SELF_CONSISTENCY, Outcome, condition_key, setting_name
-from experiments.sweep import Sweep, clean_thoughts, run_sweep
+from experiments.answers.benchmarks import BenchmarkQuestion, load_questions
+from experiments.answers.judging import same_answer
+from experiments.noise.ablation_results import MIXED, NO_NOISE, Cells, Part, judged_by, ratio_name, vote, write_results
+from experiments.noise.settings import BranchConfig, NoiseType, Setting, Voters
+from experiments.noise.subjects import Subject, load_subject
+from experiments.noise.summary import AGGREGATIONS, CLEAN, JUDGE, SELF_CONSISTENCY, Outcome, condition_key, setting_name
+from experiments.noise.sweep import Sweep, clean_thoughts, run_sweep
 from noise import RECOMMENDED_SCALES, SCHEDULES
-from reporting import print_config
+from systems import distributed
+from systems.metrics import print_config
 from utils import Positive, UserError, entry_point, get_logger, load_config, write_jsonl
 
 PartName = Literal["injection_step", "branches", "noise_type", "aggregation", "shared_noise", "schedule"]

@@ -10,8 +10,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from experiments.progress import finished_records
-from experiments.summary import compare, condition_keys
+from experiments.noise.progress import finished_records
+from experiments.noise.summary import compare, condition_keys
 from utils import UserError, entry_point, get_logger
 
 

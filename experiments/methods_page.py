@@ -14,7 +14,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from dataset import IGNORE_INDEX, get_cot_latent_dataset, get_dataset, marker_tokens
-from models import latent_ids, load_tokenizer
+from systems.models import latent_ids, load_tokenizer
 from utils import ALL_TOKENS, METHODS, STAGED_METHODS, RunConfig, entry_point, load_config, write_text
 
 ROOT = Path(__file__).parents[1]

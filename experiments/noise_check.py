@@ -23,14 +23,14 @@ from rich.table import Table
 from torch import Tensor
 
 from dataset import MyCollator
-from experiments.benchmarks import BenchmarkQuestion, load_questions
-from experiments.noise_laws import SMALLEST_P, measure, measure_below_rounding, measure_zero, recommended_settings
-from experiments.settings import SweepConfig
-from experiments.subjects import Subject, load_subject
+from experiments.answers.benchmarks import BenchmarkQuestion, load_questions
+from experiments.checks.noise_laws import SMALLEST_P, measure, measure_below_rounding, measure_zero, recommended_settings
+from experiments.noise.settings import SweepConfig
+from experiments.noise.subjects import Subject, load_subject
 from experiments.tables import terminal, text
-from models import embedding_weight
 from noise import count_passes, noise_generator
-from reporting import show
+from systems.metrics import show
+from systems.models import embedding_weight
 from utils import UserError, entry_point, load_config, write_json
 
 PROGRAM = "noise_check"

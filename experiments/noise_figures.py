@@ -18,10 +18,10 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.noise_laws import NoiseSetting, expected_cosine, expected_ratio
+from experiments.checks.noise_laws import NoiseSetting, expected_cosine, expected_ratio
 from experiments.plots import save_figure
-from files import read_typed
 from noise import SCHEDULES, apply_noise_to_hidden_states, derived_generator, schedule_factor
+from systems.files import read_typed
 from utils import UserError, entry_point, get_logger
 
 STYLES: dict[str, tuple[str, str, Any]] = {  # colour, marker, dashes; types that fall on one line differ in all three

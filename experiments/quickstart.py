@@ -17,9 +17,9 @@ from dataset import load_records
 from evaluation import interval
 from experiments.plots import epoch_curves, grouped
 from experiments.tables import terminal, text
-from files import read_typed_lines
 from preprocessing.prosqa_shortcuts import depth_shortcut, shortcuts
-from reporting import METRICS, show
+from systems.files import read_typed_lines
+from systems.metrics import METRICS, show
 from utils import UserError, entry_point, write_json
 
 METHODS = {"coconut": "quick-coconut", "no_cot": "quick-no-cot"}

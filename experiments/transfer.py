@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluation import interval
-from experiments.progress import Record, finished_records
+from experiments.noise.progress import Record, finished_records
 from utils import UserError, entry_point, get_logger, write_json
 
 FILE = "transfer.json"

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-import checkpoint
-from shards import SHARDS, whole_tensors
-from storage import newest_whole
+from systems import checkpoint
+from systems.shards import SHARDS, whole_tensors
+from systems.storage import newest_whole
 
 
 def timeless_rows(directory: Path) -> list[dict[str, Any]]:

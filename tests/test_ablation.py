@@ -14,13 +14,14 @@ import torch
 from conftest import chain_records, write_json
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from experiments import ablation, sweep
+from experiments import ablation
 from experiments.ablation import PARTS, SETTINGS, Ablation, AblationConfig, Survey, equal_scale
-from experiments.ablation_results import MIXED, NO_NOISE, Part, judged_by, rows, table, vote
-from experiments.answers import NO_ANSWER, same_answer
-from experiments.settings import BranchConfig
-from experiments.summary import AGGREGATIONS, setting_name
-from experiments.sweep import Sweep, run_sweep
+from experiments.answers.judging import NO_ANSWER, same_answer
+from experiments.noise import sweep
+from experiments.noise.ablation_results import MIXED, NO_NOISE, Part, judged_by, rows, table, vote
+from experiments.noise.settings import BranchConfig
+from experiments.noise.summary import AGGREGATIONS, setting_name
+from experiments.noise.sweep import Sweep, run_sweep
 from noise import SCHEDULES, apply_noise_to_hidden_states
 from utils import UserError
 
@@ -117,7 +118,7 @@ def test_every_part(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_finished_ablation_is_not_run_again(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     values["parts"] = "aggregation"
-    monkeypatch.setattr("experiments.progress.git_commit", lambda: "x")  # a commit between the two runs must not count
+    monkeypatch.setattr("experiments.noise.progress.git_commit", lambda: "x")  # a commit between the two runs must not count
     directory = run_main(monkeypatch, values)
     before = {path.name: path.read_bytes() for path in directory.glob("*.json")}
     monkeypatch.setattr(sweep.Answerer, "answer", lambda *_: pytest.fail("answered again"))

@@ -12,9 +12,9 @@ from tiny_models import FAMILIES, IDS, tiny_model
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from activation_checkpointing import _Parts, recompute_activations
 from coconut import Coconut
-from distributed import transformer_blocks
+from systems.activation_checkpointing import _Parts, recompute_activations
+from systems.distributed import transformer_blocks
 from utils import UserError
 
 

@@ -10,21 +10,21 @@ from conftest import ROOT
 
 ORDER = (
     "utils",
-    "files",
-    "preemption",
-    "watchdog",
+    "systems.files",
+    "systems.signals",
+    "systems.watchdog",
     "noise",
-    "activation_checkpointing",
+    "systems.activation_checkpointing",
     "coconut",
     "dataset",
-    "adapters",
-    "shards",
-    "models",
-    "distributed",
-    "storage",
-    "checkpoint",
+    "systems.lora",
+    "systems.shards",
+    "systems.models",
+    "systems.distributed",
+    "systems.storage",
+    "systems.checkpoint",
     "evaluation",
-    "reporting",
+    "systems.metrics",
     "training",
     "preprocessing",
     "experiments",
@@ -35,6 +35,7 @@ ORDER = (
     "quick_branch_test",
     "full_test",
 )
+PACKAGES = ("systems", "preprocessing", "experiments")
 ENTRY_POINTS = ORDER[ORDER.index("run") :]
 PURE = {
     "coconut": ("torch.distributed", "wandb", "argparse", "sys"),
@@ -52,15 +53,24 @@ def imports(path: Path) -> set[str]:
     return found
 
 
+def place(name: str) -> str | None:
+    """The entry of ORDER that a module's name belongs to."""
+    return next((entry for entry in ORDER if name == entry or name.startswith(f"{entry}.")), None)
+
+
 def modules() -> list[Path]:
-    return [*ROOT.glob("*.py"), *(ROOT / "preprocessing").glob("*.py"), *(ROOT / "experiments").glob("*.py")]
+    return [
+        path
+        for path in [*ROOT.glob("*.py"), *(p for d in PACKAGES for p in (ROOT / d).rglob("*.py"))]
+        if path.stem != "__init__"
+    ]
 
 
-@pytest.mark.parametrize("path", modules(), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_go_upward_only(path: Path) -> None:
-    own = path.parent.name if path.parent != ROOT else path.stem
-    assert own in ORDER, f"{own}: give the new module its place in ORDER"
-    for name in {found.split(".")[0] for found in imports(path)} & set(ORDER):
+    own = place(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    assert own, f"{path.name}: give the new module its place in ORDER"
+    for name in filter(None, map(place, imports(path))):
         assert name == own or ORDER.index(name) < ORDER.index(own), f"{path.name} imports {name}"
         assert name not in ENTRY_POINTS, f"{path.name} imports the entry point {name}"
 

@@ -11,8 +11,8 @@ import datasets
 import pytest
 from conftest import PUBLISHED, write_json
 
-from experiments.answers import BENCHMARKS
-from experiments.benchmarks import SOURCES, BenchmarkQuestion, load_questions, selection
+from experiments.answers.benchmarks import SOURCES, BenchmarkQuestion, load_questions, selection
+from experiments.answers.judging import BENCHMARKS
 from utils import UserError
 
 CHOICES = ["1", "2", "3", "4"]

@@ -19,11 +19,11 @@ from safetensors.torch import load_file
 from same_run import differences
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-import checkpoint
 import run
 import training
-from checkpoint import CheckpointError
-from storage import complete_checkpoints
+from systems import checkpoint
+from systems.checkpoint import CheckpointError
+from systems.storage import complete_checkpoints
 from utils import RunConfig, UserError
 
 
@@ -309,7 +309,7 @@ def test_what_cannot_be_converted_is_one_line_and_leaves_nothing(
     with pytest.raises(UserError, match="is there already: choose another directory"):
         convert(published, model_directory, "--stage", 1)
     torch.save({"a": torch.ones(1)}, tmp_path / "other.pt")
-    monkeypatch.setattr("sys.argv", ["checkpoint.py", "convert", str(tmp_path / "other.pt"), str(target), "--stage", "1"])
+    monkeypatch.setattr("sys.argv", ["systems.checkpoint", "convert", str(tmp_path / "other.pt"), str(target), "--stage", "1"])
     monkeypatch.setattr("sys.argv", [*sys.argv, "--model-id", str(model_directory)])
     with pytest.raises(SystemExit) as caught:
         checkpoint.main()

@@ -37,7 +37,7 @@ from dataset import (
     load_records,
     stage_shape,
 )
-from preemption import STOP_SIGNALS
+from systems.signals import STOP_SIGNALS
 
 GOLDEN = ROOT / "tests" / "golden"
 STAGES = json.loads((GOLDEN / "stages.json").read_text())

@@ -14,7 +14,7 @@ import os, sys
 sys.path.insert(0, {root!r})
 import torch
 from torch.nn.parallel import DistributedDataParallel
-import distributed
+from systems import distributed
 sys.setswitchinterval(60)
 with distributed.process_group() as device:
     model = DistributedDataParallel(torch.nn.Linear(2, 2))

@@ -20,11 +20,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import coconut
 import noise
-from experiments import branch_check, full, full_report, plots, selfcheck, stand_ins, statistics
-from experiments.answers import BENCHMARKS
-from experiments.benchmarks import BenchmarkQuestion
-from experiments.settings import FullConfig, SweepConfig
-from experiments.sweep import Answerer, run_sweep
+from experiments import plots, significance
+from experiments.answers.benchmarks import BenchmarkQuestion
+from experiments.answers.judging import BENCHMARKS
+from experiments.checks import branch_check, selfcheck, stand_ins
+from experiments.noise import full, full_report
+from experiments.noise.settings import FullConfig, SweepConfig
+from experiments.noise.sweep import Answerer, run_sweep
 from utils import load_config
 
 CPU = torch.device("cpu")
@@ -287,8 +289,8 @@ def suite(model: Path, questions: Path, tmp_path: Path) -> list[str]:
 
 
 def test_the_suite_and_its_report(suite: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("experiments.progress.git_commit", lambda: "abc")  # somebody may commit meanwhile
-    monkeypatch.setattr(plots, "save_figure", lambda _, path: path.touch())  # drawn in test_sweep_plots
+    monkeypatch.setattr("experiments.noise.progress.git_commit", lambda: "abc")  # somebody may commit meanwhile
+    monkeypatch.setattr(plots, "save_figure", lambda _, path: path.touch())  # drawn in test_figures
     assert start("full_test.py", suite, monkeypatch) == 0
     directory = tmp_path / "results" / "all" / "of" / "it"
     [page] = directory.glob("report_*.md")
@@ -350,7 +352,7 @@ def test_parts_of_the_suite() -> None:
 
 def planted(only_first: int, only_second: int = 0, questions: int = 500) -> dict[str, Any]:
     """A comparison with clean in which so many answers became wrong, and right."""
-    tested = statistics.mcnemar(
+    tested = significance.mcnemar(
         [True] * only_first + [False] * only_second + [True] * (questions - only_first - only_second),
         [False] * only_first + [True] * (questions - only_first),
     )
@@ -369,7 +371,7 @@ def test_the_most_noise_without_loss() -> None:
     assert found({2.0: planted(150)}) is None
     assert found({5.0: planted(1), 1.0: planted(0, 150)}, "snr") == 1.0  # a gain
     loss = planted(21, 10, questions=100)  # 11 points that the test of 67 conditions does not find
-    assert statistics.holm([loss["versus_clean"]["p_value"]] * 67)[0] > 0.05
+    assert significance.holm([loss["versus_clean"]["p_value"]] * 67)[0] > 0.05
     assert found({1.0: loss}, margin=5) is None
     assert found({1.0: planted(0, questions=20)}, margin=5) is None  # no loss, but too few questions to exclude one
     no_noise = {"clean": {"versus_clean": None}}

@@ -9,7 +9,7 @@ import torch
 
 from dataset import get_dataset
 from evaluation import Evaluator, clean_answer, extract_answer
-from models import build_model, latent_ids, load_tokenizer
+from systems.models import build_model, latent_ids, load_tokenizer
 from utils import RunConfig, load_config
 
 

@@ -12,8 +12,8 @@ from conftest import ROOT, read_rows
 
 import run
 from experiments.compare import report
-from experiments.settings import SweepConfig
-from experiments.sweep import run_sweep
+from experiments.noise.settings import SweepConfig
+from experiments.noise.sweep import run_sweep
 from utils import load_config
 
 VERSION_0_1 = ROOT / "tests" / "fixtures" / "version_0_1"

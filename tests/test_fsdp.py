@@ -17,16 +17,16 @@ from tiny_models import FAMILIES, tiny_model
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 
-import checkpoint
-import distributed
 from coconut import Coconut
+from systems import checkpoint, distributed
 from utils import RunConfig
 
 # run.py several times in the same two processes; each writes the collectives of its first optimizer steps.
 SEVERAL = """
 import contextlib, json, os, pathlib, sys
 sys.path.insert(0, {root!r})
-import distributed, run, training
+import run, training
+from systems import distributed
 from torch.utils._python_dispatch import TorchDispatchMode
 class Collectives(TorchDispatchMode):
     def __init__(self):
@@ -119,7 +119,7 @@ import sys
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 import faulthandler; faulthandler.dump_traceback_later(200, exit=True)
 import torch, torch.distributed as dist
-import distributed
+from systems import distributed
 from coconut import Coconut
 from tiny_models import FAMILIES, IDS, assert_near, tiny_model
 from utils import RunConfig

@@ -26,12 +26,11 @@ from conftest import ROOT, chain_records
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import evaluation
-import reporting
 import run
 import training
-import watchdog
-from experiments import sweep
-from experiments.settings import SweepConfig
+from experiments.noise import sweep
+from experiments.noise.settings import SweepConfig
+from systems import metrics, watchdog
 from utils import METHODS, RunConfig
 
 CONFIGURATIONS, COMMAND_LINES, DATA_FILES, SWEEPS = 220, 90, 310, 60
@@ -111,8 +110,8 @@ def short_and_harmless(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     wandb = SimpleNamespace(id="x", log=lambda *_, **__: None, finish=lambda: None)
     monkeypatch.setattr(training.Trainer, "_optimizer_step", stopping)
-    monkeypatch.setattr(reporting, "_start_wandb", lambda *_: wandb)
-    monkeypatch.setattr(reporting.Reporter, "first_batch", lambda *_: None)
+    monkeypatch.setattr(metrics, "_start_wandb", lambda *_: wandb)
+    monkeypatch.setattr(metrics.Reporter, "first_batch", lambda *_: None)
     monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)
     monkeypatch.setattr(watchdog.Watchdog, "_end", lambda *_: None)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

@@ -12,10 +12,10 @@ from conftest import chain_records, read_evaluation, read_rows, write_json
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-import checkpoint
 import run
-from checkpoint import CheckpointError
-from models import build_model, latent_ids
+from systems import checkpoint
+from systems.checkpoint import CheckpointError
+from systems.models import build_model, latent_ids
 from utils import RunConfig, UserError
 
 gguf = pytest.importorskip("gguf")

@@ -24,7 +24,7 @@ from dataset import (
     get_cot_latent_dataset,
     get_question_latent_dataset,
 )
-from models import build_model, latent_ids, load_tokenizer
+from systems.models import build_model, latent_ids, load_tokenizer
 from training import Trainer
 from utils import ALL_TOKENS, METHODS, RunConfig, UserError, load_config
 

@@ -18,13 +18,12 @@ from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, PreTrainedTokenizerFast
 
-import checkpoint
 import dataset
-import models
-from checkpoint import Facts, TrainingState
 from coconut import Coconut
 from dataset import END_LATENT, LATENT, START_LATENT, MyCollator, get_cot_latent_dataset, get_dataset
-from models import LatentIds, build_model, initialise_markers, latent_ids, load_tokenizer
+from systems import checkpoint, models
+from systems.checkpoint import Facts, TrainingState
+from systems.models import LatentIds, build_model, initialise_markers, latent_ids, load_tokenizer
 from utils import RunConfig, UserError
 
 WORDS = {"<unk>": 0, "<eos>": 1, "<<": 2, "a": 3, "b": 4}

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, read_rows
 
-import distributed
 import run
+from systems import distributed
 from utils import UserError, entry_point
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
@@ -24,9 +24,10 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "
 STRUCK = """
 import os, pathlib, signal, sys
 sys.path.insert(0, {root!r})
-import dataset, reporting, run
+import dataset, run
+from systems import metrics
 dataset.CACHED_FROM = 0
-row = reporting.Reporter.row
+row = metrics.Reporter.row
 def struck(self, kind, values):
     row(self, kind, values)
     for step, number in ((5, signal.SIGKILL), (9, signal.SIGUSR1)):
@@ -34,7 +35,7 @@ def struck(self, kind, values):
         if kind == "step" and values["step"] == step and os.environ["RANK"] == "1" and not done.exists():
             done.touch()
             os.kill(os.getpid(), number)
-reporting.Reporter.row = struck
+metrics.Reporter.row = struck
 run.main()
 """
 

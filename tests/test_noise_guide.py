@@ -14,8 +14,8 @@ from conftest import ROOT, write_json
 from matplotlib import pyplot as plt
 
 from experiments import noise_figures
-from experiments.noise_laws import expected_cosine, expected_norm_change, expected_ratio, recommended_settings
-from experiments.settings import SweepConfig
+from experiments.checks.noise_laws import expected_cosine, expected_norm_change, expected_ratio, recommended_settings
+from experiments.noise.settings import SweepConfig
 from noise import DECAY, MOMENTUM, NOISE_TYPES, OVERWHELMING_SNR, RECOMMENDED_SCALES, SCHEDULES
 
 FIGURES = {"noise_ratio.png", "noise_vectors.png", "noise_schedules.png"}

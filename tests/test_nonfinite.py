@@ -16,12 +16,11 @@ from conftest import ROOT, read_rows
 from same_run import differences, timeless_rows
 from test_run import launch
 
-import checkpoint
 import coconut
-import reporting
 import run
 import training
-from storage import newest_whole
+from systems import checkpoint, metrics
+from systems.storage import newest_whole
 from utils import UserError
 
 SMALL = ["num_epochs=2", "batch_size_training=4", "gradient_accumulation_steps=2", "batch_size_eval=7", "max_new_tokens=2"]
@@ -148,7 +147,7 @@ def test_a_file_that_cannot_be_written_does_not_hide_the_loss(
     def fail(path: Path, text: str) -> None:
         raise UserError(f"{path}: cannot be written: No space left on device")
 
-    monkeypatch.setattr(reporting, "write_text", fail)
+    monkeypatch.setattr(metrics, "write_text", fail)
     poison(monkeypatch, {questions_of(0)[0][0]})
     with pytest.raises(UserError, match=r"the loss is nan; .*nonfinite_step_1.json: cannot be written: No space left"):
         start(run_arguments)

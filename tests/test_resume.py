@@ -24,13 +24,11 @@ from conftest import ROOT, chain_records, read_rows, write_json
 from safetensors.torch import load_file
 from same_run import differences
 
-import checkpoint
-import reporting
 import run
-import storage
 import training
-from checkpoint import CheckpointError
-from storage import complete_checkpoints, newest_whole
+from systems import checkpoint, metrics, storage
+from systems.checkpoint import CheckpointError
+from systems.storage import complete_checkpoints, newest_whole
 from utils import RunConfig, UserError, load_config
 
 SMALL = ["num_epochs=2", "batch_size_training=8", "batch_size_eval=3", "max_new_tokens=2"]  # 3 steps an epoch
@@ -230,7 +228,7 @@ def test_the_kill_test_has_runs_that_can_start(tmp_path: Path, monkeypatch: pyte
 def test_an_evaluation_adds_its_row_after_the_last_whole_one(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"kind": "evaluation"}\n{"kind": "eval')
-    assert reporting._truncate(path, keep_rows=None) == 1
+    assert metrics._truncate(path, keep_rows=None) == 1
     assert path.read_text() == '{"kind": "evaluation"}\n'
 
 

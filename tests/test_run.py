@@ -321,7 +321,7 @@ def test_sharded_generation_with_different_latents_does_not_hang(run_arguments: 
 @pytest.mark.published_data("prosqa_official_valid.json")
 def test_the_published_validation_set_trains_the_small_gpt2(run_arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[dict[str, Any]] = []
-    monkeypatch.setattr("reporting.Reporter.row", lambda self, kind, values: rows.append({"kind": kind, **values}))
+    monkeypatch.setattr("systems.metrics.Reporter.row", lambda self, kind, values: rows.append({"kind": kind, **values}))
     path = PUBLISHED / "prosqa_official_valid.json"
     start(
         run_arguments,

@@ -16,10 +16,9 @@ from conftest import ROOT, read_evaluation, read_rows, write_json
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import checkpoint
 import run
-import storage
-from experiments.settings import BranchConfig, FullConfig, SweepConfig
+from experiments.noise.settings import BranchConfig, FullConfig, SweepConfig
+from systems import checkpoint, storage
 from utils import Config, RunConfig, UserError, load_config
 
 
@@ -123,7 +122,7 @@ def test_a_trusted_model_trains_resumes_and_is_evaluated_from_its_checkpoint_alo
 
 
 def test_the_experiments_trust_a_model_the_same_way(own_code: Path, tmp_path: Path) -> None:
-    from experiments.subjects import load_subject
+    from experiments.noise.subjects import load_subject
 
     torch.manual_seed(0)
     options = {"trust_remote_code": True}
@@ -212,7 +211,7 @@ def test_safetensors_are_loaded_where_there_are_pickles_too(weights: Path, run_a
     save_file(state, weights / "model.safetensors", metadata={"format": "pt"})
     config = load_config(RunConfig, [*run_arguments, "from_scratch=false"])
     tokenizer = checkpoint.load_run_tokenizer(config)
-    from models import build_model, latent_ids
+    from systems.models import build_model, latent_ids
 
     model = build_model(config, tokenizer, latent_ids(tokenizer, config.method))
     assert torch.equal(model.base_causallm.get_parameter("model.norm.weight"), state["model.norm.weight"])

@@ -19,12 +19,11 @@ from same_run import equal
 from tiny_models import tiny_model
 from torch.distributed.checkpoint.api import CheckpointException
 
-import checkpoint
-import shards
-from checkpoint import CheckpointError, Facts, TrainingState
 from coconut import Coconut
-from models import from_shards, load_tokenizer
-from shards import read_shards, whole_tensors, write_shards
+from systems import checkpoint, shards
+from systems.checkpoint import CheckpointError, Facts, TrainingState
+from systems.models import from_shards, load_tokenizer
+from systems.shards import read_shards, whole_tensors, write_shards
 from utils import RunConfig, UserError, load_config
 
 

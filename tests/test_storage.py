@@ -22,10 +22,10 @@ import torch
 from conftest import write_json
 from safetensors import SafetensorError
 
-import storage
 import utils
-from files import Facts, TrainingState, read_typed_lines
-from storage import CheckpointError, complete_checkpoints, newest_whole, remove_old, write_directory
+from systems import storage
+from systems.files import Facts, TrainingState, read_typed_lines
+from systems.storage import CheckpointError, complete_checkpoints, newest_whole, remove_old, write_directory
 from utils import UserError, append_jsonl, write_text
 
 IDS = {"start_latent_id": 5, "end_latent_id": 6, "latent_token_id": 7, "eos_token_id": 0}

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from evaluation import interval
-from experiments import summary
-from experiments.answers import NO_ANSWER, majority_vote, noise_weighted_vote, probability_vote
-from experiments.statistics import EXPONENTIAL, HYPERBOLIC, LINEAR
+from experiments.answers.judging import NO_ANSWER, majority_vote, noise_weighted_vote, probability_vote
+from experiments.noise import summary
+from experiments.significance import EXPONENTIAL, HYPERBOLIC, LINEAR
 from noise import NOISE_TYPES, RECOMMENDED_SCALES
 
 GOLD = "18"

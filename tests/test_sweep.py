@@ -19,21 +19,21 @@ from conftest import ROOT, chain_records, write_json
 from naive import naive_decode, naive_perturb, naive_sampler
 from safetensors.torch import load_file, save_file
 
-import models
-from checkpoint import Facts, id_facts
 from coconut import MAX_N_LATENT
 from dataset import get_dataset, get_question_latent_dataset
-from experiments import sweep, sweep_results
-from experiments.benchmarks import BenchmarkQuestion, load_questions
+from experiments.answers.benchmarks import BenchmarkQuestion, load_questions
 from experiments.compare import report
-from experiments.progress import open_progress
-from experiments.settings import BranchConfig, SweepConfig
-from experiments.subjects import load_subject
-from experiments.summary import condition_summary
-from experiments.sweep import Preempted, clean_thoughts, conditions, run_sweep
-from experiments.sweep_results import write_results
-from models import build_model, latent_ids, load_tokenizer
+from experiments.noise import results, sweep
+from experiments.noise.progress import open_progress
+from experiments.noise.results import write_results
+from experiments.noise.settings import BranchConfig, SweepConfig
+from experiments.noise.subjects import load_subject
+from experiments.noise.summary import condition_summary
+from experiments.noise.sweep import Preempted, clean_thoughts, conditions, run_sweep
 from noise import noise_generator, sampling_generator
+from systems import models
+from systems.checkpoint import Facts, id_facts
+from systems.models import build_model, latent_ids, load_tokenizer
 from utils import RunConfig, UserError
 
 CPU = torch.device("cpu")
@@ -372,7 +372,7 @@ def test_a_model_is_loaded_in_the_precision_it_runs_in(arguments: dict[str, Any]
 def test_layers_that_accelerate_places_answer_alike(arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Here all on the CPU; several GPUs are not to be had in a test."""
     assert texts(run(arguments, name="placed", device_map="auto")) == texts(run(arguments))
-    monkeypatch.setattr("distributed.world_size", lambda: 2)
+    monkeypatch.setattr("systems.distributed.world_size", lambda: 2)
     with pytest.raises(UserError, match="device_map: auto spreads a model over all GPUs: start a single process"):
         load_subject(SweepConfig(**arguments, device_map="auto"), CPU)
 
@@ -450,7 +450,7 @@ def test_the_number_of_thoughts_follows_eval_latents(arguments: dict[str, Any]) 
 
 def test_a_state_dict_file_must_be_converted(arguments: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "weights.pt").write_bytes(b"x")
-    with pytest.raises(UserError, match="checkpoint.py convert .*weights.pt"):
+    with pytest.raises(UserError, match="systems.checkpoint convert .*weights.pt"):
         run(arguments, load_model_path=str(tmp_path / "weights.pt"))
 
 
@@ -501,7 +501,7 @@ def finish(arguments: dict[str, Any], **changes: Any) -> dict[str, str]:
     assert finished is not None
     with pytest.MonkeyPatch.context() as patch:
         for figures in ("_figures", "_setting_figures"):
-            patch.setattr(sweep_results, figures, lambda *_: None)
+            patch.setattr(results, figures, lambda *_: None)
         write_results(finished)
     return result_files(config.directory)
 
@@ -631,7 +631,7 @@ def test_records_say_whose_they_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Records of other settings, and lines that are none, are left out; records of another commit are named."""
-    monkeypatch.setattr("experiments.progress.git_commit", lambda: "first")
+    monkeypatch.setattr("experiments.noise.progress.git_commit", lambda: "first")
     progress = open_progress(tmp_path, {"a": 1}, False)
     progress.append([{"index": 0, **ANSWERED}])
     part = progress.folder / "part-0.jsonl"
@@ -642,7 +642,7 @@ def test_records_say_whose_they_are(
     said = capsys.readouterr().out
     assert "line 3 is left out" in said
     assert "an answered question without conditions, n_latents, seconds; line 7 is left out" in said
-    monkeypatch.setattr("experiments.progress.git_commit", lambda: "second")
+    monkeypatch.setattr("experiments.noise.progress.git_commit", lambda: "second")
     again = open_progress(tmp_path, {"a": 1}, False)
     assert "questions answered by other code: a commit that is not known, first; now second" in capsys.readouterr().out
     again.append([{"index": 3, **ANSWERED}])
@@ -665,7 +665,7 @@ def test_two_sweeps_of_one_name_exclude_each_other(arguments: dict[str, Any]) ->
 
 HOLD_LOCK = """
 import sys, pathlib
-from storage import locked
+from systems.storage import locked
 with locked(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
@@ -682,7 +682,7 @@ def test_the_mean_thought_does_not_depend_on_who_thought(arguments: dict[str, An
     def turned(mine: dict[int, torch.Tensor]) -> list[dict[int, torch.Tensor]]:
         return [{index: mine[index]} for index in reversed(mine)]
 
-    monkeypatch.setattr("distributed.gather_objects", turned)
+    monkeypatch.setattr("systems.distributed.gather_objects", turned)
     assert [*clean_thoughts(subject, questions, 2, 0).paths] == [*whole.paths] == sorted(whole.paths)
     assert torch.equal(clean_thoughts(subject, questions, 2, 0).mean, whole.mean)
 

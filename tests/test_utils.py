@@ -12,10 +12,10 @@ import yaml
 from conftest import ROOT
 
 from experiments.ablation import AblationConfig
-from experiments.branch_check import QuickBranchConfig
-from experiments.selfcheck import CheckConfig
-from experiments.settings import BranchConfig, FullConfig, SweepConfig
-from files import read_typed
+from experiments.checks.branch_check import QuickBranchConfig
+from experiments.checks.selfcheck import CheckConfig
+from experiments.noise.settings import BranchConfig, FullConfig, SweepConfig
+from systems.files import read_typed
 from utils import (
     RunConfig,
     UserError,
@@ -298,7 +298,7 @@ signal.signal(signal.SIGTERM, lambda *_: print("stopped", file=sys.stderr))
 from utils import get_logger
 get_logger().info("first")
 sys.stdin.readline()
-from reporting import show
+from systems.metrics import show
 from rich.table import Table
 show(Table("second"))
 get_logger().info("third")

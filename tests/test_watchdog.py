@@ -19,13 +19,13 @@ from test_run import launch
 import evaluation
 import run
 import training
-import watchdog
-from watchdog import Watchdog
+from systems import watchdog
+from systems.watchdog import Watchdog
 
 SCRIPT = f"""
 import os, sys, time
 sys.path.insert(0, {str(ROOT)!r})
-import watchdog
+from systems import watchdog
 watchdog.GRACE = 0.1
 def forever():
     time.sleep(60)

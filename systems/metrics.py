@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-import distributed
 from dataset import stage_shape
 from evaluation import Prediction
+from systems import distributed
 from utils import (
     ALL_TOKENS,
     Config,

@@ -22,19 +22,19 @@ import transformers
 from rich.table import Table
 from torch import Tensor
 
-import distributed
 from coconut import Branch, Branches, Details
-from experiments.answers import extract_answer
-from experiments.benchmarks import BenchmarkQuestion
-from experiments.noise_laws import NoiseSetting, measure
-from experiments.progress import Record
-from experiments.settings import Voters
-from experiments.stand_ins import QuickConfig, quick_questions, quick_subject
-from experiments.subjects import Subject
-from experiments.sweep import Answerer, conditions
+from experiments.answers.benchmarks import BenchmarkQuestion
+from experiments.answers.judging import extract_answer
+from experiments.checks.noise_laws import NoiseSetting, measure
+from experiments.checks.stand_ins import QuickConfig, quick_questions, quick_subject
+from experiments.noise.progress import Record
+from experiments.noise.settings import Voters
+from experiments.noise.subjects import Subject
+from experiments.noise.sweep import Answerer, conditions
 from experiments.tables import terminal
 from noise import RECOMMENDED_SCALES, Intervention, ThoughtInterventions, apply_noise_to_hidden_states, derived_generator
-from reporting import show
+from systems import distributed
+from systems.metrics import show
 from utils import Positive, UserError, get_logger
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

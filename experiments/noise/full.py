@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-import distributed
-from experiments.full_report import write_report
-from experiments.settings import SELF_CONSISTENCY, FullConfig, SweepConfig
-from experiments.sweep import Sweep, run_sweep
-from experiments.sweep_results import write_results
+from experiments.noise.full_report import write_report
+from experiments.noise.results import write_results
+from experiments.noise.settings import SELF_CONSISTENCY, FullConfig, SweepConfig
+from experiments.noise.sweep import Sweep, run_sweep
 from noise import DECAY
-from preemption import StopRequest
+from systems import distributed
+from systems.signals import StopRequest
 from utils import get_logger
 
 GREEDILY: dict[str, Any] = {

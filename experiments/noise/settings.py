@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from experiments.answers import answer_kind
+from experiments.answers.judging import answer_kind
 from noise import DECAY, NOISE_TYPES, RECOMMENDED_SCALES, Intervention, check_noise
 from utils import (
     MOST_THOUGHTS,

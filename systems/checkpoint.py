@@ -1,7 +1,8 @@
 """Checkpoints: written whole or not at all, found again, and resumed from exactly.
 
-`python checkpoint.py convert IN OUT --model-id ID --method coconut --stage 4 ...` makes a checkpoint directory of a published
-single-file state dict; `python checkpoint.py consolidate IN OUT` one with whole files of a sharded one.
+`python -m systems.checkpoint convert IN OUT --model-id ID --method coconut --stage 4 ...` makes a checkpoint
+directory of a published single-file state dict; `python -m systems.checkpoint consolidate IN OUT` makes one with whole files
+of a sharded one.
 
 save_path/name/checkpoint_<epoch>/ holds the base model in Hugging Face form (model.safetensors, config.json, tokenizer),
 coconut.json (what evaluation must know), training_state.pt (what training must know) and manifest.json (sizes and hashes).
@@ -32,14 +33,14 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import distributed
-from adapters import adapter_state, is_adapted, load_adapter_state, merged_weights
 from dataset import END_LATENT, LATENT, START_LATENT, marker_tokens
-from distributed import unwrap
-from files import FACTS, MANIFEST, STATE, Facts, TrainingState, read_facts, read_training_state
-from models import LatentIds, build_model, from_shards, gguf_of, latent_ids, load_tokenizer
-from shards import SHARDS, read_shards, wait_for, whole_tensors, write_shards
-from storage import (
+from systems import distributed
+from systems.distributed import unwrap
+from systems.files import FACTS, MANIFEST, STATE, Facts, TrainingState, read_facts, read_training_state
+from systems.lora import adapter_state, is_adapted, load_adapter_state, merged_weights
+from systems.models import LatentIds, build_model, from_shards, gguf_of, latent_ids, load_tokenizer
+from systems.shards import SHARDS, read_shards, wait_for, whole_tensors, write_shards
+from systems.storage import (
     CheckpointError,
     Writer,
     begin_directory,
@@ -433,17 +434,17 @@ def _set_rng_state(state: dict[str, Any]) -> None:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see python checkpoint.py --help")
+        raise UserError(f"{message}; see python -m systems.checkpoint --help")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
-        prog="checkpoint.py",
+        prog="python -m systems.checkpoint",
         description="Checkpoints of other forms to checkpoint directories.",
         formatter_class=argparse.RawTextHelpFormatter,
         epilog="""examples:
-  python checkpoint.py convert FILE DIRECTORY --stage 4 --c-thought 2 --max-latent-stage 3
-  python checkpoint.py consolidate checkpoints/NAME DIRECTORY""",
+  python -m systems.checkpoint convert FILE DIRECTORY --stage 4 --c-thought 2 --max-latent-stage 3
+  python -m systems.checkpoint consolidate checkpoints/NAME DIRECTORY""",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser(

@@ -25,17 +25,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import distributed
 from coconut import Branch, BranchPoint, Generated
-from experiments.answers import extract_answer as extract
-from experiments.answers import majority_vote, noise_weighted_vote, probability_vote, same_answer
-from experiments.benchmarks import BenchmarkQuestion, load_questions, selection
-from experiments.progress import Progress, Record, open_progress
-from experiments.settings import SweepConfig
-from experiments.subjects import Subject, load_subject
-from experiments.summary import CLEAN, GREEDY, NO_LATENTS, SELF_CONSISTENCY, condition_key
+from experiments.answers.benchmarks import BenchmarkQuestion, load_questions, selection
+from experiments.answers.judging import extract_answer as extract
+from experiments.answers.judging import majority_vote, noise_weighted_vote, probability_vote, same_answer
+from experiments.noise.progress import Progress, Record, open_progress
+from experiments.noise.settings import SweepConfig
+from experiments.noise.subjects import Subject, load_subject
+from experiments.noise.summary import CLEAN, GREEDY, NO_LATENTS, SELF_CONSISTENCY, condition_key
 from noise import Intervention, path_diversity
-from storage import alone
+from systems import distributed
+from systems.storage import alone
 from utils import UserError, get_logger, is_main_process
 
 PLACES = ("all", "first", "after")  # which thoughts a control displaces, see `Thoughts`

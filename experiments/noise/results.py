@@ -8,9 +8,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from experiments import sweep_plots
-from experiments.answers import BENCHMARKS, CONCEPT, LETTER, TRUTH
-from experiments.summary import (
+from experiments.answers.judging import BENCHMARKS, CONCEPT, LETTER, TRUTH
+from experiments.noise import figures
+from experiments.noise.summary import (
     CLEAN,
     GREEDY,
     NO_LATENTS,
@@ -25,8 +25,8 @@ from experiments.summary import (
     summarise,
     summary_table,
 )
-from experiments.sweep import Sweep
-from reporting import show
+from experiments.noise.sweep import Sweep
+from systems.metrics import show
 from utils import get_logger, save_config, write_json
 
 BASELINES = (NO_LATENTS, GREEDY, CLEAN, SELF_CONSISTENCY)
@@ -88,26 +88,26 @@ def _setting_figures(
     path = sweep.config.directory / f"{name}.png"
     guess = chance(sweep.config.benchmark)
     greedy = baselines[GREEDY]["accuracy"] if sweep.config.temperature else None  # without samples it is the clean one
-    sweep_plots.accuracy_by_scale(setting, noise_type, path, _title(sweep, name), baselines[CLEAN], greedy=greedy, chance=guess)
+    figures.accuracy_by_scale(setting, noise_type, path, _title(sweep, name), baselines[CLEAN], greedy=greedy, chance=guess)
     if sweep.config.num_branches > 1:
         emphasised = [key for key in (CLEAN, SELF_CONSISTENCY) if key in baselines]
         curves = {key: baselines[key]["coverage"] for key in emphasised}
         curves |= {f"scale {scale}": one["coverage"] for scale, one in setting["results"].items() if one["noise_ratio"]}
         title = _title(sweep, f"Branches that agree, {name}")
-        sweep_plots.coverage_curves(curves, path.with_name(f"coverage_{path.name}"), title, emphasised)
+        figures.coverage_curves(curves, path.with_name(f"coverage_{path.name}"), title, emphasised)
 
 
 def _figures(sweep: Sweep, settings: dict[str, Any], controls: dict[str, Any], baselines: dict[str, dict[str, Any]]) -> None:
     directory, guess = sweep.config.directory, chance(sweep.config.benchmark)
     if len(settings) > 1:
         title = _title(sweep, "Noise types by what they add")
-        sweep_plots.noise_types(settings, directory / "noise_types.png", title, baselines[CLEAN], chance=guess)
+        figures.noise_types(settings, directory / "noise_types.png", title, baselines[CLEAN], chance=guess)
     if sweep.config.num_branches > 1:
         title = _title(sweep, "How far branches part, and accuracy")
-        sweep_plots.diversity_scatter(settings, directory / "diversity.png", title, chance=guess)
+        figures.diversity_scatter(settings, directory / "diversity.png", title, chance=guess)
     if controls:
         title = _title(sweep, "Thoughts displaced")
-        sweep_plots.control_bars(controls, directory / "controls.png", title, baselines[GREEDY], chance=guess)
+        figures.control_bars(controls, directory / "controls.png", title, baselines[GREEDY], chance=guess)
 
 
 def _tables(sweep: Sweep, summary: dict[str, dict[str, Any]]) -> None:

@@ -14,9 +14,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullLocator
 
+from experiments.noise.summary import CLEAN, noise_axis
 from experiments.plots import ACCURACY, Numbers, Point, drawing, grouped, point, references, shades, with_intervals
-from experiments.statistics import Decay
-from experiments.summary import CLEAN, noise_axis
+from experiments.significance import Decay
 
 WIDE_RANGE = 20  # positive values further apart than this are drawn on a logarithmic axis
 MARKERS = "osD^vP*X"

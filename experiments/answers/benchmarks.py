@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dataset import half_character
-from experiments.answers import OPTIONS, answer_kind, canonical_answer, extract_answer
+from experiments.answers.judging import OPTIONS, answer_kind, canonical_answer, extract_answer
 from preprocessing.common import parse_rows
 from utils import UserError, read_text
 

@@ -13,10 +13,10 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from adapters import add_adapters
 from coconut import Coconut
 from dataset import END_LATENT, LATENT, PAUSE, START_LATENT, marker_tokens
-from shards import SHARDS, read_shards
+from systems.lora import add_adapters
+from systems.shards import SHARDS, read_shards
 from utils import RunConfig, UserError, get_logger
 
 transformers.utils.logging.disable_progress_bar()  # one bar per loaded or saved shard says nothing

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, TypeVar
 
-from experiments.expressions import Number, canonical_latex, find_numbers, plain_numbers
+from experiments.answers.expressions import Number, canonical_latex, find_numbers, plain_numbers
 
 WINDOW = 400  # characters in which a statement must end
 MOST_STATEMENTS = 100  # that are looked at, from the end

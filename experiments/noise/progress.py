@@ -19,9 +19,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
-import distributed
-from files import read_typed, read_typed_lines
 from noise import NOISE_TYPES
+from systems import distributed
+from systems.files import read_typed, read_typed_lines
 from utils import UserError, append_jsonl, get_logger, write_json, write_jsonl
 
 Record = dict[str, Any]
@@ -171,7 +171,7 @@ def _gather_parts(progress: Progress) -> None:
 
 def git_commit() -> str | None:
     """The commit of the code, with "+" where files differ from it; None outside a repository."""
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", "-C", root, *arguments], capture_output=True, text=True, check=True).stdout.strip()

@@ -12,14 +12,14 @@ from pydantic import model_validator
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from experiments.answers import canonical_answer
-from experiments.benchmarks import BenchmarkQuestion, load_questions
-from experiments.settings import BranchConfig
-from experiments.subjects import Subject, load_subject
+from experiments.answers.benchmarks import BenchmarkQuestion, load_questions
+from experiments.answers.judging import canonical_answer
+from experiments.noise.settings import BranchConfig
+from experiments.noise.subjects import Subject, load_subject
 from preprocessing.prosqa import CONCEPTS, NAMES, chain_record, record_rng
 from utils import set_seed
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RANDOM = str(ROOT / "configs" / "llama_small")  # a configuration and a tokenizer without weights
 RANDOM_SOURCE = "a small random model"
 MADE = "prosqa"  # the benchmark whose questions can be made on the spot

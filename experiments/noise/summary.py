@@ -15,8 +15,8 @@ from typing import Any
 from rich.table import Table
 
 from evaluation import interval, wrote_steps
-from experiments.answers import NO_ANSWER, Coverage, Vote, coverage_curve
-from experiments.statistics import fit_decays, half_scale, holm, mcnemar, paired_difference, status
+from experiments.answers.judging import NO_ANSWER, Coverage, Vote, coverage_curve
+from experiments.significance import fit_decays, half_scale, holm, mcnemar, paired_difference, status
 from experiments.tables import probability, terminal, text
 from noise import OVERWHELMING_SNR, check_noise
 

@@ -11,14 +11,14 @@ from pydantic import model_validator
 from rich import box
 from rich.table import Table
 
-from experiments.answers import agreement_level
-from experiments.benchmarks import BenchmarkQuestion
-from experiments.progress import Record
-from experiments.stand_ins import RANDOM, RANDOM_SOURCE, QuickConfig, quick_questions, quick_subject
-from experiments.subjects import Subject
-from experiments.summary import AGGREGATIONS, coverage_table, summarise, summary_table
-from experiments.sweep import Answerer, conditions
-from reporting import show
+from experiments.answers.benchmarks import BenchmarkQuestion
+from experiments.answers.judging import agreement_level
+from experiments.checks.stand_ins import RANDOM, RANDOM_SOURCE, QuickConfig, quick_questions, quick_subject
+from experiments.noise.progress import Record
+from experiments.noise.subjects import Subject
+from experiments.noise.summary import AGGREGATIONS, coverage_table, summarise, summary_table
+from experiments.noise.sweep import Answerer, conditions
+from systems.metrics import show
 from utils import Positive, UserError, get_logger
 
 CHECKPOINT = Path("checkpoints/quick-coconut")  # of scripts/quickstart.sh

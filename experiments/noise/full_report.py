@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.plots import Numbers
-from experiments.settings import FullConfig, Setting
-from experiments.statistics import least_difference, questions_for_margin
-from experiments.summary import (
+from experiments.noise.figures import PARTS
+from experiments.noise.results import chance
+from experiments.noise.settings import FullConfig, Setting
+from experiments.noise.summary import (
     AGGREGATIONS,
     CLEAN,
     GREEDY,
@@ -21,9 +21,9 @@ from experiments.summary import (
     setting_result,
     summarise,
 )
-from experiments.sweep import PLACES, Sweep
-from experiments.sweep_plots import PARTS
-from experiments.sweep_results import chance
+from experiments.noise.sweep import PLACES, Sweep
+from experiments.plots import Numbers
+from experiments.significance import least_difference, questions_for_margin
 from experiments.tables import markdown, probability, text, with_interval
 from utils import get_logger, write_json, write_text
 

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from coconut import MAX_N_LATENT
-from experiments import expressions
-from experiments.answers import (
+from experiments.answers import expressions
+from experiments.answers.expressions import canonical_fraction, canonical_latex, find_numbers, plain_numbers, same_latex
+from experiments.answers.judging import (
     BENCHMARKS,
     HARMONY_ANALYSIS,
     NO_ANSWER,
@@ -33,8 +34,7 @@ from experiments.answers import (
     same_answer,
     user_message,
 )
-from experiments.expressions import canonical_fraction, canonical_latex, find_numbers, plain_numbers, same_latex
-from models import LatentIds, latent_ids
+from systems.models import LatentIds, latent_ids
 from utils import UserError
 
 NUMBERS = {

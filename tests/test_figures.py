@@ -14,8 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.container import BarContainer, ErrorbarContainer
 from matplotlib.lines import Line2D
 
-from experiments import plots, sweep_plots
-from experiments.statistics import EXPONENTIAL, HYPERBOLIC, LINEAR
+from experiments import plots
+from experiments.noise import figures
+from experiments.significance import EXPONENTIAL, HYPERBOLIC, LINEAR
 
 NOWHERE = Path("not written")
 
@@ -82,7 +83,7 @@ def legend(axes: Axes) -> list[str]:
 
 
 def test_accuracy_by_scale() -> None:
-    axes = sweep_plots.accuracy_by_scale(GAUSSIAN, "gaussian", NOWHERE, "A title", greedy=83, chance=25)
+    axes = figures.accuracy_by_scale(GAUSSIAN, "gaussian", NOWHERE, "A title", greedy=83, chance=25)
     points, intervals = bars(axes, "measured, 95% interval")
     assert points == [(0, 80), (0.1, 78), (1, 50), (5, 8)]
     assert intervals == [(72, 85), (70, 83), (42, 55), (0, 13)]
@@ -97,7 +98,7 @@ def test_accuracy_by_scale() -> None:
 
 
 def test_the_drawn_fits_are_the_fitted_curves() -> None:
-    axes = sweep_plots.accuracy_by_scale(GAUSSIAN, "gaussian", NOWHERE, "")
+    axes = figures.accuracy_by_scale(GAUSSIAN, "gaussian", NOWHERE, "")
     x, y = line(axes, EXPONENTIAL).get_data()
     assert y == pytest.approx(80 * np.exp(-0.5 * x))
     assert (x.min(), x.max()) == (0, 5)
@@ -108,25 +109,25 @@ def test_the_drawn_fits_are_the_fitted_curves() -> None:
 
 
 def test_snr_is_drawn_over_its_inverse_from_the_clean_condition() -> None:
-    axes = sweep_plots.accuracy_by_scale(SNR, "snr", NOWHERE, "", clean=numbers(78))
+    axes = figures.accuracy_by_scale(SNR, "snr", NOWHERE, "", clean=numbers(78))
     points, _ = bars(axes, "measured, 95% interval")
     assert points == [(0, 78), (0.25, 75), (1, 60), (2, 30)]
     assert level(axes, "half of the clean") == 39
     assert line(axes, "half is lost at scale 0.625").get_xdata()[0] == 1.6
     assert axes.get_xlabel().startswith("1 / noise scale")
     assert axes.get_xscale() == "linear"  # 0.25 to 2
-    axes = sweep_plots.accuracy_by_scale(SNR, "snr", NOWHERE, "")
+    axes = figures.accuracy_by_scale(SNR, "snr", NOWHERE, "")
     assert not any("half of" in label for label in legend(axes))  # without the clean accuracy there is no half of it
 
 
 def test_the_clean_condition_is_not_drawn_twice() -> None:
-    axes = sweep_plots.accuracy_by_scale(GAUSSIAN, "gaussian", NOWHERE, "", clean=numbers(79))
+    axes = figures.accuracy_by_scale(GAUSSIAN, "gaussian", NOWHERE, "", clean=numbers(79))
     assert bars(axes, "measured, 95% interval")[0][:2] == [(0, 80), (0.1, 78)]
 
 
 def test_noise_types_over_the_measured_noise() -> None:
     settings = {"gaussian": GAUSSIAN, "snr": SNR, "none": {"results": {"1.0": numbers(40, 1, None)}}}
-    axes = sweep_plots.noise_types(settings, NOWHERE, "Types", clean=numbers(81), greedy=83, chance=50)
+    axes = figures.noise_types(settings, NOWHERE, "Types", clean=numbers(81), greedy=83, chance=50)
     assert bars(axes, "gaussian")[0] == [(0, 80), (0.2, 78), (2.1, 50), (21, 8)]
     assert bars(axes, "snr")[0] == [(0, 81), (0.24, 75), (0.98, 60), (2.1, 30)]
     assert bars(axes, "snr")[1][0] == (73, 86)
@@ -146,7 +147,7 @@ def test_coverage_curves() -> None:
         "gaussian@0.1": curve((100, 55), (50, 80)),
         "gaussian@1.0": curve((90, 30), (0, None)),
     }
-    axes = sweep_plots.coverage_curves(curves, NOWHERE, "Coverage")
+    axes = figures.coverage_curves(curves, NOWHERE, "Coverage")
     assert line(axes, "clean").get_xydata().tolist() == [[100, 60], [99, 61], [70, 75], [40, 90]]
     assert line(axes, "gaussian@0.1").get_xydata().tolist() == [[100, 55], [50, 80]]
     assert line(axes, "gaussian@1.0").get_xydata().tolist() == [[90, 30]]
@@ -161,12 +162,12 @@ def test_coverage_curves() -> None:
 
 def test_several_emphasised_curves_look_different() -> None:
     curves = {"clean": curve((100, 60)), "self_consistency": curve((100, 70))}
-    axes = sweep_plots.coverage_curves(curves, NOWHERE, "", emphasised=("clean", "self_consistency"))
+    axes = figures.coverage_curves(curves, NOWHERE, "", emphasised=("clean", "self_consistency"))
     assert line(axes, "clean").get_linestyle() != line(axes, "self_consistency").get_linestyle()
 
 
 def test_diversity_scatter() -> None:
-    axes = sweep_plots.diversity_scatter({"gaussian": GAUSSIAN, "snr": SNR}, NOWHERE, "Diversity", chance=25)
+    axes = figures.diversity_scatter({"gaussian": GAUSSIAN, "snr": SNR}, NOWHERE, "Diversity", chance=25)
     points, intervals = bars(axes, "gaussian")
     assert points == [(0, 80), (30, 8), (2, 78), (20, 50)]
     assert intervals[1] == (0, 13)
@@ -179,7 +180,7 @@ def test_diversity_scatter() -> None:
 def test_control_bars() -> None:
     accuracies = {"zero/all": 40, "zero/first": 80, "mean/all": 50, "mean/first": 90, "pause/all": None, "other/first": 70}
     controls = {key: numbers(value) for key, value in accuracies.items()}
-    axes = sweep_plots.control_bars(controls, NOWHERE, "Controls", baseline=numbers(85), chance=50)
+    axes = figures.control_bars(controls, NOWHERE, "Controls", baseline=numbers(85), chance=50)
     groups = [one for one in axes.containers if isinstance(one, BarContainer)]
     heights = [[(round(bar.get_x() + bar.get_width() / 2, 3), bar.get_height()) for bar in group] for group in groups]
     assert heights == [[(-0.2, 40), (0.8, 50)], [(0.2, 80), (1.2, 90), (2.2, 70)]]
@@ -193,17 +194,17 @@ def test_control_bars() -> None:
 
 def test_nothing_measured() -> None:
     empty = {"results": {"0.5": numbers(None, 0.5)}, "fits": SNR["fits"], "half_scale": None}
-    sweep_plots.accuracy_by_scale(empty, "gaussian", NOWHERE, "", clean=numbers(None))
-    sweep_plots.noise_types({"gaussian": empty}, NOWHERE, "", clean=numbers(None))
-    sweep_plots.noise_types({}, NOWHERE, "")
-    sweep_plots.coverage_curves({"clean": []}, NOWHERE, "")
-    sweep_plots.diversity_scatter({"gaussian": empty}, NOWHERE, "")
-    sweep_plots.control_bars({"zero/all": numbers(None)}, NOWHERE, "", baseline=numbers(None))
+    figures.accuracy_by_scale(empty, "gaussian", NOWHERE, "", clean=numbers(None))
+    figures.noise_types({"gaussian": empty}, NOWHERE, "", clean=numbers(None))
+    figures.noise_types({}, NOWHERE, "")
+    figures.coverage_curves({"clean": []}, NOWHERE, "")
+    figures.diversity_scatter({"gaussian": empty}, NOWHERE, "")
+    figures.control_bars({"zero/all": numbers(None)}, NOWHERE, "", baseline=numbers(None))
 
 
 def test_a_figure_is_written_whole(tmp_path: Path) -> None:
     path = tmp_path / "figures" / "gaussian.png"
-    sweep_plots.accuracy_by_scale(GAUSSIAN, "gaussian", path, "Gaussian", greedy=83, chance=25)
+    figures.accuracy_by_scale(GAUSSIAN, "gaussian", path, "Gaussian", greedy=83, chance=25)
     assert image.imread(path)[..., :3].std() > 0.05  # something is drawn
     assert list(path.parent.iterdir()) == [path]
     assert not plt.get_fignums()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy.stats import bootstrap
 
 from evaluation import interval
-from experiments.statistics import (
+from experiments.significance import (
     CURVES,
     EXPONENTIAL,
     HYPERBOLIC,

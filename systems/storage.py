@@ -24,8 +24,8 @@ from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
 
-import distributed
-from files import FACTS, FORMAT, MANIFEST, STATE, Manifest, read_facts, read_training_state, read_typed
+from systems import distributed
+from systems.files import FACTS, FORMAT, MANIFEST, STATE, Manifest, read_facts, read_training_state, read_typed
 from utils import UserError, disk_problem, fsync, get_logger, write_text, writing
 
 NAME = re.compile(r"checkpoint_(\d+)(?:_step(\d+))?")

@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 from tiny_models import assert_near, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-import checkpoint
 import run
 import training
-from adapters import adapter_weights, add_adapters, load_adapter_state, merged_weights
-from checkpoint import Facts, TrainingState
 from coconut import Coconut
+from systems import checkpoint
+from systems.checkpoint import Facts, TrainingState
+from systems.lora import adapter_weights, add_adapters, load_adapter_state, merged_weights
 from utils import RunConfig, UserError
 
 NEW = [61, 62, 63]

@@ -10,15 +10,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-import checkpoint
-import distributed
 from coconut import MAX_N_LATENT, BranchPoint, Coconut
 from dataset import MyCollator, check_chat_template, question_ids, stage_shape
-from experiments.answers import build_prompt, user_message
-from experiments.benchmarks import BenchmarkQuestion
-from experiments.settings import SweepConfig
-from models import LatentIds, build_model, latent_ids
-from shards import SHARDS
+from experiments.answers.benchmarks import BenchmarkQuestion
+from experiments.answers.judging import build_prompt, user_message
+from experiments.noise.settings import SweepConfig
+from systems import checkpoint, distributed
+from systems.models import LatentIds, build_model, latent_ids
+from systems.shards import SHARDS
 from utils import EvalLatents, RunConfig, UserError
 
 WITH_THOUGHTS = ("coconut", "no_curriculum")  # methods whose latents are fed thoughts
@@ -123,7 +122,9 @@ def load_subject(config: SweepConfig, device: torch.device) -> Subject:
         check_chat_template(tokenizer)
     ids = latent_ids(tokenizer, run.method)
     if config.device_map is not None and (config.gguf_file is not None or (Path(source) / SHARDS).is_dir()):
-        raise UserError("device_map: not for GGUF files and sharded checkpoints: `checkpoint.py consolidate` makes whole files")
+        raise UserError(
+            "device_map: not for GGUF files and sharded checkpoints: `systems.checkpoint consolidate` makes whole files"
+        )
     if config.device_map is not None and distributed.world_size() > 1:
         raise UserError("device_map: auto spreads a model over all GPUs: start a single process, without torchrun")
     model = build_model(run, tokenizer, ids, getattr(torch, config.dtype), config.device_map).eval()
@@ -142,7 +143,7 @@ def _run_config(config: SweepConfig) -> RunConfig:
     source = config.load_model_path or config.model_id
     if Path(str(source)).is_file() and Path(str(source)).suffix != ".gguf":
         raise UserError(
-            f"{source} does not say how it was trained: `python checkpoint.py convert {source} DIR` makes a checkpoint of it"
+            f"{source} does not say how it was trained: `python -m systems.checkpoint convert {source} DIR` makes a checkpoint"
         )
     run = RunConfig(
         name=config.name,

@@ -13,12 +13,12 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from experiments.answers import Same, majority_vote, noise_weighted_vote, probability_vote
+from experiments.answers.judging import Same, majority_vote, noise_weighted_vote, probability_vote
+from experiments.noise.results import chance
+from experiments.noise.settings import BranchConfig
+from experiments.noise.summary import GREEDY, JUDGE, Outcome, Record, compare, condition_summary
 from experiments.plots import grouped, shades
-from experiments.settings import BranchConfig
-from experiments.statistics import holm
-from experiments.summary import GREEDY, JUDGE, Outcome, Record, compare, condition_summary
-from experiments.sweep_results import chance
+from experiments.significance import holm
 from experiments.tables import markdown, text
 from utils import get_logger, save_config, write_json, write_text
 

@@ -7,15 +7,15 @@ import signal
 
 import pytest
 
-import preemption
-from preemption import STOP_SIGNALS, StopRequest
+from systems import signals
+from systems.signals import STOP_SIGNALS, StopRequest
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Seconds of the monotonic clock, to be set."""
     now = [100.0]
-    monkeypatch.setattr(preemption.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
     return now
 
 

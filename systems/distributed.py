@@ -21,8 +21,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from activation_checkpointing import recompute_activations
 from coconut import Coconut
+from systems.activation_checkpointing import recompute_activations
 from utils import RunConfig, UserError, get_logger
 
 ParallelName = Literal["ddp", "fsdp"]

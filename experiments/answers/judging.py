@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from coconut import MAX_N_LATENT
 from dataset import in_chat_template
-from experiments.expressions import canonical_latex, same_latex, whole_number
-from experiments.extraction import (
+from experiments.answers.expressions import canonical_latex, same_latex, whole_number
+from experiments.answers.extraction import (
     canonical_concept,
     canonical_letter,
     canonical_truth,
@@ -28,7 +28,7 @@ from experiments.extraction import (
     extract_truth,
     same_concept,
 )
-from models import LatentIds
+from systems.models import LatentIds
 from utils import UserError
 
 NO_ANSWER = "NO_ANSWER_FOUND"
