@@ -26,8 +26,9 @@ from datasets import Dataset, disable_progress_bars
 from transformers import PreTrainedTokenizerBase
 
 from coconut import IGNORE_INDEX
+from config import STAGED_METHODS, EvalLatents
 from systems.signals import STOP_SIGNALS
-from utils import STAGED_METHODS, EvalLatents, UserError, get_logger, is_main_process, read_text
+from utils import UserError, get_logger, is_main_process, read_text
 
 START_LATENT, END_LATENT, LATENT, PAUSE = "<|start-latent|>", "<|end-latent|>", "<|latent|>", "<pause>"
 MARKERS = (START_LATENT, END_LATENT, LATENT)

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from coconut import Coconut
+from config import EvalLatents, RunConfig
 from dataset import (
     IGNORE_INDEX,
     MicroBatch,
@@ -31,7 +32,7 @@ from dataset import (
 from systems import distributed
 from systems.distributed import unwrap
 from systems.models import LatentIds
-from utils import EvalLatents, RunConfig, UserError, is_main_process
+from utils import UserError, is_main_process
 
 
 @dataclass

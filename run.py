@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from config import DEBUG_TRAIN, DEBUG_VALID, RunConfig
 from dataset import check_lengths, check_passes, get_dataset
 from evaluation import Evaluator, answer_scores
 from systems import checkpoint, distributed
@@ -20,17 +21,7 @@ from systems.signals import PREEMPTION, StopRequest
 from systems.storage import alone
 from systems.watchdog import Watchdog
 from training import InterruptibleEvaluator, Trainer
-from utils import (
-    DEBUG_TRAIN,
-    DEBUG_VALID,
-    RunConfig,
-    config_changes,
-    entry_point,
-    get_logger,
-    load_config,
-    save_config,
-    set_seed,
-)
+from utils import config_changes, entry_point, get_logger, load_config, save_config, set_seed
 
 RESOLVED = ("model_id", "load_model_path")  # a run's directory there is named by its newest checkpoint at the first start
 

@@ -16,6 +16,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from config import Method, RunConfig
 from dataset import (
     IGNORE_INDEX,
     MicroBatch,
@@ -32,7 +33,7 @@ from systems.files import Facts, TrainingState, read_training_state
 from systems.metrics import Reporter, epoch_table, save_nonfinite, save_predictions, show, strict
 from systems.models import LatentIds
 from systems.signals import StopRequest
-from utils import Method, RunConfig, UserError, get_logger, is_main_process
+from utils import UserError, get_logger, is_main_process
 
 Batch = dict[str, torch.Tensor]
 SKIPPED_IN_A_ROW = 20  # with nonfinite_loss: skip; after so many steps it is not the data

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import contextlib
 import difflib
 import errno
@@ -10,7 +9,6 @@ import functools
 import io
 import json
 import logging
-import math
 import os
 import random
 import re
@@ -21,27 +19,16 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePath
-from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_origin
+from typing import Annotated, Any, NoReturn, TypeVar, get_args, get_origin
 
 import numpy as np
 import torch
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-
-METHOD_KEYS = ("coconut", "cot", "no_thoughts", "no_cot")  # booleans of the published files
-Method = Literal["coconut", "cot", "no_thoughts", "no_cot", "no_curriculum", "pause", "pause_as_thought", "icot"]
-METHODS: tuple[str, ...] = get_args(Method)
-STAGED_METHODS = ("coconut", "no_thoughts", "pause_as_thought")  # steps are removed stage by stage
-ALL_TOKENS = 1_000_000  # the stage of icot in which no token of the steps is left
-# What only a slip of the finger exceeds, and what would take all memory or forever.
-MOST_EPOCHS, MOST_EXAMPLES, MOST_THOUGHTS, MOST_WORKERS = 100_000, 10_000_000, 10_000, 512
-DEBUG_TRAIN, DEBUG_VALID = 5000, 32  # records that `debug: True` keeps, as in the published code
-
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 PATH_ERRORS = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)
 LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes, on Linux and macOS
-LONGEST_PROJECT = 128  # characters, of wandb
 LONGEST_LINE = 2000  # characters of an error
 MOST_BITS = 1024  # of a whole number in a file: Python does not write those of more than 4,300 digits
 LARGEST = 2**31 - 1  # of whole numbers: beyond it they no longer fit everywhere
@@ -52,7 +39,7 @@ class UserError(ValueError):
     """Something the user can put right. Entry points print it as one line and exit with code 2."""
 
 
-def _null(value: Any) -> Any:
+def null(value: Any) -> Any:
     return None if value in ("None", "") else value  # the published YAML files write None, which YAML reads as a string
 
 
@@ -74,13 +61,11 @@ def _usable_path(value: str | None) -> str | None:
     return value
 
 
-OptionalText = Annotated[str | None, BeforeValidator(_null)]
+OptionalText = Annotated[str | None, BeforeValidator(null)]
 PathText = Annotated[str, AfterValidator(_usable_path)]
-OptionalPath = Annotated[str | None, BeforeValidator(_null), AfterValidator(_usable_path)]
+OptionalPath = Annotated[str | None, BeforeValidator(null), AfterValidator(_usable_path)]
 Positive = Annotated[int, Field(ge=1, le=LARGEST)]
 NonNegative = Annotated[int, Field(ge=0, le=LARGEST)]
-# How many latents a question gets when it is answered, see dataset.stage_shape.
-EvalLatents = Literal["gold", "max"] | Annotated[int, Field(ge=1, le=MOST_THOUGHTS)]
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
 
 
@@ -107,278 +92,6 @@ class Config(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False, use_attribute_docstrings=True)
-
-
-class RunConfig(Config):
-    """Keys of run.py. The published YAML files load unchanged; after loading, `method` alone says what is trained."""
-
-    # general
-    project: str = "coconut"
-    """Project in wandb."""
-    save_path: PathText = "checkpoints"
-    """Folder below which every run has its own."""
-    name: PathText
-    """Folder of the run below save_path."""
-    only_eval: bool = False
-    """Evaluate load_model_path instead of training."""
-    debug: bool = False
-    """5,000 training and 32 validation records; nothing is saved, no wandb."""
-    seed: Seed = 0
-    """Of weights, data order and dropout."""
-    # method: one of eight names, or exactly one of the four booleans of the published files
-    method: Method | None = None
-    """coconut, cot, no_cot, no_thoughts, no_curriculum, pause, pause_as_thought or icot; see docs/METHODS.md."""
-    coconut: bool = False
-    """The same as method: coconut."""
-    cot: bool = False
-    """The same as method: cot."""
-    no_thoughts: bool = False
-    """The same as method: no_thoughts."""
-    no_cot: bool = False
-    """The same as method: no_cot."""
-    # training
-    c_thought: Annotated[int, Field(ge=0, le=MOST_THOUGHTS)] = 1
-    """Latents that stand for one step."""
-    epochs_per_stage: Positive | Annotated[list[Positive], Field(min_length=1)] = 1
-    """A number, or a list with the epochs of stage 0, 1, ...; its last entry holds for all further stages."""
-    max_latent_stage: Annotated[int, Field(ge=0, le=MOST_THOUGHTS)] = 0
-    """The last stage with written steps; past it all steps are latent."""
-    pad_latent_to_max: bool = True
-    """False: a question has no more latents than steps x c_thought."""
-    uniform_prob: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Probability that a sample is trained at a stage drawn from all of its own steps."""
-    earlier_stage_prob: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """The same, drawn from the stages up to the current one."""
-    examples_per_epoch: Annotated[int | None, Field(ge=1, le=MOST_EXAMPLES), BeforeValidator(_null)] = None
-    """Training examples of an epoch; null: the whole file."""
-    icot_tokens_per_epoch: Annotated[float, Field(gt=0, le=ALL_TOKENS)] = 8.0
-    """icot: tokens of the steps removed in each epoch."""
-    icot_smoothing: Annotated[float | None, Field(gt=0), BeforeValidator(_null)] = 4.0
-    """icot: lambda of removal smoothing; null: none."""
-    icot_start_epoch: Annotated[int, Field(ge=0, le=MOST_EPOCHS)] = 0
-    """icot: epochs that write everything."""
-    icot_remove_all_beyond: Annotated[int | None, Field(ge=0, le=ALL_TOKENS), BeforeValidator(_null)] = None
-    """icot: once more tokens than this are removed, all are; null: never."""
-    num_epochs: Annotated[int, Field(ge=1, le=MOST_EPOCHS)] = 1
-    """Epochs of the whole training."""
-    lr: Annotated[float, Field(gt=0)] = 1e-4
-    """Learning rate of AdamW, constant after the warm-up."""
-    warmup_steps: NonNegative = 0
-    """Steps in which the learning rate grows from 0."""
-    adam_beta2: Annotated[float, Field(gt=0, lt=1)] = 0.999
-    """Beta 2 of AdamW."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    """Weight decay of AdamW."""
-    batch_size_training: Positive = 32
-    """Questions of a micro-batch, per process."""
-    gradient_accumulation_steps: Positive = 1
-    """Micro-batches of one optimizer step."""
-    bf16: bool | Literal["pure"] = False
-    """True: bfloat16 compute with float32 weights; pure: bfloat16 weights, as the published code has."""
-    reset_optimizer: bool | Literal["epoch"] = False
-    """True: a new optimizer on each new stage; epoch: on every epoch, as the published code does."""
-    grad_clip: Annotated[float | None, Field(gt=0), BeforeValidator(_null)] = None
-    """Largest norm of the gradients; null: no limit."""
-    nonfinite_loss: Literal["stop", "skip"] = "stop"
-    """What happens where loss or gradients are NaN or infinite: stop before the step, or skip it and count."""
-    advance_accuracy: Annotated[float | None, Field(gt=0, le=1), BeforeValidator(_null)] = None
-    """Leave a stage once validation accuracy (0 to 1) reaches this; null: never early."""
-    advance_cot_match: Annotated[float | None, Field(gt=0, le=1), BeforeValidator(_null)] = None
-    """And once this share (0 to 1) of questions has all written steps right; null: not asked."""
-    # model
-    model_id: PathText
-    """Hub id, or local directory, of the base model."""
-    load_model_path: OptionalPath = None
-    """Weights to begin with or to evaluate: a checkpoint, a run's directory (its newest checkpoint; RUN@best: its best), a
-    hub id, or a published state-dict file."""
-    resume: Annotated[int, Field(ge=0, le=MOST_EPOCHS)] = 0
-    """Epochs that count as done. Without load_model_path a pretrained model so skips the first stages."""
-    from_scratch: bool = False
-    """Random weights from the configuration of model_id."""
-    attn_implementation: OptionalText = None
-    """Attention of transformers: sdpa, eager, ...; null: its default."""
-    trust_remote_code: bool = False
-    """Run code that comes with a model: read it first."""
-    gguf_file: OptionalPath = None
-    """A GGUF file in model_id."""
-    lora_r: Annotated[int | None, Field(ge=1, le=LARGEST), BeforeValidator(_null)] = None
-    """Rank of LoRA; null: all weights are trained."""
-    lora_alpha: Annotated[float | None, Field(gt=0), BeforeValidator(_null)] = None
-    """Alpha of LoRA; null: twice lora_r."""
-    lora_dropout: Annotated[float | None, Field(ge=0, lt=1), BeforeValidator(_null)] = None
-    """Dropout of LoRA; null: 0."""
-    lora_target_modules: Annotated[str | list[str] | None, Field(min_length=1), BeforeValidator(_null)] = None
-    """Modules that LoRA adapts: a name, a list or a regular expression; null: all linear ones."""
-    # data
-    train_path: OptionalPath = None
-    """JSON file of training records."""
-    val_path: PathText
-    """JSON file of validation records."""
-    chat_template: bool = False
-    """Wrap each question in the tokenizer's chat template."""
-    # checkpoints
-    save_only_improve: bool = False
-    """Save a checkpoint only when its accuracy is the best of its stage."""
-    save_every_steps: Annotated[int | None, Field(ge=1, le=LARGEST), BeforeValidator(_null)] = None
-    """Also save inside epochs, every so many steps; null: never."""
-    async_save: bool = False
-    """Write checkpoints while training goes on."""
-    sharded_checkpoints: bool = False
-    """parallel: fsdp: each process writes its part."""
-    allow_changed_data: bool = False
-    """Go on although a data file is not what it was."""
-    keep_last: Annotated[int | None, Field(ge=1, le=LARGEST), BeforeValidator(_null)] = None
-    """Checkpoints that are kept, the best one besides; null: all."""
-    # evaluation
-    batch_size_eval: Positive = 16
-    """Questions of an evaluation batch."""
-    max_new_tokens: Positive = 128
-    """Most tokens of an answer. Not given or null: as in the published code, 64 where val_path holds "gsm", else 128."""
-    eval_latents: EvalLatents = "gold"
-    """Thoughts of an answer. gold: as in training, from its own steps where pad_latent_to_max is False; max: for every question
-    as many as the stage allows; or so many latent tokens."""
-    # systems
-    parallel: Literal["ddp", "fsdp"] = "ddp"
-    """ddp, or fsdp: weights, gradients and optimizer are sharded."""
-    fsdp_gather: Literal["pass", "step"] = "pass"
-    """pass: parameters are gathered for each latent pass; step: once per optimizer step."""
-    activation_checkpointing: bool = False
-    """Less memory for about one more forward pass."""
-    hang_timeout: Annotated[float | None, Field(gt=0, le=1e6), BeforeValidator(_null)] = 600.0
-    """Seconds without progress after which a process writes its stacks and ends; null: never."""
-    compile: bool = False
-    """torch.compile of the transformer blocks."""
-    matmul_precision: Literal["highest", "high", "medium"] = "highest"
-    """Of float32 matrix products, see torch.set_float32_matmul_precision."""
-    num_workers: Annotated[int | None, Field(ge=0, le=MOST_WORKERS), BeforeValidator(_null)] = None
-    """Processes that make batches; null: from the machine."""
-    wandb: Literal["online", "offline", "disabled"] = "online"
-    """online, offline or disabled."""
-    log_every: Positive = 10
-    """Optimizer steps between two rows of metrics.jsonl."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _published_length(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """The published code has no key max_new_tokens and decides so (its run.py)."""
-        if _null(values.get("max_new_tokens")) is not None:
-            return values
-        return {**values, "max_new_tokens": 64 if "gsm" in str(values.get("val_path")) else 128}
-
-    @model_validator(mode="after")
-    def _consistent(self) -> RunConfig:
-        self._choose_method()
-        if self.only_eval and self.load_model_path is None:
-            raise ValueError("only_eval needs load_model_path: a checkpoint directory, a hub id or a state-dict file")
-        if not self.only_eval:
-            self._check_training()
-        check_folder_name(self.name, "save_path")
-        check_kernel(self.attn_implementation, self.trust_remote_code)
-        if self.wandb != "disabled" and (len(self.project) > LONGEST_PROJECT or set(self.project) & set("/\\#?%:")):
-            raise ValueError(
-                f"project: {shown(self.project)}: wandb takes at most {LONGEST_PROJECT} characters, and none of / \\ # ? % :"
-            )
-        return self
-
-    def _choose_method(self) -> None:
-        chosen = [name for name in METHOD_KEYS if getattr(self, name)]
-        if self.method is not None and self.method not in chosen:
-            chosen.append(self.method)
-        if len(chosen) != 1:
-            found = " and ".join(chosen) if chosen else "none"
-            raise ValueError(f"method: exactly one of {', '.join(METHODS)} must be chosen, found {found}")
-        self.method = chosen[0]  # type: ignore[assignment]
-        for name in METHOD_KEYS:
-            setattr(self, name, name == self.method)
-
-    def _check_training(self) -> None:
-        if self.train_path is None:
-            raise ValueError("train_path is missing: a JSON file of records, or set only_eval: True")
-        if self.resume and self.from_scratch:
-            raise ValueError(f"resume: {self.resume} starts from a model that was trained; from_scratch has random weights")
-        if self.resume >= self.num_epochs:
-            raise ValueError(f"resume: {self.resume} leaves nothing to train: num_epochs is {self.num_epochs}")
-        self._check_lora()
-        self._check_systems()
-        if self.from_scratch and self.load_model_path is not None:
-            raise ValueError("from_scratch and load_model_path contradict each other: set one of them")
-        if self.uniform_prob and self.earlier_stage_prob:
-            raise ValueError("uniform_prob and earlier_stage_prob contradict each other: set one of them")
-        if self.advance_cot_match is not None and self.advance_accuracy is None:
-            raise ValueError("advance_cot_match needs advance_accuracy, which turns leaving a stage early on")
-        if self.method in ("coconut", "no_curriculum", "pause", "pause_as_thought") and self.c_thought == 0:
-            raise ValueError(f"c_thought: 0 leaves {self.method} without thoughts: set at least 1, or method: no_thoughts")
-        if self.method in ("no_curriculum", "pause") and self.max_latent_stage == 0:
-            raise ValueError(f"max_latent_stage: 0 leaves {self.method} without thoughts: set at least 1, or method: no_cot")
-        for key in ("uniform_prob", "earlier_stage_prob", "advance_accuracy"):
-            if getattr(self, key) and self.method not in STAGED_METHODS:
-                raise ValueError(f"{key}: method {self.method} has no stages; leave it out, or use {', '.join(STAGED_METHODS)}")
-
-    def _check_lora(self) -> None:
-        options = [key for key in ("lora_alpha", "lora_dropout", "lora_target_modules") if getattr(self, key) is not None]
-        if self.lora_r is None and options:
-            raise ValueError(f"{options[0]} needs lora_r, the rank, which turns LoRA on")
-        if self.lora_r is None:
-            return
-        if self.from_scratch:
-            raise ValueError("lora_r and from_scratch contradict each other: LoRA adapts trained weights")
-        if self.bf16 == "pure":
-            raise ValueError("lora_r: bf16: pure would train the small LoRA matrices in bfloat16; use bf16: True")
-        if self.parallel == "fsdp":
-            raise ValueError("lora_r: parallel: fsdp is not supported with LoRA; use parallel: ddp")
-
-    def _check_systems(self) -> None:
-        if self.parallel != "fsdp" and self.fsdp_gather == "step":
-            raise ValueError("fsdp_gather: step needs parallel: fsdp; elsewhere every process has all parameters")
-        if self.parallel != "fsdp" and self.sharded_checkpoints:
-            raise ValueError("sharded_checkpoints needs parallel: fsdp; elsewhere every process has all parameters")
-        if self.sharded_checkpoints and self.trust_remote_code:
-            raise ValueError(
-                "sharded_checkpoints: the code of a model that brings its own is not kept beside shards; leave it out"
-            )
-        if self.activation_checkpointing and self.compile:
-            raise ValueError("activation_checkpointing and compile contradict each other: set one of them")
-
-    @property
-    def save_dir(self) -> Path:
-        """Where a run writes. An evaluation has a place of its own below, named by its data, weights and eval_latents."""
-        run = Path(self.save_path) / self.name
-        if not self.only_eval:
-            return run
-        weights = Path(str(self.load_model_path)).resolve().parts[1:][-2:]
-        latents = [] if self.eval_latents == "gold" else [f"latents_{self.eval_latents}"]
-        return run / "eval" / "-".join([Path(self.val_path).stem, *weights, *latents])
-
-    def scheduled_stage(self, epoch: int) -> int:
-        """The stage at the end of an epoch (paper, section 3), at which it is evaluated.
-
-        Past max_latent_stage all steps are gone and later stages would look alike, so they are one stage, in which
-        no_curriculum and pause are from the first epoch. A stage of icot is a number of removed tokens.
-        """
-        if self.method in ("cot", "no_cot"):
-            return 0
-        if self.method == "icot":
-            return self.icot_stage(epoch + 1, before=True)
-        last = self.max_latent_stage + 1
-        if self.method in ("no_curriculum", "pause"):
-            return last
-        return bisect.bisect_right(range(1, last + 1), epoch, key=self.first_epoch)
-
-    def stage_at(self, epoch: int, step: int, steps: int) -> int:
-        """The stage of one of the epoch's optimizer steps; only icot goes on to the next one inside an epoch."""
-        return self.icot_stage(epoch + step / steps) if self.method == "icot" else self.scheduled_stage(epoch)
-
-    def first_epoch(self, stage: int) -> int:
-        """The epoch with which a stage begins."""
-        each = self.epochs_per_stage if isinstance(self.epochs_per_stage, list) else [self.epochs_per_stage]
-        return sum(each[:stage]) + each[-1] * max(0, stage - len(each))
-
-    def icot_stage(self, epochs: float, before: bool = False) -> int:
-        """Tokens removed after so many epochs (arXiv 2405.14838: s(t) = floor(delta t / T)), or just before that moment."""
-        tokens = max(0.0, self.icot_tokens_per_epoch * (epochs - self.icot_start_epoch))
-        removed = max(0, math.ceil(tokens) - 1) if before else math.floor(tokens)
-        beyond = self.icot_remove_all_beyond
-        return ALL_TOKENS if beyond is not None and removed > beyond else removed
 
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)

@@ -28,7 +28,8 @@ import torch
 from naive import naive_decode, naive_perturb
 from torch import Tensor
 
-from coconut import Coconut, sample
+from coconut import Coconut
+from generation import sample
 from noise import noise_generator, sampling_generator
 
 VARIANTS = ("batch", "single", "naive")

@@ -29,8 +29,8 @@ from train_step import training_batch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from coconut import Coconut
+from config import RunConfig
 from systems import distributed
-from utils import RunConfig
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "ddp": {"parallel": "ddp"},

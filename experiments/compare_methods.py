@@ -14,13 +14,14 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from config import METHODS, RunConfig
 from dataset import load_records, stage_shape
 from experiments.plots import method_bars
 from experiments.quickstart import CHANCE, evaluation_of, read_evaluation, read_metrics
 from experiments.tables import markdown, text
 from preprocessing.prosqa_shortcuts import depth_shortcut
 from systems.metrics import METRICS
-from utils import METHODS, RunConfig, entry_point, get_logger, load_config, write_json, write_text
+from utils import entry_point, get_logger, load_config, write_json, write_text
 
 TIMED = "-single"  # suffix of the runs that answer one question at a time
 LABELS = {

@@ -13,9 +13,10 @@ from pathlib import Path
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from config import ALL_TOKENS, METHODS, STAGED_METHODS, RunConfig
 from dataset import IGNORE_INDEX, get_cot_latent_dataset, get_dataset, marker_tokens
 from systems.models import latent_ids, load_tokenizer
-from utils import ALL_TOKENS, METHODS, STAGED_METHODS, RunConfig, entry_point, load_config, write_text
+from utils import entry_point, load_config, write_text
 
 ROOT = Path(__file__).parents[1]
 TOKENIZER = "configs/gpt2_small"  # one token per word

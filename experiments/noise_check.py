@@ -28,9 +28,10 @@ from experiments.checks.noise_laws import SMALLEST_P, measure, measure_below_rou
 from experiments.noise.settings import SweepConfig
 from experiments.noise.subjects import Subject, load_subject
 from experiments.tables import terminal, text
-from noise import count_passes, noise_generator
+from noise import noise_generator
 from systems.metrics import show
 from systems.models import embedding_weight
+from thoughts import count_passes
 from utils import UserError, entry_point, load_config, write_json
 
 PROGRAM = "noise_check"

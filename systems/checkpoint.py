@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from config import METHODS, RunConfig
 from dataset import END_LATENT, LATENT, START_LATENT, marker_tokens
 from systems import distributed
 from systems.distributed import unwrap
@@ -50,7 +51,7 @@ from systems.storage import (
     sha256,
     write_directory,
 )
-from utils import METHODS, RunConfig, UserError, check_regular, entry_point, get_logger, no_such_file
+from utils import UserError, check_regular, entry_point, get_logger, no_such_file
 
 BEST = "@best"  # after a run's directory
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)

@@ -22,8 +22,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from coconut import Coconut
+from config import RunConfig
 from systems.activation_checkpointing import recompute_activations
-from utils import RunConfig, UserError, get_logger
+from utils import UserError, get_logger
 
 ParallelName = Literal["ddp", "fsdp"]
 GatherName = Literal["pass", "step"]

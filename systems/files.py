@@ -17,7 +17,8 @@ from typing import Annotated, Any, Literal, TypeVar, cast
 import torch
 from pydantic import BaseModel, ConfigDict, Field, InstanceOf, TypeAdapter, ValidationError
 
-from utils import ALL_TOKENS, LARGEST, MOST_EPOCHS, MOST_THOUGHTS, Method, UserError, check_regular, get_logger, shown
+from config import ALL_TOKENS, MOST_EPOCHS, MOST_THOUGHTS, Method
+from utils import LARGEST, UserError, check_regular, get_logger, shown
 
 FACTS, STATE, MANIFEST = "coconut.json", "training_state.pt", "manifest.json"
 FORMAT = 1

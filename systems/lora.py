@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from utils import RunConfig, UserError, get_logger
+from config import RunConfig
+from utils import UserError, get_logger
 
 ADAPTER = "default"
 ADAPTER_PART = re.compile(r"\.(lora_|token_adapter\.trainable_tokens_)")

@@ -17,13 +17,12 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
+from config import ALL_TOKENS, RunConfig
 from dataset import stage_shape
 from evaluation import Prediction
 from systems import distributed
 from utils import (
-    ALL_TOKENS,
     Config,
-    RunConfig,
     UserError,
     append_jsonl,
     check_regular,

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from coconut import Coconut
+from config import RunConfig
 from dataset import END_LATENT, LATENT, PAUSE, START_LATENT, marker_tokens
 from systems.lora import add_adapters
 from systems.shards import SHARDS, read_shards
-from utils import RunConfig, UserError, get_logger
+from utils import UserError, get_logger
 
 transformers.utils.logging.disable_progress_bar()  # one bar per loaded or saved shard says nothing
 

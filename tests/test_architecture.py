@@ -10,10 +10,13 @@ from conftest import ROOT
 
 ORDER = (
     "utils",
+    "config",
     "systems.files",
     "systems.signals",
     "systems.watchdog",
     "noise",
+    "thoughts",
+    "generation",
     "systems.activation_checkpointing",
     "coconut",
     "dataset",

@@ -10,7 +10,7 @@ from naive import naive_decode, naive_diversity, naive_perturb, naive_sampler
 from test_coconut import PROMPTS, BusyRank, alone, build, draw, wrap
 from tiny_models import IDS, POSITIONS, assert_near, near, tiny_model
 
-from coconut import Branches
+from generation import Branches
 from noise import noise_generator, sampling_generator
 
 QUESTIONS = [5, 900, 2, 7, 31]

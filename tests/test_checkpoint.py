@@ -21,10 +21,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import run
 import training
+from config import RunConfig
 from systems import checkpoint
 from systems.checkpoint import CheckpointError
 from systems.storage import complete_checkpoints
-from utils import RunConfig, UserError
+from utils import UserError
 
 
 def start(arguments: list[str], *more: str) -> None:

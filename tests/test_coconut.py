@@ -20,7 +20,8 @@ from tiny_models import FAMILIES, IDS, POSITIONS, VOCABULARY, WINDOW, assert_nea
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from coconut import MAX_N_LATENT, Coconut, count_positions, nucleus, sample
+from coconut import Coconut, count_positions
+from generation import MAX_N_LATENT, nucleus, sample
 
 GOLDEN = Path(__file__).parent / "golden"
 LAYOUTS = {
@@ -587,7 +588,7 @@ def test_nucleus_frequencies(top_p):
 
 def test_nucleus_holds_at_the_upper_end(monkeypatch):
     """A draw that rounds up to the whole mass still gives the last token of the nucleus."""
-    monkeypatch.setattr("coconut.uniform", lambda rows, _generator, _device: torch.ones(rows))
+    monkeypatch.setattr("generation.uniform", lambda rows, _generator, _device: torch.ones(rows))
     logits = torch.tensor([[0.1, 0.4, 0.3, 0.2]]).log()
     assert sample(logits, 1.0, 0.6, None).tolist() == [2]
     assert sample(logits, 1.0, 1.0, None).tolist() == [3]

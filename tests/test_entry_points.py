@@ -19,7 +19,9 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import coconut
+import generation
 import noise
+import thoughts
 from experiments import plots, significance
 from experiments.answers.benchmarks import BenchmarkQuestion
 from experiments.answers.judging import BENCHMARKS
@@ -138,28 +140,28 @@ def emptied(cache: Any, rows: torch.Tensor) -> Any:
     return selected
 
 
-def unmasked(self: coconut.Coconut, ids: torch.Tensor, *_: Any) -> coconut.Prompt:
+def unmasked(self: coconut.Coconut, ids: torch.Tensor, *_: Any) -> generation.Prompt:
     return PROMPT(self, ids, None)
 
 
-SELECT, PROMPT, SNR_NOISE = coconut.select_cache, coconut.Coconut._prompt, noise.FROM_NORMAL_DRAW["snr"]
+SELECT, PROMPT, SNR_NOISE = generation.select_cache, coconut.Coconut._prompt, noise.FROM_NORMAL_DRAW["snr"]
 ONE_STREAM = torch.Generator().manual_seed(0)
 TWICE = {**noise.FROM_NORMAL_DRAW, "snr": lambda h, s, g: 2 * SNR_NOISE(h, s, g)}
 [SNR] = [setting for setting in selfcheck.settings() if setting.noise_type == "snr"]
 DEFECTS: dict[str, tuple[Callable[[selfcheck.Bench], selfcheck.Check], Any, str, Any]] = {
     "noise twice as large": (lambda bench: selfcheck.check_formula(bench, SNR), noise, "FROM_NORMAL_DRAW", TWICE),
     "scale 0 rounds": (selfcheck.check_no_noise, selfcheck, "apply_noise_to_hidden_states", lambda h, *_: (h + 1e-3, {})),
-    "noise in the prompt": (selfcheck.check_prompt_states, noise.ThoughtInterventions, "apply", in_place),
-    "no noise": (selfcheck.check_prompt_states, noise.ThoughtInterventions, "apply", lambda _, thoughts, __: thoughts),
+    "noise in the prompt": (selfcheck.check_prompt_states, thoughts.ThoughtInterventions, "apply", in_place),
+    "no noise": (selfcheck.check_prompt_states, thoughts.ThoughtInterventions, "apply", lambda _, thoughts, __: thoughts),
     "padding read": (selfcheck.check_batch, coconut.Coconut, "_prompt", unmasked),
     "cache lost": (selfcheck.check_cache, coconut, "select_cache", emptied),
-    "seed ignored": (selfcheck.check_seed, noise, "noise_generator", ignoring(0)),
-    "noise unseeded": (selfcheck.check_seed, noise, "noise_generator", fresh_numbers),
+    "seed ignored": (selfcheck.check_seed, thoughts, "noise_generator", ignoring(0)),
+    "noise unseeded": (selfcheck.check_seed, thoughts, "noise_generator", fresh_numbers),
     "samples unseeded": (selfcheck.check_seed, coconut, "sampling_generator", fresh_numbers),
-    "one noise for all": (selfcheck.check_noise_of_branches, noise, "noise_generator", ignoring(2)),
-    "shared noise ignored": (selfcheck.check_noise_of_branches, noise, "noise_generator", fresh_numbers),
-    "branches seeded otherwise": (selfcheck.check_first_branch, noise, "noise_generator", fresh_numbers),
-    "noise by turns": (selfcheck.check_batch_size, noise, "noise_generator", lambda *_: ONE_STREAM),
+    "one noise for all": (selfcheck.check_noise_of_branches, thoughts, "noise_generator", ignoring(2)),
+    "shared noise ignored": (selfcheck.check_noise_of_branches, thoughts, "noise_generator", fresh_numbers),
+    "branches seeded otherwise": (selfcheck.check_first_branch, thoughts, "noise_generator", fresh_numbers),
+    "noise by turns": (selfcheck.check_batch_size, thoughts, "noise_generator", lambda *_: ONE_STREAM),
     "samples by turns": (selfcheck.check_batch_size, coconut, "sampling_generator", lambda *_: ONE_STREAM),
     "extraction": (selfcheck.check_extraction, selfcheck, "extract_answer", lambda *_: "1234"),
 }

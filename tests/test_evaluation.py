@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 
+from config import RunConfig
 from dataset import get_dataset
 from evaluation import Evaluator, clean_answer, extract_answer
 from systems.models import build_model, latent_ids, load_tokenizer
-from utils import RunConfig, load_config
+from utils import load_config
 
 
 def evaluator(run_arguments: list[str], *more: str) -> tuple[Evaluator, Any]:

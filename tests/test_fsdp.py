@@ -18,8 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 
 from coconut import Coconut
+from config import RunConfig
 from systems import checkpoint, distributed
-from utils import RunConfig
 
 # run.py several times in the same two processes; each writes the collectives of its first optimizer steps.
 SEVERAL = """

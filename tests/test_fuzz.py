@@ -28,10 +28,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import evaluation
 import run
 import training
+from config import METHODS, RunConfig
 from experiments.noise import sweep
 from experiments.noise.settings import SweepConfig
 from systems import metrics, watchdog
-from utils import METHODS, RunConfig
 
 CONFIGURATIONS, COMMAND_LINES, DATA_FILES, SWEEPS = 220, 90, 310, 60
 FIRST = int(os.environ.get("FUZZ_FIRST", "0"))  # number of the first case: others find more

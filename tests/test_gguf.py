@@ -13,10 +13,11 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import run
+from config import RunConfig
 from systems import checkpoint
 from systems.checkpoint import CheckpointError
 from systems.models import build_model, latent_ids
-from utils import RunConfig, UserError
+from utils import UserError
 
 gguf = pytest.importorskip("gguf")
 

@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from coconut import MAX_N_LATENT
 from experiments.answers import expressions
 from experiments.answers.expressions import canonical_fraction, canonical_latex, find_numbers, plain_numbers, same_latex
 from experiments.answers.judging import (
@@ -34,6 +33,7 @@ from experiments.answers.judging import (
     same_answer,
     user_message,
 )
+from generation import MAX_N_LATENT
 from systems.models import LatentIds, latent_ids
 from utils import UserError
 

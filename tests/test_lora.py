@@ -19,10 +19,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import run
 import training
 from coconut import Coconut
+from config import RunConfig
 from systems import checkpoint
 from systems.checkpoint import Facts, TrainingState
 from systems.lora import adapter_weights, add_adapters, load_adapter_state, merged_weights
-from utils import RunConfig, UserError
+from utils import UserError
 
 NEW = [61, 62, 63]
 

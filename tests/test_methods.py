@@ -14,6 +14,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 
 import run
+from config import ALL_TOKENS, METHODS, RunConfig
 from dataset import (
     END_LATENT,
     IGNORE_INDEX,
@@ -26,7 +27,7 @@ from dataset import (
 )
 from systems.models import build_model, latent_ids, load_tokenizer
 from training import Trainer
-from utils import ALL_TOKENS, METHODS, RunConfig, UserError, load_config
+from utils import UserError, load_config
 
 # Q, q: the question; a, b | c, d, e | f: three steps; A: the answer; .: end of the sequence
 # (, *, ): start marker, what stands in a thought's place, end marker

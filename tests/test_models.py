@@ -20,11 +20,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 import dataset
 from coconut import Coconut
+from config import RunConfig
 from dataset import END_LATENT, LATENT, START_LATENT, MyCollator, get_cot_latent_dataset, get_dataset
 from systems import checkpoint, models
 from systems.checkpoint import Facts, TrainingState
 from systems.models import LatentIds, build_model, initialise_markers, latent_ids, load_tokenizer
-from utils import RunConfig, UserError
+from utils import UserError
 
 WORDS = {"<unk>": 0, "<eos>": 1, "<<": 2, "a": 3, "b": 4}
 

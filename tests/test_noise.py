@@ -16,20 +16,18 @@ from test_coconut import LAYOUTS, PROMPTS, alone, build, draw, seeded, wrap
 from tiny_models import IDS, assert_near, near, tiny_model
 from torch.testing import assert_close
 
-from coconut import MAX_N_LATENT, insert_latents
+from generation import MAX_N_LATENT, insert_latents
 from noise import (
     NOISE_TYPES,
     RECOMMENDED_SCALES,
     SCHEDULES,
-    Intervention,
-    ThoughtInterventions,
     apply_noise_to_hidden_states,
     noise_generator,
-    path_diversity,
     sampling_generator,
     schedule_factor,
     scheduled_scale,
 )
+from thoughts import Intervention, ThoughtInterventions, path_diversity
 
 KINDS = [*itertools.product(sorted(set(NOISE_TYPES) - {"targeted"}), [None]), ("targeted", "same"), ("targeted", "opposite")]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

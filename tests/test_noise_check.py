@@ -17,13 +17,14 @@ from tiny_models import assert_near
 from torch import Tensor
 
 import noise
+from config import RunConfig
 from dataset import get_dataset, get_question_latent_dataset
 from experiments import noise_check
 from experiments.checks.noise_laws import NoiseSetting, measure, measure_below_rounding, measure_zero, recommended_settings
 from noise import apply_noise_to_hidden_states
 from systems import checkpoint
 from systems.models import build_model, latent_ids, load_tokenizer
-from utils import RunConfig, UserError, load_config
+from utils import UserError, load_config
 
 COARSE = [torch.float16, torch.bfloat16]
 

@@ -26,10 +26,11 @@ from same_run import differences
 
 import run
 import training
+from config import RunConfig
 from systems import checkpoint, metrics, storage
 from systems.checkpoint import CheckpointError
 from systems.storage import complete_checkpoints, newest_whole
-from utils import RunConfig, UserError, load_config
+from utils import UserError, load_config
 
 SMALL = ["num_epochs=2", "batch_size_training=8", "batch_size_eval=3", "max_new_tokens=2"]  # 3 steps an epoch
 recorded: list[Path] = []

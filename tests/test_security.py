@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import run
+from config import RunConfig
 from experiments.noise.settings import BranchConfig, FullConfig, SweepConfig
 from systems import checkpoint, storage
-from utils import Config, RunConfig, UserError, load_config
+from utils import Config, UserError, load_config
 
 
 def start(arguments: list[str], *more: str) -> None:

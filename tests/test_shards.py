@@ -20,11 +20,12 @@ from tiny_models import tiny_model
 from torch.distributed.checkpoint.api import CheckpointException
 
 from coconut import Coconut
+from config import RunConfig
 from systems import checkpoint, shards
 from systems.checkpoint import CheckpointError, Facts, TrainingState
 from systems.models import from_shards, load_tokenizer
 from systems.shards import read_shards, whole_tensors, write_shards
-from utils import RunConfig, UserError, load_config
+from utils import UserError, load_config
 
 
 def tensors(seed: int) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from conftest import ROOT, chain_records, write_json
 from naive import naive_decode, naive_perturb, naive_sampler
 from safetensors.torch import load_file, save_file
 
-from coconut import MAX_N_LATENT
+from config import RunConfig
 from dataset import get_dataset, get_question_latent_dataset
 from experiments.answers.benchmarks import BenchmarkQuestion, load_questions
 from experiments.compare import report
@@ -30,11 +30,12 @@ from experiments.noise.settings import BranchConfig, SweepConfig
 from experiments.noise.subjects import load_subject
 from experiments.noise.summary import condition_summary
 from experiments.noise.sweep import Preempted, clean_thoughts, conditions, run_sweep
+from generation import MAX_N_LATENT
 from noise import noise_generator, sampling_generator
 from systems import models
 from systems.checkpoint import Facts, id_facts
 from systems.models import build_model, latent_ids, load_tokenizer
-from utils import RunConfig, UserError
+from utils import UserError
 
 CPU = torch.device("cpu")
 QUESTIONS = 7

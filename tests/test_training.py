@@ -10,8 +10,9 @@ import pytest
 from conftest import read_rows
 
 import run
+from config import RunConfig
 from training import Trainer
-from utils import RunConfig, load_config
+from utils import load_config
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,13 @@ import pytest
 import yaml
 from conftest import ROOT
 
+from config import RunConfig
 from experiments.ablation import AblationConfig
 from experiments.checks.branch_check import QuickBranchConfig
 from experiments.checks.selfcheck import CheckConfig
 from experiments.noise.settings import BranchConfig, FullConfig, SweepConfig
 from systems.files import read_typed
 from utils import (
-    RunConfig,
     UserError,
     append_jsonl,
     check_environment,

@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from coconut import MAX_N_LATENT
 from dataset import in_chat_template
 from experiments.answers.expressions import canonical_latex, same_latex, whole_number
 from experiments.answers.extraction import (
@@ -28,6 +27,7 @@ from experiments.answers.extraction import (
     extract_truth,
     same_concept,
 )
+from generation import MAX_N_LATENT
 from systems.models import LatentIds
 from utils import UserError
 

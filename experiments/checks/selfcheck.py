@@ -22,7 +22,6 @@ import transformers
 from rich.table import Table
 from torch import Tensor
 
-from coconut import Branch, Branches, Details
 from experiments.answers.benchmarks import BenchmarkQuestion
 from experiments.answers.judging import extract_answer
 from experiments.checks.noise_laws import NoiseSetting, measure
@@ -32,9 +31,11 @@ from experiments.noise.settings import Voters
 from experiments.noise.subjects import Subject
 from experiments.noise.sweep import Answerer, conditions
 from experiments.tables import terminal
-from noise import RECOMMENDED_SCALES, Intervention, ThoughtInterventions, apply_noise_to_hidden_states, derived_generator
+from generation import Branch, Branches, Details
+from noise import RECOMMENDED_SCALES, apply_noise_to_hidden_states, derived_generator
 from systems import distributed
 from systems.metrics import show
+from thoughts import Intervention, ThoughtInterventions
 from utils import Positive, UserError, get_logger
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -7,20 +7,11 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from config import MOST_THOUGHTS, EvalLatents
 from experiments.answers.judging import answer_kind
-from noise import DECAY, NOISE_TYPES, RECOMMENDED_SCALES, Intervention, check_noise
-from utils import (
-    MOST_THOUGHTS,
-    Config,
-    EvalLatents,
-    OptionalPath,
-    OptionalText,
-    PathText,
-    Positive,
-    Seed,
-    check_folder_name,
-    check_kernel,
-)
+from noise import DECAY, NOISE_TYPES, RECOMMENDED_SCALES, check_noise
+from thoughts import Intervention
+from utils import Config, OptionalPath, OptionalText, PathText, Positive, Seed, check_folder_name, check_kernel
 
 NoiseType = Literal["gaussian", "gaussian_scaled", "snr", "orthogonal", "uniform", "dropout", "targeted"]
 Schedule = Literal["none", "constant", "linear", "cosine", "exponential", "adaptive"]

@@ -10,15 +10,17 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from coconut import MAX_N_LATENT, BranchPoint, Coconut
+from coconut import Coconut
+from config import EvalLatents, RunConfig
 from dataset import MyCollator, check_chat_template, question_ids, stage_shape
 from experiments.answers.benchmarks import BenchmarkQuestion
 from experiments.answers.judging import build_prompt, user_message
 from experiments.noise.settings import SweepConfig
+from generation import MAX_N_LATENT, BranchPoint
 from systems import checkpoint, distributed
 from systems.models import LatentIds, build_model, latent_ids
 from systems.shards import SHARDS
-from utils import EvalLatents, RunConfig, UserError
+from utils import UserError
 
 WITH_THOUGHTS = ("coconut", "no_curriculum")  # methods whose latents are fed thoughts
 

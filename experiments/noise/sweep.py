@@ -25,7 +25,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from coconut import Branch, BranchPoint, Generated
 from experiments.answers.benchmarks import BenchmarkQuestion, load_questions, selection
 from experiments.answers.judging import extract_answer as extract
 from experiments.answers.judging import majority_vote, noise_weighted_vote, probability_vote, same_answer
@@ -33,9 +32,10 @@ from experiments.noise.progress import Progress, Record, open_progress
 from experiments.noise.settings import SweepConfig
 from experiments.noise.subjects import Subject, load_subject
 from experiments.noise.summary import CLEAN, GREEDY, NO_LATENTS, SELF_CONSISTENCY, condition_key
-from noise import Intervention, path_diversity
+from generation import Branch, BranchPoint, Generated
 from systems import distributed
 from systems.storage import alone
+from thoughts import Intervention, path_diversity
 from utils import UserError, get_logger, is_main_process
 
 PLACES = ("all", "first", "after")  # which thoughts a control displaces, see `Thoughts`
