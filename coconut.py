@@ -24,22 +24,23 @@ from transformers import DynamicCache, PreTrainedModel
 from generation import (
     Branch,
     Branches,
-    BranchPoint,
-    Decoded,
     Details,
-    Generated,
     Prompt,
     Sampling,
     Thinking,
+    branch_point,
+    check_prompt,
+    check_sampling,
+    count_positions,
+    decode,
     gather_branches,
-    insert_latents,
-    keep_rows,
+    generate_from,
+    pass_bounds,
     question_indices,
-    sample,
-    select_cache,
+    with_latents,
 )
 from noise import Scales, sampling_generator
-from thoughts import Intervention, ThoughtInterventions, count_passes, gather_thoughts
+from thoughts import Intervention, Noise, ThoughtInterventions, ThoughtMap, gather_thoughts
 
 IGNORE_INDEX = -100  # label of positions that carry no loss, as in torch.nn.functional.cross_entropy
 
@@ -64,7 +65,7 @@ class Coconut(nn.Module):
         base_causallm: an `AutoModelForCausalLM`.
         latent_token_id, start_latent_id, end_latent_id: ids of `<|latent|>`, `<|start-latent|>`, `<|end-latent|>`.
         eos_token_id: the token that ends a generation; finished rows are filled up with it.
-        hidden_layer_idx: the layer whose hidden state becomes the thought; -1 is the last one, after the final norm.
+        thought_map: what is fed back; None is the last hidden state as it is.
 
     Attributes:
         max_over_ranks: maximum of an int over all processes. Whoever shards the model sets it, so that all processes take
@@ -80,7 +81,7 @@ class Coconut(nn.Module):
         start_latent_id: int,
         end_latent_id: int,
         eos_token_id: int,
-        hidden_layer_idx: int = -1,
+        thought_map: ThoughtMap | None = None,
     ) -> None:
         super().__init__()
         self.base_causallm = base_causallm
@@ -88,7 +89,7 @@ class Coconut(nn.Module):
         self.start_latent_id = start_latent_id
         self.end_latent_id = end_latent_id
         self.eos_token_id = eos_token_id
-        self.hidden_layer_idx = hidden_layer_idx
+        self.thought_map = ThoughtMap() if thought_map is None else thought_map
         self.max_over_ranks: Callable[[int], int] = lambda value: value
         self.before_last_backward: Callable[[], None] | None = None
 
@@ -115,6 +116,7 @@ class Coconut(nn.Module):
         position_ids: Tensor | None = None,
         labelled_only: bool = False,
         num_items_in_batch: Tensor | int | None = None,
+        noise: Noise | None = None,
         noise_scale: Scales | None = None,
         noise_type: str = "gaussian",
         noise_direction: str | None = None,
@@ -131,7 +133,7 @@ class Coconut(nn.Module):
             position_ids: (B, T) int64; counted from the attention mask if None.
             labelled_only: project only the N positions that predict a label onto the vocabulary.
             num_items_in_batch: divide the summed cross entropy by this instead of by N, for means over several batches.
-            noise_scale, noise_type, noise_direction, apply_noise_to_all_passes, seed, question_index: as in `generate`.
+            noise, noise_scale, noise_type, noise_direction, apply_noise_to_all_passes, seed, question_index: as in `generate`.
             return_details: also return the thoughts and their noise.
 
         Raises:
@@ -139,11 +141,12 @@ class Coconut(nn.Module):
         """
         if labelled_only and labels is None:
             raise ValueError("labelled_only needs labels")
-        schedule = "constant" if apply_noise_to_all_passes else "none"
-        noise = self._noise(input_ids, noise_scale, noise_type, noise_direction, schedule, seed, question_index)
-        thinking = self.think(input_ids, attention_mask, position_ids, interventions=noise)
+        if noise is None:
+            noise = published_noise(noise_scale, noise_type, noise_direction, apply_noise_to_all_passes)
+        changes = self._with_noise(input_ids, noise, seed, question_index)
+        thinking = self.think(input_ids, attention_mask, position_ids, interventions=changes)
         outputs = self._outputs(thinking, labels, labelled_only, num_items_in_batch)
-        return (outputs, self._details(input_ids, thinking, noise)) if return_details else outputs
+        return (outputs, self._details(input_ids, thinking, changes)) if return_details else outputs
 
     def _outputs(
         self, thinking: Thinking, labels: Tensor | None, labelled_only: bool, num_items_in_batch: Tensor | int | None
@@ -172,96 +175,98 @@ class Coconut(nn.Module):
         interventions: ThoughtInterventions | None = None,
     ) -> Thinking:
         """All latent passes of (B, T) tokens, without the language-model head."""
-        prompt = self._prompt(input_ids, attention_mask, position_ids)
+        prompt = self.prompt(input_ids, attention_mask, position_ids)
         bounds = pass_bounds(prompt.latent, prompt.mask)
         idle = self.max_over_ranks(len(bounds)) - len(bounds)  # agreed on before the first pass gathers anything
         cache = DynamicCache() if keep_cache or len(bounds) > 1 else None
-        thinking = self._passes(self.embedding(input_ids), prompt, bounds, cache, interventions=interventions)
-        return thinking._replace(hidden=thinking.hidden + self._idle_passes(idle)) if idle else thinking
+        thinking = self.passes(self.embedding(input_ids), prompt, bounds, cache, interventions=interventions)
+        nothing = self.idle_passes(idle, with_map=torch.is_grad_enabled())
+        return thinking if nothing is None else thinking._replace(hidden=thinking.hidden + nothing)
 
-    def _prompt(self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None = None) -> Prompt:
+    def prompt(self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None = None) -> Prompt:
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         positions = count_positions(mask) if position_ids is None else position_ids
         return Prompt(input_ids == self.latent_token_id, mask, positions)
 
-    def _passes(
+    def passes(
         self,
         embeds: Tensor,
         prompt: Prompt,
         bounds: list[tuple[int, int]],
         cache: DynamicCache | None,
-        thought: Tensor | None = None,
+        before: Sequence[Tensor] | None = None,
         interventions: ThoughtInterventions | None = None,
     ) -> Thinking:
-        """One pass for each of the bounds; embeds (B, T, D) of their columns alone, thought (B, 1, D) of the column before."""
+        """One pass for each of the bounds.
+
+        embeds: (B, T, D) of their columns alone. before: what the map reads, each (B, 1, D), at the column before them.
+        """
         hidden, filled = [], []
         for (start, end), segment in zip(bounds, embeds.split([end - start for start, end in bounds], dim=1), strict=True):
-            if thought is not None:
-                fed_back = thought if interventions is None else interventions.apply(thought, start)
+            if before is not None:
+                thought = self.thought_map(before)  # (B, 1, D)
+                if interventions is not None:
+                    thought = interventions.apply(thought, start)
                 is_latent = prompt.latent[:, start, None, None]  # (B, 1, 1)
-                first = torch.where(is_latent, fed_back.to(segment.dtype), segment[:, :1])
+                first = torch.where(is_latent, thought.to(segment.dtype), segment[:, :1])
                 segment = torch.cat([first, segment[:, 1:]], dim=1)
-            states, layer = self._base_pass(segment, prompt.mask[:, :end], prompt.positions[:, start:end], cache)
+            states, before = self.base_pass(segment, prompt.mask[:, :end], prompt.positions[:, start:end], cache)
             if start == 0 and self.before_last_backward is not None and states.requires_grad:
                 states.register_hook(self._announce_last_backward)
-            thought = layer[:, -1:]  # (B, 1, D)
             hidden.append(states)
             filled.append(segment)
-        return Thinking(torch.cat(hidden, dim=1), torch.cat(filled, dim=1), cache, cast("Tensor", thought))
+        return Thinking(torch.cat(hidden, dim=1), torch.cat(filled, dim=1), cache, cast("Sequence[Tensor]", before))
 
-    def _announce_last_backward(self, grad: Tensor) -> None:
-        if self.before_last_backward is not None:
-            self.before_last_backward()
-
-    def _noise(
-        self,
-        input_ids: Tensor,
-        noise_scale: Scales | None,
-        noise_type: str,
-        noise_direction: str | None,
-        schedule: str,
-        seed: int | None,
-        question_index: int | Sequence[int] | None,
-    ) -> ThoughtInterventions | None:
-        """The noise of a batch without branches: each row is branch 0 of its question."""
-        if noise_scale is None:
-            return None
-        scale = torch.as_tensor(noise_scale, dtype=torch.float64)
-        rows = len(input_ids)
-        if scale.dim() and scale.shape != (rows,):
-            raise ValueError(f"{scale.numel()} scales for {rows} rows")
-        scales = (scale.expand(rows) if scale.dim() == 0 else scale).tolist()
-        return ThoughtInterventions(
-            latent=input_ids == self.latent_token_id,
-            rows=[Intervention(one, noise_type, noise_direction, schedule=schedule) for one in scales],
-            questions=question_indices(question_index, rows),
-            branches=[0] * rows,
-            seed=seed or 0,
-        )
-
-    def _details(self, input_ids: Tensor, thinking: Thinking, noise: ThoughtInterventions | None) -> Details:
-        latent = input_ids == self.latent_token_id
-        infos = [[] for _ in latent] if noise is None else noise.infos
-        return Details(gather_thoughts(thinking.inputs_embeds, latent), latent.sum(dim=1), infos)
-
-    def _base_pass(
+    def base_pass(
         self, inputs_embeds: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: DynamicCache | None
-    ) -> tuple[Tensor, Tensor]:
-        """One pass of the decoder; the states the head reads, and the states of `hidden_layer_idx`."""
+    ) -> tuple[Tensor, list[Tensor]]:
+        """One pass of the decoder: the states (B, T, D) that the head reads, and those (B, 1, D) that the map reads."""
+        layers = self.thought_map.layers
         outputs = self.decoder(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=cache,
             use_cache=cache is not None,
-            output_hidden_states=self.hidden_layer_idx != -1,
+            output_hidden_states=any(layer != -1 for layer in layers),
         )
         # Gradient checkpointing makes transformers drop the cache with no more than a warning: wrong thoughts.
         if cache is not None and cache.get_seq_length() != attention_mask.shape[1]:
             raise ValueError("the base model keeps no key-value cache, or gradient checkpointing has turned it off")
         device = inputs_embeds.device  # the last layers of a model that is spread over devices are on another one
         last = outputs.last_hidden_state.to(device)
-        return last, last if self.hidden_layer_idx == -1 else outputs.hidden_states[self.hidden_layer_idx].to(device)
+        return last, [(last if layer == -1 else outputs.hidden_states[layer].to(device))[:, -1:] for layer in layers]
+
+    def idle_passes(self, count: int, with_map: bool = False) -> Tensor | None:
+        """Zero, by way of `count` passes over one token and, `with_map`, of the map's parameters; None where there is nothing.
+
+        Sharded parameters are gathered for each pass, forward and backward, by all processes together: one with fewer
+        latents than the others must still take part. Processes also expect a gradient for each parameter, and where a batch
+        has no latents no other one reaches the map.
+        """
+        token = torch.full((1, 1), self.eos_token_id, device=self.embedding.weight.device)
+        mask, position = torch.ones_like(token), torch.zeros_like(token)
+        parts = [self.base_pass(self.embedding(token), mask, position, None)[0].sum() for _ in range(count)]
+        if with_map:
+            parts += [parameter.sum() for parameter in self.thought_map.parameters() if parameter.requires_grad]
+        return 0 * torch.stack(parts).sum() if parts else None
+
+    def _announce_last_backward(self, grad: Tensor) -> None:
+        if self.before_last_backward is not None:
+            self.before_last_backward()
+
+    def _with_noise(
+        self, input_ids: Tensor, noise: Noise | None, seed: int | None, question_index: int | Sequence[int] | None
+    ) -> ThoughtInterventions | None:
+        if noise is None:
+            return None
+        questions = question_indices(question_index, len(input_ids))
+        return ThoughtInterventions.of_noise(noise, input_ids == self.latent_token_id, seed or 0, questions)
+
+    def _details(self, input_ids: Tensor, thinking: Thinking, changes: ThoughtInterventions | None) -> Details:
+        latent = input_ids == self.latent_token_id
+        infos = [[] for _ in latent] if changes is None else changes.infos
+        return Details(gather_thoughts(thinking.inputs_embeds, latent), latent.sum(dim=1), infos)
 
     def project(self, hidden: Tensor) -> Tensor:
         """Language-model head on hidden states (..., D) -> logits (..., V), with the scalings some families apply after it."""
@@ -301,6 +306,7 @@ class Coconut(nn.Module):
         temperature: float = 0.0,
         top_p: float = 1.0,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        noise: Noise | None = None,
         noise_scale: Scales | None = None,
         noise_type: str = "gaussian",
         noise_direction: str | None = None,
@@ -319,6 +325,7 @@ class Coconut(nn.Module):
             synced_gpus: decode as long as the slowest process does (needed when parameters are sharded).
             temperature: 0 is greedy. top_p: smallest set of tokens with this probability mass (arXiv 1904.09751).
             generator: for sampling; one per row makes a row's sample independent of the rest of the batch.
+            noise: what is added to the thoughts. The published code says it in four arguments, which count without `noise`:
             noise_scale: perturb the first thought of each row, at one scale or one for each row; None is no noise.
             noise_type, noise_direction: see `noise.apply_noise_to_hidden_states`.
             apply_noise_to_all_passes: perturb every thought instead of the first.
@@ -336,21 +343,24 @@ class Coconut(nn.Module):
         Raises:
             ValueError: padding on the right, more positions than the model has, a setting out of range.
         """
-        ids, mask = self._insert(input_ids, attention_mask, inserted_latents)
-        self._check_generate(mask, max_new_tokens, temperature, top_p)
-        schedule = "constant" if apply_noise_to_all_passes else "none"
-        noise = self._noise(ids, noise_scale, noise_type, noise_direction, schedule, seed, question_index)
-        if seed is not None and generator is None:
-            generator = [sampling_generator(seed, index, 0) for index in question_indices(question_index, len(ids))]
-        thinking = self.think(ids, mask, keep_cache=True, interventions=noise)
+        ids, mask = with_latents(self, input_ids, attention_mask, inserted_latents)
         sampling = Sampling(temperature, top_p, generator)
-        new = self._decode(thinking.hidden[:, -1], thinking.cache, mask, max_new_tokens, sampling, synced_gpus).tokens
+        check_prompt(self, mask, max_new_tokens)
+        check_sampling(sampling)
+        if noise is None:
+            noise = published_noise(noise_scale, noise_type, noise_direction, apply_noise_to_all_passes)
+        changes = self._with_noise(ids, noise, seed, question_index)
+        if seed is not None and generator is None:
+            generators = [sampling_generator(seed, index, 0) for index in question_indices(question_index, len(ids))]
+            sampling = sampling._replace(generator=generators)
+        thinking = self.think(ids, mask, keep_cache=True, interventions=changes)
+        new = decode(self, thinking.hidden[:, -1], thinking.cache, mask, max_new_tokens, sampling, synced_gpus).tokens
         tokens = torch.cat([input_ids, new], dim=1)
         returned: list[Tensor | Details] = [tokens]
         if output_embedding:
             returned.append(torch.cat([thinking.inputs_embeds, self.embedding(new)], dim=1))
         if return_details:
-            returned.append(self._details(ids, thinking, noise))
+            returned.append(self._details(ids, thinking, changes))
         return tuple(returned) if len(returned) > 1 else tokens
 
     @torch.no_grad()
@@ -409,197 +419,24 @@ class Coconut(nn.Module):
                 question=questions[row],
                 branch=branch,
                 noise_branch=0 if shared_noise else branch,
-                intervention=Intervention(one, noise_type, noise_direction, noise_at_step, schedule),
+                intervention=Intervention(Noise(one, noise_type, noise_direction, noise_at_step, schedule)),
                 temperature=temperature,
             )
             for row, one, branch in product(range(len(input_ids)), scale.flatten().tolist(), range(num_branches))
         ]
-        rows[0].intervention.check()
-        point = self.branch_point(input_ids, attention_mask, noise_at_step, inserted_latents)
-        generated = self.generate_from(point, rows, max_new_tokens, top_p, seed, synced_gpus, return_details)
+        Noise(scale.flatten(), noise_type, noise_direction, noise_at_step, schedule).check()
+        point = branch_point(self, input_ids, attention_mask, noise_at_step, inserted_latents)
+        generated = generate_from(self, point, rows, max_new_tokens, top_p, seed, synced_gpus, return_details)
         if not return_details:
             return generated.tokens.unflatten(0, shape)
         return gather_branches(generated, point.prompt.latent.sum(dim=1), noise_at_step, shape)
 
-    @torch.no_grad()
-    def branch_point(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        noise_at_step: int = 1,
-        inserted_latents: int | None = None,
-    ) -> BranchPoint:
-        """Think up to where thought `noise_at_step` (from 1) is fed back: what all branches of a question have in common.
 
-        input_ids, attention_mask, inserted_latents: as in `generate`, which raises the same errors.
-        """
-        ids, mask = self._insert(input_ids, attention_mask, inserted_latents)
-        prompt = self._prompt(ids, mask)
-        bounds = pass_bounds(prompt.latent, prompt.mask)
-        columns = [passes.index(noise_at_step) for passes in count_passes(prompt.latent) if noise_at_step in passes]
-        column = min(columns, default=ids.shape[1])
-        embeds = self.embedding(ids)
-        shared = [(start, end) for start, end in bounds if start < column]
-        thinking = self._passes(embeds[:, :column], prompt, shared, DynamicCache())
-        return BranchPoint(prompt, embeds, column, thinking, bounds)
-
-    @torch.no_grad()
-    def generate_from(
-        self,
-        point: BranchPoint,
-        branches: Sequence[Branch],
-        max_new_tokens: int = 16,
-        top_p: float = 1.0,
-        seed: int = 0,
-        synced_gpus: bool = False,
-        score: bool = True,
-    ) -> Generated:
-        """Think and decode on from a branch point, which stays as it is: all branches, of any questions, as rows of one batch.
-
-        score: also compute the log-probabilities. Raises ValueError as `generate`, or if a thought before the branch point
-        is to be changed.
-        """
-        temperatures = [branch.temperature for branch in branches]
-        self._check_generate(point.prompt.mask, max_new_tokens, min(temperatures), top_p)
-        index = torch.tensor([branch.row for branch in branches], device=point.embeds.device)
-        prompt = point.prompt.select(index)
-        interventions = ThoughtInterventions(
-            latent=prompt.latent,
-            rows=[branch.intervention for branch in branches],
-            questions=[branch.question for branch in branches],
-            branches=[branch.noise_branch for branch in branches],
-            seed=seed,
-        )
-        hidden, cache, thoughts = self._think_on(point, index, prompt, interventions)
-        if any(temperatures):
-            generators = [sampling_generator(seed, branch.question, branch.branch) for branch in branches]
-            sampling = Sampling(torch.tensor(temperatures, device=hidden.device), top_p, generators)
-        else:
-            sampling = Sampling(0.0, top_p, None)
-        decoded = self._decode(hidden, cache, prompt.mask, max_new_tokens, sampling, synced_gpus, score, True)
-        return Generated(*decoded, thoughts, interventions.infos)
-
-    def _think_on(
-        self, point: BranchPoint, index: Tensor, prompt: Prompt, interventions: ThoughtInterventions
-    ) -> tuple[Tensor, DynamicCache, Tensor]:
-        """Last hidden states (R, D), cache and thoughts (R, N, D) of R rows, whose questions are `index` (R,)."""
-        column = point.column
-        if interventions.first_column() < column:
-            raise ValueError(f"the branch point is column {column}, but a thought fed to an earlier one is to be changed")
-        cache = select_cache(cast("DynamicCache", point.thinking.cache), index)
-        hidden, thought = point.thinking.hidden[index, -1], point.thinking.thought[index]
-        # Of the shared part only the columns with latents are copied: a long prompt has few.
-        has_latent = point.prompt.latent.any(dim=0)
-        fed_back = [point.thinking.inputs_embeds[:, has_latent[:column]][index]]
-        if column < point.embeds.shape[1]:
-            bounds = [(start, end) for start, end in point.bounds if start >= column]
-            thinking = self._passes(point.embeds[index, column:], prompt, bounds, cache, thought, interventions)
-            hidden = thinking.hidden[:, -1]
-            fed_back.append(thinking.inputs_embeds[:, has_latent[column:]])
-        self._idle_passes(self.max_over_ranks(len(point.bounds)) - len(point.bounds))
-        return hidden, cache, gather_thoughts(torch.cat(fed_back, dim=1), prompt.latent[:, has_latent])
-
-    def _decode(
-        self,
-        hidden: Tensor,
-        cache: DynamicCache | None,
-        mask: Tensor,
-        max_new_tokens: int,
-        sampling: Sampling,
-        synced_gpus: bool = False,
-        score: bool = False,
-        drop_finished: bool = False,
-    ) -> Decoded:
-        """Tokens after prompts whose last hidden states are (B, D) and whose mask is (B, T).
-
-        score: also compute the log-probabilities. drop_finished: go on without finished rows as soon as they are half of
-        all, which saves their time; the generators must then be one for each row.
-        """
-        position = count_positions(mask)[:, -1:]  # (B, 1)
-        finished = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
-        rows = torch.arange(len(hidden), device=hidden.device)  # those that are still in the batch
-        tokens = rows.new_full((len(rows), max_new_tokens), self.eos_token_id)
-        scores = torch.zeros(tokens.shape, device=hidden.device)
-        lengths = torch.zeros_like(rows)
-        for new in range(max_new_tokens):
-            logits = self.project(hidden)
-            token = sample(logits, *sampling).masked_fill(finished, self.eos_token_id)  # (B,)
-            tokens[rows, new] = token
-            lengths[rows] += ~finished
-            if score:
-                scores[rows, new] = -F.cross_entropy(logits.float(), token, reduction="none").masked_fill(finished, 0)
-            finished = finished | (token == self.eos_token_id)
-            ended = new + 1 == max_new_tokens or bool(finished.all())
-            if not (self.max_over_ranks(int(not ended)) if synced_gpus else not ended):
-                break
-            if new + 1 == max_new_tokens:
-                self._accompany()
-                break
-            if drop_finished and 0 < (going := (~finished).nonzero().squeeze(1)).numel() <= len(finished) // 2:
-                keep_rows(cast("DynamicCache", cache), going)
-                rows, token, mask, position, finished = (part[going] for part in (rows, token, mask, position, finished))
-                sampling = sampling.select(going.tolist())
-            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-            position = position + 1
-            states, _ = self._base_pass(self.embedding(token[:, None]), mask, position, cache)
-            hidden = states[:, -1]
-        return Decoded(tokens[:, : new + 1], lengths, scores[:, : new + 1])
-
-    def _insert(self, input_ids: Tensor, attention_mask: Tensor | None, count: int | None) -> tuple[Tensor, Tensor]:
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        if count is None:
-            return input_ids, mask
-        return insert_latents(input_ids, mask, self.start_latent_id, self.end_latent_id, self.latent_token_id, count)
-
-    def _accompany(self) -> None:
-        """Take part in the passes of processes that are given more new tokens, until they end."""
-        going = 1
-        while going:
-            self._idle_passes(1)
-            going = self.max_over_ranks(0)
-
-    def _idle_passes(self, count: int) -> Tensor:
-        """Zero, by way of `count` passes over one token.
-
-        Sharded parameters are gathered for each pass, forward and backward, by all processes together: one with fewer
-        latents than the others must still take part.
-        """
-        token = torch.full((1, 1), self.eos_token_id, device=self.embedding.weight.device)
-        mask, position = torch.ones_like(token), torch.zeros_like(token)
-        zero = torch.zeros((), device=token.device)
-        return 0 * sum(
-            (self._base_pass(self.embedding(token), mask, position, None)[0].sum() for _ in range(count)), start=zero
-        )
-
-    def _check_generate(self, mask: Tensor, max_new_tokens: int, temperature: float, top_p: float) -> None:
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
-        if temperature < 0:
-            raise ValueError(f"temperature is {temperature}; it must not be negative")
-        if not 0 < top_p <= 1:
-            raise ValueError(f"top_p is {top_p}; it must be in (0, 1]")
-        if not mask[:, -1].all():
-            raise ValueError("prompts must be padded on the left")
-        limit = self.max_positions
-        needed = int(mask.sum(dim=1).max()) + max_new_tokens - 1  # the last new token is not read again
-        if limit is not None and needed > limit:
-            raise ValueError(f"prompt and new tokens need {needed} positions; the model has {limit}")
-
-
-def count_positions(attention_mask: Tensor) -> Tensor:
-    """Position ids (B, T) that count the real tokens of each row from 0; 0 on padding."""
-    return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
-
-
-def pass_bounds(latent: Tensor, attention_mask: Tensor) -> list[tuple[int, int]]:
-    """The columns [start, end) of each pass: a new one begins wherever some row has a latent.
-
-    latent, attention_mask: (B, T). Raises ValueError if a latent has no real token before it.
-    """
-    before = F.pad(attention_mask[:, :-1].bool(), (1, 0))  # (B, T): a real token stands before this position
-    orphan = latent & ~before
-    has_latent, has_orphan = torch.stack([latent.any(dim=0), orphan.any(dim=0)]).tolist()  # one transfer to the host
-    if any(has_orphan):
-        raise ValueError(f"the latent in column {has_orphan.index(True)} has no token before it to think from")
-    starts = [0] + [column for column, found in enumerate(has_latent) if found]
-    return list(zip(starts, [*starts[1:], latent.shape[1]], strict=True))
+def published_noise(
+    noise_scale: Scales | None, noise_type: str, noise_direction: str | None, apply_noise_to_all_passes: bool
+) -> Noise | None:
+    """The arguments of the published code as one."""
+    if noise_scale is None:
+        return None
+    schedule = "constant" if apply_noise_to_all_passes else "none"
+    return Noise(noise_scale, noise_type, noise_direction, schedule=schedule)

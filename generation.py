@@ -1,4 +1,4 @@
-"""Decoding: how tokens are chosen, what branches share, and what generation returns.
+"""Decoding: how tokens are chosen, how branches go on from what they share, and what generation returns.
 
 Shapes: B rows of the batch, T positions, D width of the model, V vocabulary, K branches, S scales.
 """
@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import DynamicCache
 
-from thoughts import Intervention, path_diversity
+from noise import sampling_generator
+from thoughts import Intervention, ThoughtInterventions, count_passes, gather_thoughts, path_diversity
+
+if TYPE_CHECKING:
+    from coconut import Coconut
 
 MAX_N_LATENT = 8  # latents a model tried without training gets between its two markers; a default, not a limit
 
@@ -22,13 +27,14 @@ class Thinking(NamedTuple):
     """The state after some latent passes over T positions.
 
     hidden: (B, T, D), after the final norm. inputs_embeds: (B, T, D). cache: keys and values.
-    thought: (B, 1, D), the state of `hidden_layer_idx` at the last position: what a latent after it would be given.
+    before: what the thought map reads at the last position, (B, 1, D) for each of its layers: a latent after it gets the map's
+    thought of them.
     """
 
     hidden: Tensor
     inputs_embeds: Tensor
     cache: DynamicCache | None
-    thought: Tensor
+    before: Sequence[Tensor]
 
 
 class Prompt(NamedTuple):
@@ -104,7 +110,7 @@ class Branch(NamedTuple):
 
 
 class Generated(NamedTuple):
-    """What `Coconut.generate_from` returns for R branches: tokens, lengths, log_probabilities (R, new) and thoughts (R, N, D)
+    """What `generate_from` returns for R branches: tokens, lengths, log_probabilities (R, new) and thoughts (R, N, D)
     as in `Branches`; noise: for each branch the descriptions of its perturbed thoughts."""
 
     tokens: Tensor
@@ -119,7 +125,7 @@ class Sampling(NamedTuple):
 
     temperature: float | Tensor
     top_p: float
-    generator: torch.Generator | Sequence[torch.Generator] | None
+    generator: torch.Generator | Sequence[torch.Generator] | None = None
 
     def select(self, rows: list[int]) -> Sampling:
         """The same for some rows of the batch."""
@@ -262,3 +268,187 @@ def uniform(rows: int, generator: torch.Generator | Sequence[torch.Generator] | 
     if len(generator) != rows:
         raise ValueError(f"{len(generator)} generators for {rows} rows")
     return torch.cat([torch.rand(1, generator=one, device=one.device) for one in generator]).to(device)
+
+
+@torch.no_grad()
+def branch_point(
+    model: Coconut,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    noise_at_step: int = 1,
+    inserted_latents: int | None = None,
+) -> BranchPoint:
+    """Think up to where thought `noise_at_step` (from 1) is fed back: what all branches of a question have in common.
+
+    input_ids, attention_mask, inserted_latents: as in `Coconut.generate`, which raises the same errors.
+    """
+    ids, mask = with_latents(model, input_ids, attention_mask, inserted_latents)
+    prompt = model.prompt(ids, mask)
+    bounds = pass_bounds(prompt.latent, prompt.mask)
+    columns = [passes.index(noise_at_step) for passes in count_passes(prompt.latent) if noise_at_step in passes]
+    column = min(columns, default=ids.shape[1])
+    embeds = model.embedding(ids)
+    shared = [(start, end) for start, end in bounds if start < column]
+    thinking = model.passes(embeds[:, :column], prompt, shared, DynamicCache())
+    return BranchPoint(prompt, embeds, column, thinking, bounds)
+
+
+@torch.no_grad()
+def generate_from(
+    model: Coconut,
+    point: BranchPoint,
+    branches: Sequence[Branch],
+    max_new_tokens: int = 16,
+    top_p: float = 1.0,
+    seed: int = 0,
+    synced_gpus: bool = False,
+    score: bool = True,
+) -> Generated:
+    """Think and decode on from a branch point, which stays as it is: all branches, of any questions, as rows of one batch.
+
+    score: also compute the log-probabilities. Raises ValueError as `Coconut.generate`, or if a thought before the branch point
+    is to be changed.
+    """
+    temperatures = [branch.temperature for branch in branches]
+    check_prompt(model, point.prompt.mask, max_new_tokens)
+    check_sampling(Sampling(min(temperatures), top_p))
+    index = torch.tensor([branch.row for branch in branches], device=point.embeds.device)
+    prompt = point.prompt.select(index)
+    interventions = ThoughtInterventions(
+        latent=prompt.latent,
+        rows=[branch.intervention for branch in branches],
+        questions=[branch.question for branch in branches],
+        branches=[branch.noise_branch for branch in branches],
+        seed=seed,
+    )
+    hidden, cache, thoughts = _think_on(model, point, index, prompt, interventions)
+    if any(temperatures):
+        generators = [sampling_generator(seed, branch.question, branch.branch) for branch in branches]
+        sampling = Sampling(torch.tensor(temperatures, device=hidden.device), top_p, generators)
+    else:
+        sampling = Sampling(0.0, top_p)
+    decoded = decode(model, hidden, cache, prompt.mask, max_new_tokens, sampling, synced_gpus, score, True)
+    return Generated(*decoded, thoughts, interventions.infos)
+
+
+def _think_on(
+    model: Coconut, point: BranchPoint, index: Tensor, prompt: Prompt, interventions: ThoughtInterventions
+) -> tuple[Tensor, DynamicCache, Tensor]:
+    """Last hidden states (R, D), cache and thoughts (R, N, D) of R rows, whose questions are `index` (R,)."""
+    column = point.column
+    if interventions.first_column() < column:
+        raise ValueError(f"the branch point is column {column}, but a thought fed to an earlier one is to be changed")
+    cache = select_cache(cast("DynamicCache", point.thinking.cache), index)
+    hidden, before = point.thinking.hidden[index, -1], [states[index] for states in point.thinking.before]
+    # Of the shared part only the columns with latents are copied: a long prompt has few.
+    has_latent = point.prompt.latent.any(dim=0)
+    fed_back = [point.thinking.inputs_embeds[:, has_latent[:column]][index]]
+    if column < point.embeds.shape[1]:
+        bounds = [(start, end) for start, end in point.bounds if start >= column]
+        thinking = model.passes(point.embeds[index, column:], prompt, bounds, cache, before, interventions)
+        hidden = thinking.hidden[:, -1]
+        fed_back.append(thinking.inputs_embeds[:, has_latent[column:]])
+    model.idle_passes(model.max_over_ranks(len(point.bounds)) - len(point.bounds))
+    return hidden, cache, gather_thoughts(torch.cat(fed_back, dim=1), prompt.latent[:, has_latent])
+
+
+def decode(
+    model: Coconut,
+    hidden: Tensor,
+    cache: DynamicCache | None,
+    mask: Tensor,
+    max_new_tokens: int,
+    sampling: Sampling,
+    synced_gpus: bool = False,
+    score: bool = False,
+    drop_finished: bool = False,
+) -> Decoded:
+    """Tokens after prompts whose last hidden states are (B, D) and whose mask is (B, T).
+
+    score: also compute the log-probabilities. drop_finished: go on without finished rows as soon as they are half of
+    all, which saves their time; the generators must then be one for each row.
+    """
+    position = count_positions(mask)[:, -1:]  # (B, 1)
+    finished = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
+    rows = torch.arange(len(hidden), device=hidden.device)  # those that are still in the batch
+    tokens = rows.new_full((len(rows), max_new_tokens), model.eos_token_id)
+    scores = torch.zeros(tokens.shape, device=hidden.device)
+    lengths = torch.zeros_like(rows)
+    for new in range(max_new_tokens):
+        logits = model.project(hidden)
+        token = sample(logits, *sampling).masked_fill(finished, model.eos_token_id)  # (B,)
+        tokens[rows, new] = token
+        lengths[rows] += ~finished
+        if score:
+            scores[rows, new] = -F.cross_entropy(logits.float(), token, reduction="none").masked_fill(finished, 0)
+        finished = finished | (token == model.eos_token_id)
+        ended = new + 1 == max_new_tokens or bool(finished.all())
+        if not (model.max_over_ranks(int(not ended)) if synced_gpus else not ended):
+            break
+        if new + 1 == max_new_tokens:
+            _accompany(model)
+            break
+        if drop_finished and 0 < (going := (~finished).nonzero().squeeze(1)).numel() <= len(finished) // 2:
+            keep_rows(cast("DynamicCache", cache), going)
+            rows, token, mask, position, finished = (part[going] for part in (rows, token, mask, position, finished))
+            sampling = sampling.select(going.tolist())
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+        position = position + 1
+        states, _ = model.base_pass(model.embedding(token[:, None]), mask, position, cache)
+        hidden = states[:, -1]
+    return Decoded(tokens[:, : new + 1], lengths, scores[:, : new + 1])
+
+
+def _accompany(model: Coconut) -> None:
+    """Take part in the passes of processes that are given more new tokens, until they end."""
+    going = 1
+    while going:
+        model.idle_passes(1)
+        going = model.max_over_ranks(0)
+
+
+def with_latents(model: Coconut, input_ids: Tensor, attention_mask: Tensor | None, count: int | None) -> tuple[Tensor, Tensor]:
+    """Tokens and mask, with `count` latents inserted where the markers stand side by side (`insert_latents`); None: none."""
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    if count is None:
+        return input_ids, mask
+    return insert_latents(input_ids, mask, model.start_latent_id, model.end_latent_id, model.latent_token_id, count)
+
+
+def check_sampling(sampling: Sampling) -> None:
+    """Raise ValueError if a setting is out of range."""
+    if sampling.temperature < 0:
+        raise ValueError(f"temperature is {sampling.temperature}; it must not be negative")
+    if not 0 < sampling.top_p <= 1:
+        raise ValueError(f"top_p is {sampling.top_p}; it must be in (0, 1]")
+
+
+def check_prompt(model: Coconut, mask: Tensor, max_new_tokens: int) -> None:
+    """Raise ValueError if a prompt with this mask (B, T) cannot be decoded from."""
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+    if not mask[:, -1].all():
+        raise ValueError("prompts must be padded on the left")
+    limit = model.max_positions
+    needed = int(mask.sum(dim=1).max()) + max_new_tokens - 1  # the last new token is not read again
+    if limit is not None and needed > limit:
+        raise ValueError(f"prompt and new tokens need {needed} positions; the model has {limit}")
+
+
+def count_positions(attention_mask: Tensor) -> Tensor:
+    """Position ids (B, T) that count the real tokens of each row from 0; 0 on padding."""
+    return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+
+
+def pass_bounds(latent: Tensor, attention_mask: Tensor) -> list[tuple[int, int]]:
+    """The columns [start, end) of each pass: a new one begins wherever some row has a latent.
+
+    latent, attention_mask: (B, T). Raises ValueError if a latent has no real token before it.
+    """
+    before = F.pad(attention_mask[:, :-1].bool(), (1, 0))  # (B, T): a real token stands before this position
+    orphan = latent & ~before
+    has_latent, has_orphan = torch.stack([latent.any(dim=0), orphan.any(dim=0)]).tolist()  # one transfer to the host
+    if any(has_orphan):
+        raise ValueError(f"the latent in column {has_orphan.index(True)} has no token before it to think from")
+    starts = [0] + [column for column, found in enumerate(has_latent) if found]
+    return list(zip(starts, [*starts[1:], latent.shape[1]], strict=True))

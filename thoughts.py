@@ -1,20 +1,26 @@
-"""What is fed back as thoughts: interventions on them (noise, replacement), and how far noisy paths part.
+"""What is fed back as thoughts: the map from states to thoughts, interventions on them (noise, replacement), and how far noisy
+paths part.
 
 Shapes: B rows of the batch, T positions, D width of the model, K branches, N thoughts of a row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, NamedTuple, cast
+from typing import Annotated, Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from noise import (
     DECAY,
+    Scales,
     apply_noise_to_hidden_states,
     check_noise,
     check_schedule,
@@ -25,38 +31,150 @@ from noise import (
 )
 
 
-class Intervention(NamedTuple):
-    """What is done to the thoughts of one row.
+class ThoughtMap(nn.Module):
+    """Maps the states of a position to the thought that a latent after it is given. This one gives the last state as it is.
 
-    noise_scale: None is no noise. noise_type, noise_direction: as in `apply_noise_to_hidden_states`.
-    first_pass: the pass whose thought is perturbed first. schedule, decay: what later passes get, see `schedule_factor`.
-    replacements: thoughts (D,) under the numbers of the passes whose own thoughts they displace; noise comes on top.
+    layers: the states that it reads: 0 is the embeddings, l what layer l gives, -1 the last one, after the final norm.
     """
 
-    noise_scale: float | None = None
-    noise_type: str = "gaussian"
-    noise_direction: str | None = None
+    layers: tuple[int, ...] = (-1,)
+
+    def forward(self, states: Sequence[Tensor]) -> Tensor:
+        """states: one (B, 1, D) for each of `layers`. Returns (B, 1, D)."""
+        return states[0]
+
+
+class LayerMap(ThoughtMap):
+    """The state of any layer. Raises ValueError if the model has none of this number."""
+
+    def __init__(self, base: PreTrainedModel, layer: Annotated[int, Field(ge=-1)] = -1) -> None:
+        super().__init__()
+        most = base.config.get_text_config().num_hidden_layers
+        if not -1 <= layer <= most:
+            raise ValueError(f"layer is {layer}; the model has {most} layers: use -1, or 0 to {most}")
+        self.layers = (layer,)
+
+
+class NormMap(ThoughtMap):
+    """The last state, rescaled to the mean norm that the token embeddings have when the map is made.
+
+    Trained models have last states many times as long as their embeddings (facebookresearch/coconut issues 29 and 51).
+    """
+
+    norm: Tensor
+
+    def __init__(self, base: PreTrainedModel) -> None:
+        super().__init__()
+        weight = cast("Tensor", base.get_input_embeddings().weight)
+        self.register_buffer("norm", length(weight.detach()).mean())
+
+    def forward(self, states: Sequence[Tensor]) -> Tensor:
+        return F.normalize(states[0], dim=-1) * self.norm
+
+
+class ProjectionMap(ThoughtMap):
+    """Linear, GELU, Linear, LayerNorm of the last state (CODI, arXiv 2502.21074).
+
+    width: between the two linear layers; by default that of the model.
+    """
+
+    def __init__(self, base: PreTrainedModel, width: Annotated[int | None, Field(ge=1)] = None) -> None:
+        super().__init__()
+        size = base.config.get_text_config().hidden_size
+        width = width or size
+        self.steps = nn.Sequential(nn.Linear(size, width), nn.GELU(), nn.Linear(width, size), nn.LayerNorm(size))
+
+    def forward(self, states: Sequence[Tensor]) -> Tensor:
+        return self.steps(states[0])
+
+
+@dataclass(frozen=True)
+class MapKind:
+    """A row of THOUGHT_MAPS. make: gives the map of a base model; its further arguments are the options of the key."""
+
+    make: Callable[..., ThoughtMap]
+    about: str
+
+
+THOUGHT_MAPS: dict[str, MapKind] = {
+    "identity": MapKind(lambda base: ThoughtMap(), "the last state, after the final norm"),
+    "layer": MapKind(LayerMap, "the state of any layer"),
+    "norm": MapKind(NormMap, "the last state with the mean norm of the token embeddings"),
+    "projection": MapKind(ProjectionMap, "Linear, GELU, Linear, LayerNorm of the last state"),
+}
+
+
+def check_thought_map(setting: Any) -> str | dict[str, Any]:
+    """The setting of the key thought_map in its shortest form. Raises ValueError, naming what there is, if it is none."""
+    options = {"name": setting} if isinstance(setting, str) else dict(setting)
+    name = options.pop("name", None)
+    if name not in THOUGHT_MAPS:
+        raise ValueError(f"{name!r} is no thought map; there are {', '.join(THOUGHT_MAPS)}")
+    known = dict([*inspect.signature(THOUGHT_MAPS[name].make, eval_str=True).parameters.items()][1:])
+    for key, value in options.items():
+        if key not in known:
+            raise ValueError(f"{name} has no option {key!r}; it has {', '.join(known) or 'none'}")
+        try:
+            TypeAdapter(known[key].annotation).validate_python(value)
+        except ValidationError as error:
+            raise ValueError(f"{key} of {name} is {value!r}: {error.errors()[0]['msg']}") from None
+    return {"name": name, **options} if options else name
+
+
+ThoughtMapSetting = Annotated[str | dict[str, Any], AfterValidator(check_thought_map)]
+
+
+def make_thought_map(setting: str | dict[str, Any], base: PreTrainedModel, seed: int = 0) -> ThoughtMap:
+    """The map of a setting. Random weights are drawn from the seed alone. Raises ValueError if it does not fit the model."""
+    options = {"name": setting} if isinstance(setting, str) else dict(setting)
+    make = THOUGHT_MAPS[options.pop("name")].make
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return make(base, **options)
+
+
+class Noise(NamedTuple):
+    """Noise in thoughts.
+
+    scale: one, or in a batch one for each row. type, direction: as in `apply_noise_to_hidden_states`.
+    first_pass: the pass, counted from 1, whose thought is perturbed first. schedule, decay: what later ones get
+    (`schedule_factor`).
+    """
+
+    scale: Scales
+    type: str = "gaussian"
+    direction: str | None = None
     first_pass: int = 1
     schedule: str = "none"
     decay: float = DECAY
-    replacements: Mapping[int, Tensor] = MappingProxyType({})
 
-    def is_noisy(self, latent_pass: int) -> bool:
-        if self.noise_scale is None:
-            return False
+    def reaches(self, latent_pass: int) -> bool:
         return latent_pass == self.first_pass or (latent_pass > self.first_pass and self.schedule != "none")
-
-    def changes(self, latent_pass: int) -> bool:
-        return latent_pass in self.replacements or self.is_noisy(latent_pass)
 
     def check(self) -> None:
         """Raise ValueError if a setting is out of range, naming the valid ones."""
-        check_noise(0.0 if self.noise_scale is None else self.noise_scale, self.noise_type, self.noise_direction)
+        check_noise(self.scale, self.type, self.direction)
         check_schedule(self.schedule)
         if not self.decay >= 0:
             raise ValueError(f"the decay of the schedule is {self.decay}; it must not be negative")
         if self.first_pass < 1:
             raise ValueError(f"the first noisy pass is {self.first_pass}; passes are counted from 1")
+
+
+class Intervention(NamedTuple):
+    """What is done to the thoughts of one row.
+
+    replacements: thoughts (D,) under the numbers of the passes whose own thoughts they displace; noise comes on top.
+    """
+
+    noise: Noise | None = None
+    replacements: Mapping[int, Tensor] = MappingProxyType({})
+
+    def is_noisy(self, latent_pass: int) -> bool:
+        return self.noise is not None and self.noise.reaches(latent_pass)
+
+    def changes(self, latent_pass: int) -> bool:
+        return latent_pass in self.replacements or self.is_noisy(latent_pass)
 
 
 @dataclass
@@ -81,14 +199,23 @@ class ThoughtInterventions:
     infos: list[list[dict[str, Any]]] = field(init=False)
 
     def __post_init__(self) -> None:
-        for settings in {row[:-1] for row in self.rows}:
-            Intervention(*settings).check()
+        for noise in {row.noise for row in self.rows if row.noise is not None}:
+            noise.check()
         for name, values in {"interventions": self.rows, "questions": self.questions, "branches": self.branches}.items():
             if len(values) != len(self.latent):
                 raise ValueError(f"{len(values)} {name} for {len(self.latent)} rows")
         self._passes = count_passes(self.latent)
         self._norms: list[list[float]] = [[] for _ in self.rows]  # of the thoughts after the first noisy one
         self.infos = [[] for _ in self.rows]
+
+    @classmethod
+    def of_noise(cls, noise: Noise, latent: Tensor, seed: int, questions: Sequence[int]) -> ThoughtInterventions:
+        """Noise in a batch without branches: each row is branch 0 of its question."""
+        scale, rows = torch.as_tensor(noise.scale, dtype=torch.float64), len(latent)
+        if scale.dim() and scale.shape != (rows,):
+            raise ValueError(f"{scale.numel()} scales for {rows} rows")
+        each = [Intervention(noise._replace(scale=one)) for one in scale.expand(rows).tolist()]
+        return cls(latent, each, questions, [0] * rows, seed)
 
     def first_column(self) -> int:
         """The first column that is fed a changed thought in some row; T if there is none."""
@@ -103,8 +230,8 @@ class ThoughtInterventions:
         thoughts = self._replace(thoughts, column)
         alike: dict[tuple[str, str | None], list[int]] = {}  # rows that can be perturbed in one go
         for number, row in enumerate(self.rows):
-            if row.is_noisy(self._passes[number][column]):
-                alike.setdefault((row.noise_type, row.noise_direction), []).append(number)
+            if row.noise is not None and row.noise.reaches(self._passes[number][column]):
+                alike.setdefault((row.noise.type, row.noise.direction), []).append(number)
         for (noise_type, noise_direction), numbers in alike.items():
             thoughts = self._perturb(thoughts, column, numbers, noise_type, noise_direction)
         return thoughts
@@ -135,22 +262,25 @@ class ThoughtInterventions:
         self._record(numbers, column, info)
         return thoughts.index_copy(0, index, perturbed)
 
+    def _noise(self, number: int) -> Noise:
+        return cast("Noise", self.rows[number].noise)
+
     def _remember_norms(self, numbers: list[int], thoughts: Tensor, column: int) -> None:
         """Only the adaptive schedule looks at them."""
-        if not any(self.rows[number].schedule == "adaptive" for number in numbers):
+        if not any(self._noise(number).schedule == "adaptive" for number in numbers):
             return
         for number, norm in zip(numbers, length(thoughts.detach().float()).flatten().tolist(), strict=True):
-            if self._passes[number][column] > self.rows[number].first_pass:
+            if self._passes[number][column] > self._noise(number).first_pass:
                 self._norms[number].append(norm)
 
     def _scale(self, number: int, latent_pass: int) -> float:
-        row = self.rows[number]
-        scale = float(cast("float", row.noise_scale))
-        if latent_pass == row.first_pass:
+        noise = self._noise(number)
+        scale = float(cast("float", noise.scale))
+        if latent_pass == noise.first_pass:
             return scale
-        later_passes = max(self._passes[number]) - row.first_pass
-        factor = schedule_factor(row.schedule, latent_pass - row.first_pass - 1, later_passes, self._norms[number], row.decay)
-        return scheduled_scale(scale, factor, row.noise_type)
+        later, step = max(self._passes[number]) - noise.first_pass, latent_pass - noise.first_pass - 1
+        factor = schedule_factor(noise.schedule, step, later, self._norms[number], noise.decay)
+        return scheduled_scale(scale, factor, noise.type)
 
     def _record(self, numbers: list[int], column: int, info: dict[str, Any]) -> None:
         by_row = {key: value.tolist() if isinstance(value, Tensor) else [value] * len(numbers) for key, value in info.items()}

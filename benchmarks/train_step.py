@@ -22,7 +22,8 @@ import torch
 from naive import naive_forward
 from torch import Tensor
 
-from coconut import IGNORE_INDEX, Coconut, count_positions
+from coconut import IGNORE_INDEX, Coconut
+from generation import count_positions
 
 VARIANTS = ("coconut", "plain", "naive")
 PARTS = ("step", "forward_backward")

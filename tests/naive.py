@@ -6,7 +6,7 @@ Shapes: B rows of the batch, T positions, D width of the model, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -15,6 +15,29 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 Perturb = Callable[[Tensor, int], Tensor]  # a thought (D,) and the number of its pass -> the thought that is fed back
+ThoughtOf = Callable[[Sequence[Tensor]], Tensor]  # the states (B, T, D) of all layers -> what is fed back of them
+
+
+def last_state(states: Sequence[Tensor]) -> Tensor:
+    return states[-1]
+
+
+def naive_map(base: PreTrainedModel, name: str, layer: int = -1, weights: dict[str, Tensor] | None = None) -> ThoughtOf:
+    """A thought map by its definition; weights: of the projection, by their names in Coconut."""
+    if name == "projection":
+        first, first_bias, second, second_bias, scale, shift = (weights or {}).values()
+
+        def project(states: Sequence[Tensor]) -> Tensor:
+            inner = states[-1] @ first.T + first_bias
+            outer = inner * (1 + torch.erf(inner / math.sqrt(2))) / 2 @ second.T + second_bias
+            centred = outer - outer.mean(dim=-1, keepdim=True)
+            return centred / (centred.square().mean(dim=-1, keepdim=True) + 1e-5).sqrt() * scale + shift
+
+        return project
+    if name == "norm":
+        rows = base.get_input_embeddings().weight.detach().square().sum(dim=1).sqrt()
+        return lambda states: states[-1] / states[-1].square().sum(dim=-1, keepdim=True).sqrt() * rows.mean()
+    return lambda states: states[layer]
 
 
 class HasTokenIds(Protocol):
@@ -32,10 +55,10 @@ def naive_forward(
     attention_mask: Tensor,
     labels: Tensor,
     position_ids: Tensor,
-    hidden_layer_idx: int = -1,
+    thought_of: ThoughtOf = last_state,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean cross entropy over the labels, input embeddings (B, T, D) with the thoughts filled in, all logits (B, T, V)."""
-    embeds = fill_thoughts(base, ids, input_ids, attention_mask, position_ids, hidden_layer_idx)
+    embeds = fill_thoughts(base, ids, input_ids, attention_mask, position_ids, thought_of)
     logits = full_pass(base, embeds, attention_mask, position_ids).logits
     loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
     return loss, embeds, logits
@@ -63,10 +86,11 @@ def naive_decode(
     max_new_tokens: int,
     perturb: Perturb | None = None,
     choose: Callable[[Tensor], int] = lambda logits: int(logits.argmax()),
+    thought_of: ThoughtOf = last_state,
 ) -> NaiveDecoded:
     """Decoding of one prompt (1, T) without a cache; `choose` takes logits (V,)."""
     mask, positions = torch.ones_like(prompt), torch.arange(prompt.shape[1], device=prompt.device)[None]
-    embeds = fill_thoughts(base, ids, prompt, mask, positions, perturb=perturb)
+    embeds = fill_thoughts(base, ids, prompt, mask, positions, thought_of, perturb)
     tokens, scores = prompt, []
     for _ in range(max_new_tokens):
         mask, positions = torch.ones_like(tokens), torch.arange(tokens.shape[1], device=prompt.device)[None]
@@ -175,7 +199,7 @@ def fill_thoughts(
     input_ids: Tensor,
     attention_mask: Tensor,
     position_ids: Tensor,
-    hidden_layer_idx: int = -1,
+    thought_of: ThoughtOf = last_state,
     perturb: Perturb | None = None,
 ) -> Tensor:
     """Input embeddings (B, T, D): the first latent of every row is filled in, then the second of every row, and so on.
@@ -186,7 +210,7 @@ def fill_thoughts(
     latent = input_ids == ids.latent  # (B, T)
     rank = latent.long().cumsum(dim=1)  # a row's j-th latent has rank j, counted from 1
     for j in range(1, int(rank.max()) + 1):
-        hidden = full_pass(base, embeds, attention_mask, position_ids).hidden_states[hidden_layer_idx]
+        hidden = thought_of(full_pass(base, embeds, attention_mask, position_ids).hidden_states)
         before = torch.cat([torch.zeros_like(hidden[:, :1]), hidden[:, :-1]], dim=1)  # the state one position earlier
         if perturb is not None:
             before = torch.stack(

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 from naive import naive_decode, naive_diversity, naive_perturb, naive_sampler
-from test_coconut import PROMPTS, BusyRank, alone, build, draw, wrap
+from test_coconut import PROMPTS, BusyRank, alone, build, draw, mapped, wrap
 from tiny_models import IDS, POSITIONS, assert_near, near, tiny_model
 
 from generation import Branches
@@ -98,14 +98,14 @@ def test_sliding_windows_and_layers():
     for family, layer in [("mistral", -1), ("gpt_oss", 1)]:
         base, how = tiny_model(family, tie_word_embeddings=False)[0], SETTINGS["sampled"]
         layout = [row[2:] for row in PROMPTS[:1]]
-        result = branches(wrap(base, hidden_layer_idx=layer), layout, **how)
+        result = branches(mapped(base, {"name": "layer", "layer": layer}), layout, **how)
         prompt = alone(draw(layout), 0)
         if layer == -1:
             for branch in range(3):
                 expected = naive_branch(base, IDS, prompt, QUESTIONS[0], branch, how["noise_scale"], how)
                 new = expected.tokens[0, prompt.shape[1] :].tolist()
                 assert result.tokens[0, branch, : len(new)].tolist() == new
-        model = wrap(base, hidden_layer_idx=layer)
+        model = mapped(base, {"name": "layer", "layer": layer})
         same = model.generate(prompt, max_new_tokens=NEW, seed=4, question_index=QUESTIONS[0], **how)
         assert result.tokens[0, 0].tolist()[: same.shape[1] - prompt.shape[1]] == same[0, prompt.shape[1] :].tolist()
 

@@ -13,15 +13,16 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from naive import naive_forward, naive_generate
+from naive import ThoughtOf, last_state, naive_decode, naive_forward, naive_generate, naive_map
 from safetensors.torch import load_file
 from scipy.stats import chisquare
 from tiny_models import FAMILIES, IDS, POSITIONS, VOCABULARY, WINDOW, assert_near, near, tiny_model
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from coconut import Coconut, count_positions
-from generation import MAX_N_LATENT, nucleus, sample
+from coconut import Coconut
+from generation import MAX_N_LATENT, count_positions, nucleus, sample
+from thoughts import make_thought_map
 
 GOLDEN = Path(__file__).parent / "golden"
 LAYOUTS = {
@@ -71,6 +72,10 @@ def wrap(base, ids=IDS, **settings) -> Coconut:
     return Coconut(base, ids.latent, ids.start_latent, ids.end_latent, ids.eos, **settings)
 
 
+def mapped(base, setting: str | dict) -> Coconut:
+    return wrap(base, thought_map=make_thought_map(setting, base).to(base.dtype))
+
+
 def build(family: str, **overrides) -> Coconut:
     return wrap(tiny_model(family, **overrides)[0])
 
@@ -89,16 +94,16 @@ def assert_same_gradients(actual: dict[str, torch.Tensor], expected: dict[str, t
         assert_near(actual[name], expected[name], what=name)
 
 
-def assert_matches_naive(model: Coconut, batch: dict[str, torch.Tensor]) -> None:
+def assert_matches_naive(model: Coconut, batch: dict[str, torch.Tensor], thought_of: ThoughtOf = last_state) -> None:
     """Loss, logits and embeddings where a token stands, and every gradient."""
     real = batch["attention_mask"].bool()
-    loss, embeds, logits = naive_forward(model.base_causallm, IDS, **batch, hidden_layer_idx=model.hidden_layer_idx)
+    loss, embeds, logits = naive_forward(model.base_causallm, IDS, **batch, thought_of=thought_of)
     outputs = model(**batch)
     assert_near(outputs.loss, loss)
     assert_near(outputs.logits[real], logits[real])
     assert_near(outputs.inputs_embeds[real], embeds[real])
-    expected = gradients(model.base_causallm, loss)
-    assert_same_gradients(gradients(model.base_causallm, outputs.loss), expected)
+    expected = gradients(model, loss)
+    assert_same_gradients(gradients(model, outputs.loss), expected)
 
 
 def new_tokens(row: torch.Tensor, prompt_length: int, eos: int) -> list[int]:
@@ -215,13 +220,36 @@ def test_any_layout_matches_naive(rows, family):
     assert_matches_naive(build(family), draw([text.ljust(width, ".") for text in texts]))
 
 
-@pytest.mark.parametrize("layer", [0, 1, -2, 2])
-def test_hidden_layer_matches_naive(layer):
-    model = wrap(tiny_model("llama")[0], hidden_layer_idx=layer)
-    batch = draw(LAYOUTS["ragged"])
-    assert_matches_naive(model, batch)
-    if layer != 2:  # the last of two layers, which is the default
-        assert not near(model(**batch).loss, build("llama")(**batch).loss)
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize(
+    "setting",
+    [*({"name": "layer", "layer": layer} for layer in (-1, 0, 1, 2)), "norm", "projection", {"name": "projection", "width": 5}],
+    ids=str,
+)
+def test_thought_maps_match_naive(family, setting):
+    base = tiny_model(family)[0]
+    model, batch = mapped(base, setting), draw(LAYOUTS["ragged"])
+    name = setting if isinstance(setting, str) else setting["name"]
+    layer = -1 if isinstance(setting, str) else setting.get("layer", -1)
+    thought_of = naive_map(base, name, layer, dict(model.thought_map.named_parameters()))
+    assert_matches_naive(model, batch, thought_of)
+    if layer not in (-1, 2) or name != "layer":  # the last of two layers is the default
+        assert not near(model(**batch).loss, build(family)(**batch).loss)
+    prompt = draw(PROMPTS[:1])["input_ids"][:, 6:]
+    expected = naive_decode(base, IDS, prompt, 8, thought_of=thought_of)
+    assert torch.equal(model.generate(prompt, max_new_tokens=8), expected.tokens)
+    for tokens in model.generate_with_branching(prompt, None, 8, 2, noise_scale=0.0)[0]:
+        assert torch.equal(tokens, expected.tokens[0, prompt.shape[1] :])
+
+
+def test_states_are_asked_for_only_where_a_map_reads_them():
+    for setting, wanted in [("identity", False), ("projection", False), ({"name": "layer", "layer": 1}, True)]:
+        model, asked = mapped(tiny_model("gpt2")[0], setting), []
+        model.decoder.register_forward_pre_hook(
+            lambda _module, _args, given, asked=asked: asked.append(given["output_hidden_states"]), with_kwargs=True
+        )
+        model(**draw(LAYOUTS["single row"]))
+        assert set(asked) == {wanted}
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "mistral"])

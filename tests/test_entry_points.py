@@ -144,7 +144,7 @@ def unmasked(self: coconut.Coconut, ids: torch.Tensor, *_: Any) -> generation.Pr
     return PROMPT(self, ids, None)
 
 
-SELECT, PROMPT, SNR_NOISE = generation.select_cache, coconut.Coconut._prompt, noise.FROM_NORMAL_DRAW["snr"]
+SELECT, PROMPT, SNR_NOISE = generation.select_cache, coconut.Coconut.prompt, noise.FROM_NORMAL_DRAW["snr"]
 ONE_STREAM = torch.Generator().manual_seed(0)
 TWICE = {**noise.FROM_NORMAL_DRAW, "snr": lambda h, s, g: 2 * SNR_NOISE(h, s, g)}
 [SNR] = [setting for setting in selfcheck.settings() if setting.noise_type == "snr"]
@@ -153,8 +153,8 @@ DEFECTS: dict[str, tuple[Callable[[selfcheck.Bench], selfcheck.Check], Any, str,
     "scale 0 rounds": (selfcheck.check_no_noise, selfcheck, "apply_noise_to_hidden_states", lambda h, *_: (h + 1e-3, {})),
     "noise in the prompt": (selfcheck.check_prompt_states, thoughts.ThoughtInterventions, "apply", in_place),
     "no noise": (selfcheck.check_prompt_states, thoughts.ThoughtInterventions, "apply", lambda _, thoughts, __: thoughts),
-    "padding read": (selfcheck.check_batch, coconut.Coconut, "_prompt", unmasked),
-    "cache lost": (selfcheck.check_cache, coconut, "select_cache", emptied),
+    "padding read": (selfcheck.check_batch, coconut.Coconut, "prompt", unmasked),
+    "cache lost": (selfcheck.check_cache, generation, "select_cache", emptied),
     "seed ignored": (selfcheck.check_seed, thoughts, "noise_generator", ignoring(0)),
     "noise unseeded": (selfcheck.check_seed, thoughts, "noise_generator", fresh_numbers),
     "samples unseeded": (selfcheck.check_seed, coconut, "sampling_generator", fresh_numbers),
@@ -162,7 +162,7 @@ DEFECTS: dict[str, tuple[Callable[[selfcheck.Bench], selfcheck.Check], Any, str,
     "shared noise ignored": (selfcheck.check_noise_of_branches, thoughts, "noise_generator", fresh_numbers),
     "branches seeded otherwise": (selfcheck.check_first_branch, thoughts, "noise_generator", fresh_numbers),
     "noise by turns": (selfcheck.check_batch_size, thoughts, "noise_generator", lambda *_: ONE_STREAM),
-    "samples by turns": (selfcheck.check_batch_size, coconut, "sampling_generator", lambda *_: ONE_STREAM),
+    "samples by turns": (selfcheck.check_batch_size, generation, "sampling_generator", lambda *_: ONE_STREAM),
     "extraction": (selfcheck.check_extraction, selfcheck, "extract_answer", lambda *_: "1234"),
 }
 

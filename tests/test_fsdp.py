@@ -122,7 +122,7 @@ import torch, torch.distributed as dist
 from systems import distributed
 from coconut import Coconut
 from tiny_models import FAMILIES, IDS, assert_near, tiny_model
-from utils import RunConfig
+from config import RunConfig
 
 def coconut(family):
     base, ids = tiny_model(family)

@@ -10,9 +10,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from naive import fill_thoughts, naive_decode, naive_diversity, naive_noise, naive_perturb, naive_sampler
+from naive import fill_thoughts, last_state, naive_decode, naive_diversity, naive_map, naive_noise, naive_perturb, naive_sampler
 from scipy import stats
-from test_coconut import LAYOUTS, PROMPTS, alone, build, draw, seeded, wrap
+from test_coconut import LAYOUTS, PROMPTS, alone, build, draw, mapped, seeded, wrap
 from tiny_models import IDS, assert_near, near, tiny_model
 from torch.testing import assert_close
 
@@ -27,7 +27,7 @@ from noise import (
     schedule_factor,
     scheduled_scale,
 )
-from thoughts import Intervention, ThoughtInterventions, path_diversity
+from thoughts import Intervention, Noise, ThoughtInterventions, path_diversity
 
 KINDS = [*itertools.product(sorted(set(NOISE_TYPES) - {"targeted"}), [None]), ("targeted", "same"), ("targeted", "opposite")]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -406,7 +406,7 @@ def naive_of(noise: dict, passes: int, seed: int, question: int, all_passes: boo
     )
 
 
-def assert_forward_matches_naive(model, layout: list[str], noise: dict, all_passes: bool) -> None:
+def assert_forward_matches_naive(model, layout: list[str], noise: dict, all_passes: bool, thought_of=last_state) -> None:
     batch, questions = draw(layout), [5, 900, 2, 7][: len(layout)]
     how = {"apply_noise_to_all_passes": all_passes, "seed": 3, "question_index": questions}
     outputs, details = model(**batch, **noise, **how, return_details=True)
@@ -415,7 +415,7 @@ def assert_forward_matches_naive(model, layout: list[str], noise: dict, all_pass
         ids, mask, positions = (batch[key][row : row + 1, real] for key in ("input_ids", "attention_mask", "position_ids"))
         passes = int((ids == IDS.latent).sum())
         perturb = naive_of(noise, passes, 3, question, all_passes)
-        embeds = fill_thoughts(model.base_causallm, IDS, ids, mask, positions, model.hidden_layer_idx, perturb)
+        embeds = fill_thoughts(model.base_causallm, IDS, ids, mask, positions, thought_of, perturb)
         assert_near(outputs.inputs_embeds[row, real], embeds[0])
         logits = model.base_causallm(inputs_embeds=embeds, position_ids=positions).logits
         assert_near(outputs.logits[row, real], logits[0])
@@ -439,7 +439,16 @@ def test_forward_with_noise_in_other_layouts(layout):
 
 
 def test_forward_with_noise_at_another_layer():
-    assert_forward_matches_naive(wrap(tiny_model("llama")[0], hidden_layer_idx=1), LAYOUTS["ragged"], NOISE[2], True)
+    base = tiny_model("llama")[0]
+    model = mapped(base, {"name": "layer", "layer": 1})
+    assert_forward_matches_naive(model, LAYOUTS["ragged"], NOISE[2], True, naive_map(base, "layer", 1))
+
+
+def test_noise_as_one_argument():
+    model, batch = build("llama"), draw(LAYOUTS["ragged"])
+    published = model(**batch, noise_scale=0.5, noise_type="orthogonal", apply_noise_to_all_passes=True, seed=1)
+    assert torch.equal(model(**batch, noise=Noise(0.5, "orthogonal", schedule="constant"), seed=1).loss, published.loss)
+    assert not torch.equal(model(**batch, noise=Noise(0.5, "orthogonal", first_pass=2), seed=1).loss, published.loss)
 
 
 @pytest.mark.parametrize("noise", [{}, {"noise_scale": 0.0}, {"noise_scale": math.inf, "noise_type": "snr"}], ids=str)
@@ -472,7 +481,7 @@ def test_noise_reaches_the_fed_back_position_alone():
     model.base_causallm.base_model.register_forward_hook(
         lambda _module, _args, outputs: cached.append(outputs.past_key_values.layers[0].keys.clone())
     )
-    noise = ThoughtInterventions(batch["input_ids"] == IDS.latent, [Intervention(5.0)], [0], [0])
+    noise = ThoughtInterventions(batch["input_ids"] == IDS.latent, [Intervention(Noise(5.0))], [0], [0])
     noisy = model.think(batch["input_ids"], keep_cache=True, interventions=noise)
     first = LAYOUTS["single row"][0].index("L")
     changed = (noisy.inputs_embeds != clean.inputs_embeds).any(dim=-1)[0]

@@ -31,11 +31,11 @@ from experiments.noise.settings import Voters
 from experiments.noise.subjects import Subject
 from experiments.noise.sweep import Answerer, conditions
 from experiments.tables import terminal
-from generation import Branch, Branches, Details
+from generation import Branch, Branches, Details, generate_from
 from noise import RECOMMENDED_SCALES, apply_noise_to_hidden_states, derived_generator
 from systems import distributed
 from systems.metrics import show
-from thoughts import Intervention, ThoughtInterventions
+from thoughts import Intervention, Noise, ThoughtInterventions
 from utils import Positive, UserError, get_logger
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -200,7 +200,7 @@ def check_prompt_states(bench: Bench) -> Check:
     latent = bench.ids == bench.subject.ids.latent  # (B, T)
     noisy = ThoughtInterventions(
         latent=latent,
-        rows=[Intervention(**NOISE)] * len(bench.ids),
+        rows=[Intervention(Noise(NOISE["noise_scale"], NOISE["noise_type"]))] * len(bench.ids),
         questions=range(len(bench.ids)),
         branches=[0] * len(bench.ids),
         seed=bench.config.seed,
@@ -238,7 +238,7 @@ def check_cache(bench: Bench) -> Check:
     thoughts_apart = scores_apart = 0.0
     for row in range(min(RECOMPUTED, len(bench.prompts))):
         point = bench.subject.branch_point([bench.prompts[row]], 1)
-        found = bench.model.generate_from(point, [Branch(0, row)], bench.config.max_new_tokens)
+        found = generate_from(bench.model, point, [Branch(0, row)], bench.config.max_new_tokens)
         thoughts, logits = recompute(bench, row, found.tokens)
         scores = logits.log_softmax(dim=-1).gather(1, found.tokens[0, :, None]).squeeze(1)
         spread = logits.amax(dim=-1) - logits.mean(dim=-1)  # (new,)
@@ -257,7 +257,7 @@ def recompute(bench: Bench, row: int, new: Tensor) -> tuple[Tensor, Tensor]:
     thoughts = []
     for column in (prompt[0] == bench.subject.ids.latent).nonzero().flatten().tolist():
         states = base(inputs_embeds=embeds[:, :column], use_cache=False, output_hidden_states=True).hidden_states
-        thoughts.append(states[bench.model.hidden_layer_idx][0, -1])
+        thoughts.append(bench.model.thought_map([states[layer][:, -1:] for layer in bench.model.thought_map.layers])[0, 0])
         embeds = torch.cat([embeds[:, :column], thoughts[-1][None, None], embeds[:, column + 1 :]], dim=1)
     logits = base(inputs_embeds=embeds, use_cache=False).logits[0, prompt.shape[1] - 1 : -1]
     return torch.stack(thoughts), logits.float()

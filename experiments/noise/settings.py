@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from config import MOST_THOUGHTS, EvalLatents
 from experiments.answers.judging import answer_kind
 from noise import DECAY, NOISE_TYPES, RECOMMENDED_SCALES, check_noise
-from thoughts import Intervention
+from thoughts import Noise
 from utils import Config, OptionalPath, OptionalText, PathText, Positive, Seed, check_folder_name, check_kernel
 
 NoiseType = Literal["gaussian", "gaussian_scaled", "snr", "orthogonal", "uniform", "dropout", "targeted"]
@@ -175,9 +175,9 @@ class SweepConfig(Config):
             return [float(scale) for scale in self.noise_scales]
         return list(RECOMMENDED_SCALES[noise_type, direction])
 
-    def intervention(self, noise_type: str, direction: str | None, scale: float) -> Intervention:
+    def noise(self, noise_type: str, direction: str | None, scale: float) -> Noise:
         schedule = "constant" if self.apply_noise_to_all_passes else self.schedule
-        return Intervention(scale, noise_type, direction, self.noise_at_step, schedule, self.lambda_decay)
+        return Noise(scale, noise_type, direction, self.noise_at_step, schedule, self.lambda_decay)
 
 
 class BranchConfig(SweepConfig):

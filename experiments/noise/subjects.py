@@ -16,10 +16,11 @@ from dataset import MyCollator, check_chat_template, question_ids, stage_shape
 from experiments.answers.benchmarks import BenchmarkQuestion
 from experiments.answers.judging import build_prompt, user_message
 from experiments.noise.settings import SweepConfig
-from generation import MAX_N_LATENT, BranchPoint
+from generation import MAX_N_LATENT, BranchPoint, branch_point
 from systems import checkpoint, distributed
 from systems.models import LatentIds, build_model, latent_ids
 from systems.shards import SHARDS
+from thoughts import make_thought_map
 from utils import UserError
 
 WITH_THOUGHTS = ("coconut", "no_curriculum")  # methods whose latents are fed thoughts
@@ -80,8 +81,8 @@ class Subject:
                 for row, ids in enumerate(prompts)
             ]
         )
-        return self.model.branch_point(
-            batch["input_ids"].to(self.device), batch["attention_mask"].to(self.device), noise_at_step
+        return branch_point(
+            self.model, batch["input_ids"].to(self.device), batch["attention_mask"].to(self.device), noise_at_step
         )
 
     def text(self, tokens: list[int]) -> str:
@@ -100,7 +101,7 @@ class Subject:
             "layers": config.num_hidden_layers,
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
             "trained": trained,
-            "hidden_layer_idx": self.model.hidden_layer_idx,
+            "hidden_layer_idx": self.model.thought_map.layers[0],
         }
 
 
@@ -132,11 +133,11 @@ def load_subject(config: SweepConfig, device: torch.device) -> Subject:
     model = build_model(run, tokenizer, ids, getattr(torch, config.dtype), config.device_map).eval()
     if config.device_map is None:
         model.to(device)
-    layers = model.base_causallm.config.get_text_config().num_hidden_layers
     layer = config.hidden_layer_idx if config.hidden_layer_idx is not None else -1 if facts is None else facts.hidden_layer_idx
-    if not -1 <= layer <= layers:
-        raise UserError(f"hidden_layer_idx is {layer}; {source} has {layers} layers: use -1, or 0 to {layers}")
-    model.hidden_layer_idx = layer
+    try:
+        model.thought_map = make_thought_map({"name": "layer", "layer": layer}, model.base_causallm)
+    except ValueError as error:
+        raise UserError(f"hidden_layer_idx: {source}: {error}") from None
     return Subject(model, tokenizer, ids, device, source, curriculum, stage, config.n_latents, config.eval_latents)
 
 

@@ -32,7 +32,7 @@ from experiments.noise.progress import Progress, Record, open_progress
 from experiments.noise.settings import SweepConfig
 from experiments.noise.subjects import Subject, load_subject
 from experiments.noise.summary import CLEAN, GREEDY, NO_LATENTS, SELF_CONSISTENCY, condition_key
-from generation import Branch, BranchPoint, Generated
+from generation import Branch, BranchPoint, generate_from
 from systems import distributed
 from systems.storage import alone
 from thoughts import Intervention, path_diversity
@@ -80,7 +80,7 @@ def conditions(config: SweepConfig) -> list[Condition]:
         for scale in config.scales(noise_type, direction):
             if scale != (math.inf if noise_type == "snr" else 0):
                 alike = temperature == 0 and (config.shared_noise or noise_type == "targeted")
-                noise = config.intervention(noise_type, direction, scale)
+                noise = Intervention(config.noise(noise_type, direction, scale))
                 key = condition_key(noise_type, direction, scale)
                 found.append(Condition(key, k, temperature, noise, distinct=1 if alike else k))
     for control in config.controls:
@@ -148,7 +148,7 @@ def _paths(subject: Subject, questions: Sequence[BenchmarkQuestion]) -> dict[int
         point = subject.branch_point([subject.prompt(question) for question in questions], 1)
     except (UserError, ValueError):  # said when the question itself is answered
         return {} if len(questions) == 1 else {k: v for one in questions for k, v in _paths(subject, [one]).items()}
-    generated = subject.model.generate_from(point, [Branch(row, q.index) for row, q in enumerate(questions)], 1)
+    generated = generate_from(subject.model, point, [Branch(row, q.index) for row, q in enumerate(questions)], 1)
     steps = point.prompt.latent.sum(dim=1).tolist()
     thought = zip(questions, generated.thoughts.float().cpu(), steps, strict=True)
     return {question.index: path[:count] for question, path, count in thought}
@@ -258,7 +258,7 @@ class Answerer:
 
     def _generate(self, point: BranchPoint, rows: list[Branch]) -> Iterator[Answer]:
         config = self.config
-        generated: Generated = self.subject.model.generate_from(point, rows, config.max_new_tokens, config.top_p, config.seed)
+        generated = generate_from(self.subject.model, point, rows, config.max_new_tokens, config.top_p, config.seed)
         tokens, lengths = generated.tokens.tolist(), generated.lengths.tolist()
         scores, thoughts = generated.log_probabilities.tolist(), generated.thoughts.float().cpu()
         steps = point.prompt.latent.sum(dim=1).tolist()  # of each question; what follows in `thoughts` is padding
