@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from thoughts import ThoughtMapSetting
 from utils import (
     LARGEST,
     Config,
@@ -139,6 +140,9 @@ class RunConfig(Config):
     """Epochs that count as done. Without load_model_path a pretrained model so skips the first stages."""
     from_scratch: bool = False
     """Random weights from the configuration of model_id."""
+    thought_map: ThoughtMapSetting = "identity"
+    """What is fed back as a thought: a name (identity, layer, norm, projection), or a mapping with it and options, such as
+    {name: layer, layer: 6}."""
     attn_implementation: OptionalText = None
     """Attention of transformers: sdpa, eager, ...; null: its default."""
     trust_remote_code: bool = False

@@ -38,6 +38,7 @@ class ThoughtMap(nn.Module):
     """
 
     layers: tuple[int, ...] = (-1,)
+    setting: str | dict[str, Any] = "identity"  # of the key thought_map
 
     def forward(self, states: Sequence[Tensor]) -> Tensor:
         """states: one (B, 1, D) for each of `layers`. Returns (B, 1, D)."""
@@ -109,7 +110,7 @@ def check_thought_map(setting: Any) -> str | dict[str, Any]:
     options = {"name": setting} if isinstance(setting, str) else dict(setting)
     name = options.pop("name", None)
     if name not in THOUGHT_MAPS:
-        raise ValueError(f"{name!r} is no thought map; there are {', '.join(THOUGHT_MAPS)}")
+        raise ValueError(f"it must name one of {', '.join(THOUGHT_MAPS)}")
     known = dict([*inspect.signature(THOUGHT_MAPS[name].make, eval_str=True).parameters.items()][1:])
     for key, value in options.items():
         if key not in known:
@@ -130,7 +131,9 @@ def make_thought_map(setting: str | dict[str, Any], base: PreTrainedModel, seed:
     make = THOUGHT_MAPS[options.pop("name")].make
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return make(base, **options)
+        thought_map = make(base, **options)
+    thought_map.setting = setting
+    return thought_map
 
 
 class Noise(NamedTuple):

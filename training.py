@@ -393,6 +393,7 @@ class Trainer:
             pad_latent_to_max=config.pad_latent_to_max,
             epoch=epoch,
             accuracy=accuracy,
+            thought_map=config.thought_map,
             chat_template=config.chat_template,
             data=self.data,
             **checkpoint.id_facts(self.ids),

@@ -24,6 +24,7 @@ from typing import Any, NoReturn, cast
 
 import numpy as np
 import torch
+import yaml
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -51,9 +52,11 @@ from systems.storage import (
     sha256,
     write_directory,
 )
+from systems.weights import THOUGHT_MAP, fill_map, read_map, whole_map, write_map
 from utils import UserError, check_regular, entry_point, get_logger, no_such_file
 
 BEST = "@best"  # after a run's directory
+BASE = "base_causallm."
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -73,8 +76,10 @@ def newest_for(config: RunConfig, data: dict[str, str]) -> Path | None:
     facts = None if newest is None else read_facts(newest)
     if facts is None:
         return newest
-    if facts.method != config.method:
-        raise CheckpointError(f"{newest} was trained with method {facts.method}, not {config.method}: choose another name")
+    for key in ("method", "thought_map"):
+        trained, asked = getattr(facts, key), getattr(config, key)
+        if trained != asked:
+            raise CheckpointError(f"{newest} was trained with {key} {trained}, not {asked}: choose another name")
     for key in sorted(data.keys() & facts.data.keys()):
         if data[key] != facts.data[key]:
             hashes = f"its SHA-256 is {data[key]}, it was {facts.data[key]}"
@@ -234,7 +239,8 @@ def evaluation_config(config: RunConfig) -> tuple[RunConfig, int, int]:
         get_logger().info(f"{source} does not say how it was trained: stage {stage} from resume {config.resume}")
         return config, stage, config.resume
     known = {
-        key: getattr(facts, key) for key in ("method", "c_thought", "max_latent_stage", "pad_latent_to_max", "chat_template")
+        key: getattr(facts, key)
+        for key in ("method", "c_thought", "max_latent_stage", "pad_latent_to_max", "chat_template", "thought_map")
     }
     if changed := [f"{key} {value}" for key, value in known.items() if getattr(config, key) != value]:
         get_logger().info(f"{source} was trained with {', '.join(changed)}: evaluated so, whatever the configuration says")
@@ -287,7 +293,7 @@ def _gathered(
 ) -> Callable[[Path], None]:
     """Gather everything in rank 0; what writes it there."""
     base = unwrap(model).base_causallm
-    weights = _plain_weights(model)
+    weights, thought_map = _plain_weights(model), whole_map(unwrap(model))
     # An optimizer that has not stepped yet has no state; asking for it would make one up by a step with zero gradients.
     optimizer_state = get_optimizer_state_dict(model, optimizer, options=_WHOLE) if optimizer.state else None
     training = {**training, "optimizer": optimizer_state, "adapter": adapter_state(base)}
@@ -295,7 +301,7 @@ def _gathered(
         weights, training = copy.deepcopy((weights, training))  # the next step changes them
 
     def fill(partial: Path) -> None:
-        _fill_model(partial, base, weights, tokenizer, facts)
+        _fill_model(partial, base, weights, thought_map, tokenizer, facts)
         torch.save(training, partial / STATE)
 
     return fill
@@ -312,6 +318,7 @@ def _begin_shards(
 ) -> tuple[Callable[[Path], None], Future | None]:
     """Write this process's tensors; what writes the rest in rank 0, and what to wait for in the background."""
     base = unwrap(model).base_causallm
+    thought_map = whole_map(unwrap(model))
     tensors: dict[str, Any] = {"model": _named_weights(get_model_state_dict(model))}
     training = {**training, "optimizer": None, "adapter": None}
     if optimizer.state:
@@ -328,7 +335,7 @@ def _begin_shards(
             raise failure
         if shards is not None:
             wait_for(shards)
-        _fill_model(partial, base, None, tokenizer, facts, with_weights=False)
+        _fill_model(partial, base, None, thought_map, tokenizer, facts, with_weights=False)
         torch.save(training, partial / STATE)
 
     return fill, shards
@@ -338,15 +345,17 @@ def _fill_model(
     partial: Path,
     base: PreTrainedModel,
     weights: dict[str, Any] | None,
+    thought_map: dict[str, torch.Tensor],
     tokenizer: PreTrainedTokenizerBase,
     facts: Facts,
     with_weights: bool = True,
 ) -> None:
-    """Everything of a checkpoint but the training state; `weights` None are the model's own."""
+    """Everything of a checkpoint but the training state; `weights` None are the base model's own."""
     if with_weights:
         base.save_pretrained(partial, state_dict=weights)
     else:
         base.config.save_pretrained(partial)
+    write_map(partial, thought_map)
     tokenizer.save_pretrained(partial)
     _portable_tokenizer(partial / "tokenizer_config.json")
     (partial / FACTS).write_text(json.dumps(asdict(facts), indent=1) + "\n", encoding="utf-8")
@@ -361,8 +370,8 @@ def _plain_weights(model: nn.Module) -> dict[str, Any]:
 
 
 def _named_weights(state: dict[str, Any]) -> dict[str, Any]:
-    """By the names of the base model."""
-    return {key.removeprefix("base_causallm."): value for key, value in state.items()}
+    """Those of the base model, by its own names."""
+    return {key.removeprefix(BASE): value for key, value in state.items() if key.startswith(BASE)}
 
 
 def _portable_tokenizer(path: Path) -> None:
@@ -380,7 +389,10 @@ def restore(directory: Path, loaded: dict[str, Any], model: nn.Module, optimizer
 
     With another number of processes generators start anew. Raises UserError if the LoRA weights or the optimizer do not fit.
     """
-    load_adapter_state(unwrap(model).base_causallm, loaded["adapter"])
+    inner = unwrap(model)
+    load_adapter_state(inner.base_causallm, loaded["adapter"])
+    if is_adapted(inner.base_causallm):  # which was loaded from where the run began; elsewhere the map came with the weights
+        fill_map(inner.thought_map, read_map(directory), str(directory / THOUGHT_MAP))
     if loaded["optimizer"] is None:
         pass  # it had not stepped yet
     elif (directory / SHARDS).is_dir():
@@ -460,6 +472,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--max-latent-stage", type=_count, help="default: the stage")
     command.add_argument("--epoch", type=_count, default=0, help="finished epochs (default: %(default)s)")
     command.add_argument("--no-pad-latent-to-max", dest="pad_latent_to_max", action="store_false")
+    command.add_argument(
+        "--thought-map", type=yaml.safe_load, default="identity", help="as the key thought_map (default: %(default)s)"
+    )
     command = commands.add_parser("consolidate", help="a sharded checkpoint to a directory that transformers loads, too")
     command.add_argument("source", metavar="IN", type=Path, help="checkpoint_<epoch>, or a run's directory for its newest one")
     command.add_argument("target", metavar="OUT", type=Path, help="a directory that does not exist yet")
@@ -477,7 +492,7 @@ def convert(source: Path, target: Path, model_id: str, facts: dict[str, Any]) ->
 
     Args:
         facts: the entries of `Facts` that such a file does not know: method, stage, c_thought, max_latent_stage,
-            pad_latent_to_max, epoch.
+            pad_latent_to_max, epoch, thought_map.
 
     Raises:
         UserError: no such file, not a state dict, one that does not fit the model, facts that contradict each other, or
@@ -494,13 +509,20 @@ def convert(source: Path, target: Path, model_id: str, facts: dict[str, Any]) ->
     if not source.is_file():
         raise CheckpointError(f"{source}: no such file; a state dict in one file is needed")
     config = RunConfig(
-        name="convert", val_path="", only_eval=True, model_id=model_id, load_model_path=str(source), method=method
+        name="convert",
+        val_path="",
+        only_eval=True,
+        model_id=model_id,
+        load_model_path=str(source),
+        method=method,
+        thought_map=facts.get("thought_map", "identity"),
     )
     tokenizer = load_run_tokenizer(resolve_paths(config))
     ids = latent_ids(tokenizer, config.method)
-    base = build_model(config, tokenizer, ids).base_causallm
+    model = build_model(config, tokenizer, ids)
     known = Facts(accuracy=None, **id_facts(ids), **facts)
-    write_directory(target, lambda partial: _fill_model(partial, base, None, tokenizer, known))
+    thought_map = whole_map(model)
+    write_directory(target, lambda partial: _fill_model(partial, model.base_causallm, None, thought_map, tokenizer, known))
     get_logger().info(f"{target}: {known.method}, stage {known.stage}; load it with load_model_path={target}")
 
 
@@ -525,7 +547,7 @@ def consolidate(source: Path, target: Path) -> None:
         training["optimizer"]["state"] = state
 
     def fill(partial: Path) -> None:
-        _fill_model(partial, base, None, tokenizer, facts)
+        _fill_model(partial, base, None, read_map(source), tokenizer, facts)
         if training is not None:
             torch.save(training, partial / STATE)
 

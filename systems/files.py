@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, InstanceOf, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, InstanceOf, TypeAdapter, ValidationError, model_validator
 
 from config import ALL_TOKENS, MOST_EPOCHS, MOST_THOUGHTS, Method
+from thoughts import ThoughtMapSetting
 from utils import LARGEST, UserError, check_regular, get_logger, shown
 
 FACTS, STATE, MANIFEST = "coconut.json", "training_state.pt", "manifest.json"
@@ -47,10 +48,18 @@ class Facts:
     end_latent_id: TokenId
     latent_token_id: TokenId
     eos_token_id: int | None
-    hidden_layer_idx: Annotated[int, Field(ge=-1)] = -1
+    thought_map: ThoughtMapSetting = "identity"
     chat_template: bool = False
     data: dict[str, str] = field(default_factory=dict)  # SHA-256 of the files of train_path and val_path
     format: Literal[1] = FORMAT  # type: ignore[assignment]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _before_thought_maps(cls, values: Any) -> Any:
+        """Older checkpoints name a layer in place of the map; it was always the last."""
+        return (
+            {key: value for key, value in values.items() if key != "hidden_layer_idx"} if isinstance(values, dict) else values
+        )
 
 
 @dataclass

@@ -9,8 +9,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 import transformers
-from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from coconut import Coconut
@@ -18,13 +17,12 @@ from config import RunConfig
 from dataset import END_LATENT, LATENT, PAUSE, START_LATENT, marker_tokens
 from systems.lora import add_adapters
 from systems.shards import SHARDS, read_shards
+from systems.weights import check_weights, embedding_weight, first_line, load_state_dict_file, thought_map_of
 from utils import UserError, get_logger
 
 transformers.utils.logging.disable_progress_bar()  # one bar per loaded or saved shard says nothing
 
-WRAPPER_PREFIXES = ("module.", "_orig_mod.", "base_causallm.")  # DDP, torch.compile, Coconut
 _OWN_CODE = "{}: it brings its own code, which is not run: set trust_remote_code: True if you have read it and trust it"
-OLD_BUFFERS = (".attn.bias", ".masked_bias", ".attention.bias", ".inv_freq")  # masks and angles that old checkpoints hold
 IDENTITY_KEYS = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads")
 
 
@@ -53,7 +51,7 @@ def load_tokenizer(source: str, gguf_file: str | None = None, trust_remote_code:
         _refuse_own_code(source, error, trust_remote_code)
         if (Path(source) / "config.json").is_file():
             _config_of(source, None, trust_remote_code)  # a vision model has no tokenizer either, and that says more
-        raise UserError(f"{_place(source, gguf_file)}: no tokenizer could be loaded: {_first_line(error)}") from None
+        raise UserError(f"{_place(source, gguf_file)}: no tokenizer could be loaded: {first_line(error)}") from None
     if not tokenizer("a", add_special_tokens=False)["input_ids"]:
         raise UserError(f"{source}: no tokenizer could be loaded: the one there knows no text; are its files missing?")
     if tokenizer.eos_token_id is None:
@@ -95,11 +93,6 @@ def latent_ids(tokenizer: PreTrainedTokenizerBase, method: str | None) -> Latent
     return LatentIds(ids[START_LATENT], ids[END_LATENT], ids[LATENT], tokenizer.eos_token_id, thought)
 
 
-def embedding_weight(base: PreTrainedModel) -> Tensor:
-    """The input embeddings, (rows of the vocabulary, width)."""
-    return cast("nn.Embedding", base.get_input_embeddings()).weight
-
-
 def build_model(
     config: RunConfig,
     tokenizer: PreTrainedTokenizerBase,
@@ -121,7 +114,7 @@ def build_model(
     _check_finite(base, source)
     _warn_of_scaled_thoughts(base)
     initialise_markers(base, tokenizer, markers)
-    model = Coconut(base, ids.latent, ids.start, ids.end, ids.eos)
+    model = Coconut(base, ids.latent, ids.start, ids.end, ids.eos, thought_map_of(config, base))
     if config.lora_r is not None:
         add_adapters(base, config, [cast("int", tokenizer.convert_tokens_to_ids(marker)) for marker in markers])
     _check_usable(model, source)
@@ -174,7 +167,7 @@ def _random_model(config: RunConfig, vocabulary: int) -> PreTrainedModel:
         return _from_config(model_config, config.attn_implementation, config.trust_remote_code)
     except Exception as error:  # as in load_tokenizer
         place = _place(config.model_id, config.gguf_file)
-        raise UserError(f"{place}: no model can be made from its configuration: {_first_line(error)}") from None
+        raise UserError(f"{place}: no model can be made from its configuration: {first_line(error)}") from None
 
 
 def _from_config(
@@ -219,9 +212,9 @@ def _pretrained(config: RunConfig, source: str, dtype: torch.dtype, device_map: 
     except Exception as error:  # as in load_tokenizer
         _refuse_own_code(source, error, config.trust_remote_code)
         place = _place(source, gguf_file)
-        raise UserError(f"{place}: no causal language model could be loaded: {_first_line(error)}") from None
+        raise UserError(f"{place}: no causal language model could be loaded: {first_line(error)}") from None
     shapes = [one if isinstance(one, str) else one[0] for one in info["mismatched_keys"]]  # from version 5 on with the shapes
-    _check_weights(_place(source, gguf_file), [*info["missing_keys"]], [*info["unexpected_keys"]], shapes)
+    check_weights(_place(source, gguf_file), [*info["missing_keys"]], [*info["unexpected_keys"]], shapes)
     _own_weights(base)
     return base
 
@@ -236,16 +229,6 @@ def _plain_model(loaded: PreTrainedModel, config: RunConfig, dtype: torch.dtype)
     base.tie_weights()
     base.generation_config = loaded.generation_config
     return base.eval()
-
-
-def _check_weights(place: str, missing: list[str], unexpected: list[str], shapes: list[str]) -> None:
-    """Raise UserError that lists what does not fit the model; transformers would fill it with random numbers and go on."""
-    unexpected = [name for name in unexpected if not name.endswith(OLD_BUFFERS)]
-    if missing or unexpected or shapes:
-        raise UserError(
-            f"{place} does not fit the model: missing keys {_listed(missing)}; unexpected keys {_listed(unexpected)}; "
-            f"wrong shapes {_listed(shapes)}"
-        )
 
 
 @torch.no_grad()
@@ -272,7 +255,7 @@ def _config_of(source: str, gguf_file: str | None = None, trust_remote_code: boo
         found = AutoConfig.from_pretrained(source, **_options(gguf_file, trust_remote_code))
     except Exception as error:  # as in load_tokenizer
         _refuse_own_code(source, error, trust_remote_code)
-        raise UserError(f"{_place(source, gguf_file)}: no model configuration could be loaded: {_first_line(error)}") from None
+        raise UserError(f"{_place(source, gguf_file)}: no model configuration could be loaded: {first_line(error)}") from None
     if type(found) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         return found
     if "AutoModelForCausalLM" not in (getattr(found, "auto_map", None) or {}):
@@ -295,7 +278,7 @@ def _check_usable(model: Coconut, source: str) -> None:
     except ValueError as error:
         raise UserError(f"{source}: {error}") from None
     except Exception as error:  # families with other inputs or caches raise TypeError, AttributeError, RuntimeError, ...
-        raise UserError(f"{source}: model family {family!r} cannot be used for latent thoughts: {_first_line(error)}") from None
+        raise UserError(f"{source}: model family {family!r} cannot be used for latent thoughts: {first_line(error)}") from None
     model.train(was_training)
 
 
@@ -319,10 +302,6 @@ def _is_causal(model: Coconut) -> bool:
     return torch.allclose(first[0], first[1], rtol=max(1e-3, rounding), atol=max(1e-5, rounding))
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
-
-
 def check_same_family(config: RunConfig, checkpoint: str) -> None:
     """Raise UserError if a checkpoint directory holds a model of another shape than `model_id`."""
     if checkpoint == config.model_id:
@@ -339,79 +318,6 @@ def check_same_family(config: RunConfig, checkpoint: str) -> None:
                 f"load_model_path: {checkpoint} is a checkpoint of another model: {key} is {getattr(found, key, None)}, "
                 f"model_id {model_id} has {getattr(expected, key, None)}"
             )
-
-
-# --- published single-file checkpoints ---
-
-
-def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """A single-file state dict (torch or safetensors) with the prefixes of wrappers removed from its keys."""
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, SafetensorError, _unpickling_error()) as error:
-        raise UserError(f"{path}: not a state dict of tensors: {_first_line(error)}") from None
-    if not isinstance(state, dict) or not all(isinstance(key, str) and isinstance(state[key], Tensor) for key in state):
-        raise UserError(f"{path}: not a state dict of tensors: expected a mapping from parameter names to tensors")
-    for key, value in state.items():
-        if not _is_plain(value):
-            raise UserError(f"{path}: {key} is sparse, expanded or without values; the file must hold a value for each entry")
-    return {_strip_prefixes(key): value for key, value in state.items()}
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether each entry has a value of its own, so that a small file cannot ask for a large memory."""
-    if tensor.layout != torch.strided or tensor.device.type != "cpu":
-        return False
-    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
-
-
-def _unpickling_error() -> type[Exception]:
-    import pickle
-
-    return pickle.UnpicklingError
-
-
-def _strip_prefixes(key: str) -> str:
-    while prefix := next((prefix for prefix in WRAPPER_PREFIXES if key.startswith(prefix)), None):
-        key = key.removeprefix(prefix)
-    return key
-
-
-def load_state_dict_file(base: PreTrainedModel, path: Path) -> None:
-    """Load a single-file checkpoint, resizing the embeddings to its vocabulary.
-
-    Raises UserError that lists missing, unexpected and wrongly shaped keys. Tied heads and the attention-mask buffers of
-    old GPT-2 checkpoints may be there or not.
-    """
-    state = read_state_dict(path)
-    own = base.state_dict()
-    embedding = next(name for name, value in base.named_parameters() if value is embedding_weight(base))
-    if "embedding.weight" in state and "embedding.weight" not in own:  # a wrapper that names the embeddings a second time
-        state.setdefault(embedding, state["embedding.weight"])
-        del state["embedding.weight"]
-    rows, *width = state[embedding].shape if embedding in state and state[embedding].ndim else (0,)
-    if rows not in (0, own[embedding].shape[0]) and width == [*own[embedding].shape[1:]]:
-        base.resize_token_embeddings(rows, mean_resizing=False)
-        own = base.state_dict()
-    optional = set(getattr(base, "_tied_weights_keys", None) or []) if base.config.tie_word_embeddings else set()
-    shapes = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
-    missing, unexpected = [*(own.keys() - state.keys() - optional)], [*(state.keys() - own.keys())]
-    _check_weights(f"load_model_path: {path}", missing, unexpected, shapes)
-    base.load_state_dict({key: value for key, value in state.items() if key in own}, strict=False)
-    base.tie_weights()
-
-
-def _listed(keys: list[str], most: int = 8) -> str:
-    keys = sorted(keys)
-    return f"[{', '.join(keys[:most])}{f', ... {len(keys) - most} more' if len(keys) > most else ''}]"
-
-
-# --- markers ---
 
 
 @torch.no_grad()

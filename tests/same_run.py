@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from systems import checkpoint
 from systems.shards import SHARDS, whole_tensors
 from systems.storage import newest_whole
+from systems.weights import read_map
 
 
 def timeless_rows(directory: Path) -> list[dict[str, Any]]:
@@ -32,10 +33,12 @@ def equal(one: Any, two: Any) -> bool:
 
 
 def weights(directory: Path) -> dict[str, Any]:
-    """Everything in a checkpoint's model.safetensors, or in its shards, which also hold the optimizer's state."""
+    """Everything in a checkpoint's model.safetensors, or in its shards, which also hold the optimizer's state; and its map."""
     if (directory / SHARDS).is_dir():
-        return {part: whole_tensors(directory / SHARDS, part) for part in ("model", "optimizer")}
-    return load_file(directory / "model.safetensors")
+        found = {part: whole_tensors(directory / SHARDS, part) for part in ("model", "optimizer")}
+    else:
+        found = load_file(directory / "model.safetensors")
+    return {**found, "map": read_map(directory)}
 
 
 def differences(first: Path, second: Path) -> list[str]:

@@ -382,7 +382,7 @@ def test_low_precision_and_layers_run(arguments: dict[str, Any]) -> None:
     for number, change in enumerate([{"dtype": "bfloat16"}, {"dtype": "float16"}, {"hidden_layer_idx": 1}]):
         records = run(arguments, **change, name=str(number), noise_scales=[0.5], num_questions=2)
         assert [record["error"] for record in records] == [None, None]
-    with pytest.raises(UserError, match="hidden_layer_idx: .*layer is 7; the model has 2 layers: use -1, or 0 to 2"):
+    with pytest.raises(UserError, match="thought_map: .*layer is 7; the model has 2 layers: use -1, or 0 to 2"):
         run(arguments, hidden_layer_idx=7)
 
 

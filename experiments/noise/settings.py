@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from config import MOST_THOUGHTS, EvalLatents
 from experiments.answers.judging import answer_kind
 from noise import DECAY, NOISE_TYPES, RECOMMENDED_SCALES, check_noise
-from thoughts import Noise
+from thoughts import Noise, ThoughtMapSetting
 from utils import Config, OptionalPath, OptionalText, PathText, Positive, Seed, check_folder_name, check_kernel
 
 NoiseType = Literal["gaussian", "gaussian_scaled", "snr", "orthogonal", "uniform", "dropout", "targeted"]
@@ -66,6 +66,8 @@ class SweepConfig(Config):
     hidden_layer_idx: Annotated[int | None, BeforeValidator(_null)] = None
     """The layer whose state is fed back: -1 the last one, after the final norm; published gpt-oss experiments used 1.
     null: as trained, else -1."""
+    thought_map: Annotated[ThoughtMapSetting | None, BeforeValidator(_null)] = None
+    """Another map from states to thoughts, as the key of run.py; null: as trained, else identity."""
     n_latents: Annotated[int | None, Field(ge=1, le=MOST_THOUGHTS), BeforeValidator(_null)] = None
     """Thoughts of every question; null: as trained, else 8."""
     eval_latents: EvalLatents = "gold"

@@ -20,7 +20,6 @@ from generation import MAX_N_LATENT, BranchPoint, branch_point
 from systems import checkpoint, distributed
 from systems.models import LatentIds, build_model, latent_ids
 from systems.shards import SHARDS
-from thoughts import make_thought_map
 from utils import UserError
 
 WITH_THOUGHTS = ("coconut", "no_curriculum")  # methods whose latents are fed thoughts
@@ -102,6 +101,7 @@ class Subject:
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
             "trained": trained,
             "hidden_layer_idx": self.model.thought_map.layers[0],
+            "thought_map": self.model.thought_map.setting,
         }
 
 
@@ -130,14 +130,11 @@ def load_subject(config: SweepConfig, device: torch.device) -> Subject:
         )
     if config.device_map is not None and distributed.world_size() > 1:
         raise UserError("device_map: auto spreads a model over all GPUs: start a single process, without torchrun")
+    layer = None if config.hidden_layer_idx is None else {"name": "layer", "layer": config.hidden_layer_idx}
+    run = run.model_copy(update={"thought_map": layer or config.thought_map or run.thought_map})
     model = build_model(run, tokenizer, ids, getattr(torch, config.dtype), config.device_map).eval()
     if config.device_map is None:
         model.to(device)
-    layer = config.hidden_layer_idx if config.hidden_layer_idx is not None else -1 if facts is None else facts.hidden_layer_idx
-    try:
-        model.thought_map = make_thought_map({"name": "layer", "layer": layer}, model.base_causallm)
-    except ValueError as error:
-        raise UserError(f"hidden_layer_idx: {source}: {error}") from None
     return Subject(model, tokenizer, ids, device, source, curriculum, stage, config.n_latents, config.eval_latents)
 
 

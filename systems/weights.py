@@ -1,0 +1,143 @@
+"""Weights beside those that transformers reads: published single-file state dicts, and the thought map of a checkpoint."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import cast
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from coconut import Coconut
+from config import RunConfig
+from systems.files import read_facts
+from thoughts import ThoughtMap, make_thought_map
+from utils import UserError
+
+WRAPPER_PREFIXES = ("module.", "_orig_mod.", "base_causallm.")  # DDP, torch.compile, Coconut
+OLD_BUFFERS = (".attn.bias", ".masked_bias", ".attention.bias", ".inv_freq")  # masks and angles that old checkpoints hold
+THOUGHT_MAP, MAP_PREFIX = "thought_map.safetensors", "thought_map."
+
+
+def embedding_weight(base: PreTrainedModel) -> Tensor:
+    """The input embeddings, (rows of the vocabulary, width)."""
+    return cast("nn.Embedding", base.get_input_embeddings()).weight
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
+def check_weights(place: str, missing: list[str], unexpected: list[str], shapes: list[str]) -> None:
+    """Raise UserError that lists what does not fit the model; transformers would fill it with random numbers and go on."""
+    unexpected = [name for name in unexpected if not name.endswith(OLD_BUFFERS)]
+    if missing or unexpected or shapes:
+        raise UserError(
+            f"{place} does not fit the model: missing keys {_listed(missing)}; unexpected keys {_listed(unexpected)}; "
+            f"wrong shapes {_listed(shapes)}"
+        )
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """A single-file state dict (torch or safetensors) with the prefixes of wrappers removed from its keys."""
+    try:
+        is_safe = path.suffix == ".safetensors"
+        state = load_file(path) if is_safe else torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, SafetensorError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path}: not a state dict of tensors: {first_line(error)}") from None
+    if not isinstance(state, dict) or not all(isinstance(key, str) and isinstance(state[key], Tensor) for key in state):
+        raise UserError(f"{path}: not a state dict of tensors: expected a mapping from parameter names to tensors")
+    return {_strip_prefixes(key): value for key, value in state.items()}
+
+
+def _strip_prefixes(key: str) -> str:
+    while prefix := next((prefix for prefix in WRAPPER_PREFIXES if key.startswith(prefix)), None):
+        key = key.removeprefix(prefix)
+    return key
+
+
+def load_state_dict_file(base: PreTrainedModel, path: Path) -> None:
+    """Load a single-file checkpoint, resizing the embeddings to its vocabulary.
+
+    Raises UserError that lists missing, unexpected and wrongly shaped keys. Tied heads and the attention-mask buffers of
+    old GPT-2 checkpoints may be there or not.
+    """
+    state = {key: value for key, value in read_state_dict(path).items() if not key.startswith(MAP_PREFIX)}
+    own = base.state_dict()
+    embedding = next(name for name, value in base.named_parameters() if value is embedding_weight(base))
+    if "embedding.weight" in state and "embedding.weight" not in own:  # a wrapper that names the embeddings a second time
+        state.setdefault(embedding, state["embedding.weight"])
+        del state["embedding.weight"]
+    rows, *width = state[embedding].shape if embedding in state and state[embedding].ndim else (0,)
+    if rows not in (0, own[embedding].shape[0]) and width == [*own[embedding].shape[1:]]:
+        base.resize_token_embeddings(rows, mean_resizing=False)
+        own = base.state_dict()
+    optional = set(getattr(base, "_tied_weights_keys", None) or []) if base.config.tie_word_embeddings else set()
+    shapes = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
+    missing, unexpected = [*(own.keys() - state.keys() - optional)], [*(state.keys() - own.keys())]
+    check_weights(f"load_model_path: {path}", missing, unexpected, shapes)
+    base.load_state_dict({key: value for key, value in state.items() if key in own}, strict=False)
+    base.tie_weights()
+
+
+# --- the thought map ---
+
+
+def thought_map_of(config: RunConfig, base: PreTrainedModel) -> ThoughtMap:
+    """The map that the configuration names, with the weights that the source of the model has for it.
+
+    Where training goes on from a model without any, they start anew. Raises UserError if some are missing or left over.
+    """
+    source = config.load_model_path or config.model_id
+    try:
+        thought_map = make_thought_map(config.thought_map, base, config.seed)
+    except ValueError as error:
+        raise UserError(f"thought_map: {source}: {error}") from None
+    found, facts = read_map(Path(source)), None if config.from_scratch else read_facts(Path(source))
+    if facts is None:
+        needed = config.only_eval and any(True for _ in thought_map.parameters())
+    else:
+        needed = facts.thought_map == config.thought_map
+    if found or needed:
+        fill_map(thought_map, found, f"{source}: thought_map {config.thought_map}")
+    return thought_map.to(embedding_weight(base))
+
+
+def fill_map(thought_map: ThoughtMap, weights: dict[str, Tensor], place: str) -> None:
+    """Load all weights of a map. Raises UserError, which begins with `place`, if they are not those that it has."""
+    own = thought_map.state_dict()
+    shapes = [key for key in own.keys() & weights.keys() if own[key].shape != weights[key].shape]
+    check_weights(place, [*(own.keys() - weights.keys())], [*(weights.keys() - own.keys())], shapes)
+    thought_map.load_state_dict(weights)
+
+
+def read_map(source: Path) -> dict[str, Tensor]:
+    """The weights of a thought map in a checkpoint directory or in a state dict; empty where there are none."""
+    path = source / THOUGHT_MAP if source.is_dir() else source
+    if not path.is_file():
+        return {}
+    state = read_state_dict(path)
+    if source.is_dir():
+        return state
+    return {key.removeprefix(MAP_PREFIX): value for key, value in state.items() if key.startswith(MAP_PREFIX)}
+
+
+def whole_map(model: Coconut) -> dict[str, Tensor]:
+    """Copies of the thought map's weights on the CPU, sharded ones whole; called by all processes."""
+    state = model.thought_map.state_dict()
+    whole = {key: value.full_tensor() if hasattr(value, "full_tensor") else value for key, value in state.items()}
+    return {key: value.detach().to("cpu", copy=True).contiguous() for key, value in whole.items()}
+
+
+def write_map(directory: Path, weights: dict[str, Tensor]) -> None:
+    if weights:
+        save_file(weights, directory / THOUGHT_MAP)
+
+
+def _listed(keys: list[str], most: int = 8) -> str:
+    keys = sorted(keys)
+    return f"[{', '.join(keys[:most])}{f', ... {len(keys) - most} more' if len(keys) > most else ''}]"
