@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import product
-from typing import NamedTuple, cast
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +73,7 @@ class Coconut(nn.Module):
             equally many passes; by itself this module knows nothing of process groups.
         before_last_backward: called in the backward pass when only the gradients of the first pass are still to come; all
             later passes depend on it.
+        trained: what `from_pretrained` knows of the training (`systems.pretrained.Trained`).
     """
 
     def __init__(
@@ -92,6 +94,35 @@ class Coconut(nn.Module):
         self.thought_map = ThoughtMap() if thought_map is None else thought_map
         self.max_over_ranks: Callable[[int], int] = lambda value: value
         self.before_last_backward: Callable[[], None] | None = None
+        self.trained: Any = None
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, dtype: torch.dtype = torch.float32) -> Coconut:
+        """A checkpoint, a run's directory (its newest one) or RUN@best, with thought map and tokenizer, to be evaluated.
+
+        It is on the CPU. Raises UserError if there is none, or it is not what was saved.
+        """
+        from systems.pretrained import load
+
+        return load(str(source), dtype)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write a checkpoint directory that is not there yet; the inverse of `from_pretrained`."""
+        from systems.pretrained import save
+
+        save(self, Path(directory))
+
+    def answer(
+        self, question: str, max_new_tokens: int = 128, latents: int | Literal["max"] = "max", return_thoughts: bool = False
+    ) -> str | tuple[str, Tensor]:
+        """The greedy answer of a model from `from_pretrained`, with its steps if its stage writes any.
+
+        latents: how many to think with; "max" is as many as the stage has. return_thoughts: also return the thoughts (N, D).
+        """
+        from systems.pretrained import answer
+
+        text, thoughts = answer(self, question, max_new_tokens, latents)
+        return (text, thoughts) if return_thoughts else text
 
     @property
     def embedding(self) -> nn.Embedding:

@@ -34,6 +34,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from coconut import Coconut
 from config import METHODS, RunConfig
 from dataset import END_LATENT, LATENT, START_LATENT, marker_tokens
 from systems import distributed
@@ -56,6 +57,7 @@ from systems.weights import THOUGHT_MAP, fill_map, read_map, whole_map, write_ma
 from utils import UserError, check_regular, entry_point, get_logger, no_such_file
 
 BEST = "@best"  # after a run's directory
+TRAINED_WITH = ("method", "c_thought", "max_latent_stage", "pad_latent_to_max", "chat_template", "thought_map")  # of Facts
 BASE = "base_causallm."
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -238,10 +240,7 @@ def evaluation_config(config: RunConfig) -> tuple[RunConfig, int, int]:
         stage = config.scheduled_stage(config.resume)
         get_logger().info(f"{source} does not say how it was trained: stage {stage} from resume {config.resume}")
         return config, stage, config.resume
-    known = {
-        key: getattr(facts, key)
-        for key in ("method", "c_thought", "max_latent_stage", "pad_latent_to_max", "chat_template", "thought_map")
-    }
+    known = {key: getattr(facts, key) for key in TRAINED_WITH}
     if changed := [f"{key} {value}" for key, value in known.items() if getattr(config, key) != value]:
         get_logger().info(f"{source} was trained with {', '.join(changed)}: evaluated so, whatever the configuration says")
     return config.model_copy(update=known), facts.stage, facts.epoch
@@ -498,7 +497,6 @@ def convert(source: Path, target: Path, model_id: str, facts: dict[str, Any]) ->
         UserError: no such file, not a state dict, one that does not fit the model, facts that contradict each other, or
             `target` is there already.
     """
-    _check_absent(target)
     method, stage = facts["method"], facts["stage"]
     last = 0 if method in ("cot", "no_cot") else facts["max_latent_stage"] + 1
     if method != "icot" and stage > last:  # a stage of icot is a number of tokens
@@ -521,9 +519,15 @@ def convert(source: Path, target: Path, model_id: str, facts: dict[str, Any]) ->
     ids = latent_ids(tokenizer, config.method)
     model = build_model(config, tokenizer, ids)
     known = Facts(accuracy=None, **id_facts(ids), **facts)
-    thought_map = whole_map(model)
-    write_directory(target, lambda partial: _fill_model(partial, model.base_causallm, None, thought_map, tokenizer, known))
+    write_model(target, model, tokenizer, known)
     get_logger().info(f"{target}: {known.method}, stage {known.stage}; load it with load_model_path={target}")
+
+
+def write_model(target: Path, model: Coconut, tokenizer: PreTrainedTokenizerBase, facts: Facts) -> None:
+    """A checkpoint directory without a training state. Raises CheckpointError if `target` is there already."""
+    _check_absent(target)
+    base, thought_map = model.base_causallm, whole_map(model)
+    write_directory(target, lambda partial: _fill_model(partial, base, None, thought_map, tokenizer, facts))
 
 
 def consolidate(source: Path, target: Path) -> None:

@@ -27,6 +27,7 @@ ORDER = (
     "systems.distributed",
     "systems.storage",
     "systems.checkpoint",
+    "systems.pretrained",
     "evaluation",
     "systems.metrics",
     "training",
@@ -39,6 +40,7 @@ ORDER = (
     "quick_branch_test",
     "full_test",
 )
+LATER = {("coconut", "systems.pretrained")}  # imported where a method is called
 PACKAGES = ("systems", "preprocessing", "experiments")
 ENTRY_POINTS = ORDER[ORDER.index("run") :]
 PURE = {
@@ -78,7 +80,7 @@ def test_imports_go_upward_only(path: Path) -> None:
     own = place(".".join(path.relative_to(ROOT).with_suffix("").parts))
     assert own, f"{path.name}: give the new module its place in ORDER"
     for name in filter(None, map(place, imports(path))):
-        assert name == own or ORDER.index(name) < ORDER.index(own), f"{path.name} imports {name}"
+        assert name == own or (own, name) in LATER or ORDER.index(name) < ORDER.index(own), f"{path.name} imports {name}"
         assert name not in ENTRY_POINTS, f"{path.name} imports the entry point {name}"
 
 

@@ -1,0 +1,71 @@
+"""Checkpoints from Python: `Coconut.from_pretrained`, `save_pretrained` and `answer`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from coconut import Coconut
+from config import EvalLatents, RunConfig
+from dataset import get_question_latent_dataset, question_ids
+from generation import Details
+from systems import checkpoint
+from systems.files import Facts, read_facts
+from systems.models import LatentIds, build_model, latent_ids
+from utils import UserError
+
+
+@dataclass
+class Trained:
+    """What a model from a checkpoint knows besides its weights."""
+
+    facts: Facts
+    config: RunConfig
+    tokenizer: PreTrainedTokenizerBase
+    ids: LatentIds
+
+
+def load(source: str, dtype: torch.dtype) -> Coconut:
+    """See `Coconut.from_pretrained`."""
+    run = RunConfig(name="python", val_path="", only_eval=True, method="coconut", model_id=source, load_model_path=source)
+    run = checkpoint.resolve_paths(run)
+    facts = read_facts(Path(str(run.load_model_path)))
+    if facts is None:
+        raise UserError(f"{source}: not a checkpoint of this project: it has no coconut.json")
+    run = run.model_copy(update={key: getattr(facts, key) for key in checkpoint.TRAINED_WITH})
+    tokenizer = checkpoint.load_run_tokenizer(run)
+    ids = latent_ids(tokenizer, run.method)
+    model = build_model(run, tokenizer, ids, dtype).eval()
+    model.trained = Trained(facts, run, tokenizer, ids)
+    return model
+
+
+def save(model: Coconut, directory: Path) -> None:
+    """See `Coconut.save_pretrained`."""
+    trained = _trained(model)
+    checkpoint.write_model(directory, model, trained.tokenizer, trained.facts)
+
+
+def answer(model: Coconut, question: str, max_new_tokens: int, latents: EvalLatents) -> tuple[str, Tensor]:
+    """See `Coconut.answer`. The prompt is made by the code that makes those of an evaluation."""
+    trained = _trained(model)
+    ids, config = trained.ids, trained.config
+    [tokens] = question_ids(trained.tokenizer, [question], config.chat_template)
+    row = Dataset.from_dict({"idx": [0], "question_tokenized": [tokens], "steps_tokenized": [[]], "answer_tokenized": [[]]})
+    example = get_question_latent_dataset(trained.facts.stage, row, config, ids.start, ids.thought, ids.end, latents)[0]
+    prompt = torch.tensor([example["input_ids"]], device=model.embedding.weight.device)
+    generated = model.generate(prompt, max_new_tokens=max_new_tokens, return_details=True)
+    output, details = cast("tuple[Tensor, Details]", generated)
+    return str(trained.tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True)), details.thoughts[0]
+
+
+def _trained(model: Coconut) -> Trained:
+    if model.trained is None:
+        raise UserError("the model knows neither its tokenizer nor its training: load it with Coconut.from_pretrained")
+    return model.trained
