@@ -297,7 +297,7 @@ class Coconut(nn.Module):
     def _details(self, input_ids: Tensor, thinking: Thinking, changes: ThoughtInterventions | None) -> Details:
         latent = input_ids == self.latent_token_id
         infos = [[] for _ in latent] if changes is None else changes.infos
-        return Details(gather_thoughts(thinking.inputs_embeds, latent), latent.sum(dim=1), infos)
+        return Details(gather_thoughts(thinking.inputs_embeds, latent), latent.sum(dim=1), infos, thinking.hidden)
 
     def project(self, hidden: Tensor) -> Tensor:
         """Language-model head on hidden states (..., D) -> logits (..., V), with the scalings some families apply after it."""

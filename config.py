@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import bisect
-import math
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from methods import ALL_TOKENS, METHODS, MOST_THOUGHTS, Curriculum, EvalLatents
 from thoughts import ThoughtMapSetting
 from utils import (
     LARGEST,
@@ -22,36 +22,17 @@ from utils import (
     check_folder_name,
     check_kernel,
     null,
+    one_of,
     shown,
 )
 
-METHOD_KEYS = ("coconut", "cot", "no_thoughts", "no_cot")  # booleans of the published files
-
-
-Method = Literal["coconut", "cot", "no_thoughts", "no_cot", "no_curriculum", "pause", "pause_as_thought", "icot"]
-
-
-METHODS: tuple[str, ...] = get_args(Method)
-
-
-STAGED_METHODS = ("coconut", "no_thoughts", "pause_as_thought")  # steps are removed stage by stage
-
-
-ALL_TOKENS = 1_000_000  # the stage of icot in which no token of the steps is left
-
-
+MethodName = Annotated[str, one_of(METHODS)]
 # What only a slip of the finger exceeds, and what would take all memory or forever.
-MOST_EPOCHS, MOST_EXAMPLES, MOST_THOUGHTS, MOST_WORKERS = 100_000, 10_000_000, 10_000, 512
-
-
+MOST_EPOCHS, MOST_EXAMPLES, MOST_WORKERS = 100_000, 10_000_000, 512
 DEBUG_TRAIN, DEBUG_VALID = 5000, 32  # records that `debug: True` keeps, as in the published code
-
-
 LONGEST_PROJECT = 128  # characters, of wandb
 
-
-# How many latents a question gets when it is answered, see dataset.stage_shape.
-EvalLatents = Literal["gold", "max"] | Annotated[int, Field(ge=1, le=MOST_THOUGHTS)]
+Part = TypeVar("Part")
 
 
 class RunConfig(Config):
@@ -71,7 +52,7 @@ class RunConfig(Config):
     seed: Seed = 0
     """Of weights, data order and dropout."""
     # method: one of eight names, or exactly one of the four booleans of the published files
-    method: Method | None = None
+    method: MethodName | None = None
     """coconut, cot, no_cot, no_thoughts, no_curriculum, pause, pause_as_thought or icot; see docs/METHODS.md."""
     coconut: bool = False
     """The same as method: coconut."""
@@ -229,14 +210,15 @@ class RunConfig(Config):
         return self
 
     def _choose_method(self) -> None:
-        chosen = [name for name in METHOD_KEYS if getattr(self, name)]
+        published = [name for name in METHODS if name in type(self).model_fields]
+        chosen = [name for name in published if getattr(self, name)]
         if self.method is not None and self.method not in chosen:
             chosen.append(self.method)
         if len(chosen) != 1:
             found = " and ".join(chosen) if chosen else "none"
             raise ValueError(f"method: exactly one of {', '.join(METHODS)} must be chosen, found {found}")
-        self.method = chosen[0]  # type: ignore[assignment]
-        for name in METHOD_KEYS:
+        self.method = chosen[0]
+        for name in published:
             setattr(self, name, name == self.method)
 
     def _check_training(self) -> None:
@@ -254,13 +236,15 @@ class RunConfig(Config):
             raise ValueError("uniform_prob and earlier_stage_prob contradict each other: set one of them")
         if self.advance_cot_match is not None and self.advance_accuracy is None:
             raise ValueError("advance_cot_match needs advance_accuracy, which turns leaving a stage early on")
-        if self.method in ("coconut", "no_curriculum", "pause", "pause_as_thought") and self.c_thought == 0:
+        method = METHODS[str(self.method)]
+        if method.markers and self.c_thought == 0:
             raise ValueError(f"c_thought: 0 leaves {self.method} without thoughts: set at least 1, or method: no_thoughts")
-        if self.method in ("no_curriculum", "pause") and self.max_latent_stage == 0:
+        if method.markers and not method.has_stages and self.max_latent_stage == 0:
             raise ValueError(f"max_latent_stage: 0 leaves {self.method} without thoughts: set at least 1, or method: no_cot")
+        staged = [name for name, one in METHODS.items() if one.has_stages]
         for key in ("uniform_prob", "earlier_stage_prob", "advance_accuracy"):
-            if getattr(self, key) and self.method not in STAGED_METHODS:
-                raise ValueError(f"{key}: method {self.method} has no stages; leave it out, or use {', '.join(STAGED_METHODS)}")
+            if getattr(self, key) and not method.has_stages:
+                raise ValueError(f"{key}: method {self.method} has no stages; leave it out, or use {', '.join(staged)}")
 
     def _check_lora(self) -> None:
         options = [key for key in ("lora_alpha", "lora_dropout", "lora_target_modules") if getattr(self, key) is not None]
@@ -297,33 +281,10 @@ class RunConfig(Config):
         latents = [] if self.eval_latents == "gold" else [f"latents_{self.eval_latents}"]
         return run / "eval" / "-".join([Path(self.val_path).stem, *weights, *latents])
 
-    def scheduled_stage(self, epoch: int) -> int:
-        """The stage at the end of an epoch (paper, section 3), at which it is evaluated.
+    def part(self, kind: type[Part]) -> Part:
+        """The keys that a dataclass has fields for: a module is given its part of the configuration, not everything."""
+        return kind(**{field.name: getattr(self, field.name) for field in fields(cast("Any", kind))})
 
-        Past max_latent_stage all steps are gone and later stages would look alike, so they are one stage, in which
-        no_curriculum and pause are from the first epoch. A stage of icot is a number of removed tokens.
-        """
-        if self.method in ("cot", "no_cot"):
-            return 0
-        if self.method == "icot":
-            return self.icot_stage(epoch + 1, before=True)
-        last = self.max_latent_stage + 1
-        if self.method in ("no_curriculum", "pause"):
-            return last
-        return bisect.bisect_right(range(1, last + 1), epoch, key=self.first_epoch)
-
-    def stage_at(self, epoch: int, step: int, steps: int) -> int:
-        """The stage of one of the epoch's optimizer steps; only icot goes on to the next one inside an epoch."""
-        return self.icot_stage(epoch + step / steps) if self.method == "icot" else self.scheduled_stage(epoch)
-
-    def first_epoch(self, stage: int) -> int:
-        """The epoch with which a stage begins."""
-        each = self.epochs_per_stage if isinstance(self.epochs_per_stage, list) else [self.epochs_per_stage]
-        return sum(each[:stage]) + each[-1] * max(0, stage - len(each))
-
-    def icot_stage(self, epochs: float, before: bool = False) -> int:
-        """Tokens removed after so many epochs (arXiv 2405.14838: s(t) = floor(delta t / T)), or just before that moment."""
-        tokens = max(0.0, self.icot_tokens_per_epoch * (epochs - self.icot_start_epoch))
-        removed = max(0, math.ceil(tokens) - 1) if before else math.floor(tokens)
-        beyond = self.icot_remove_all_beyond
-        return ALL_TOKENS if beyond is not None and removed > beyond else removed
+    @property
+    def curriculum(self) -> Curriculum:
+        return self.part(Curriculum)

@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import datasets
 import numpy as np
@@ -26,39 +26,25 @@ from datasets import Dataset, disable_progress_bars
 from transformers import PreTrainedTokenizerBase
 
 from coconut import IGNORE_INDEX
-from config import STAGED_METHODS, EvalLatents
+from methods import (
+    ANSWER_AT,
+    MARKERS,
+    METHODS,
+    Curriculum,
+    EvalLatents,
+    Parts,
+    example_sequences,
+    remaining_steps,
+    sequence_key,
+    stage_shape,
+)
 from systems.signals import STOP_SIGNALS
 from utils import UserError, get_logger, is_main_process, read_text
 
-START_LATENT, END_LATENT, LATENT, PAUSE = "<|start-latent|>", "<|end-latent|>", "<|latent|>", "<pause>"
-MARKERS = (START_LATENT, END_LATENT, LATENT)
 RECORDS_PER_WORKER = 20_000  # below this, starting another tokenising process costs more than it saves
 MOST_PASSES = 1000  # of an epoch: each takes a random order of its own
 TEMPLATE_SECONDS = 10.0  # a chat template that takes longer for one question loops
 CACHED_FROM = 2**20  # bytes of a data file: smaller ones are tokenised faster than looked up
-
-
-class Curriculum(Protocol):
-    """What the stage examples need to know of a configuration."""
-
-    @property
-    def method(self) -> str | None: ...
-    @property
-    def c_thought(self) -> int: ...
-    @property
-    def max_latent_stage(self) -> int: ...
-    @property
-    def pad_latent_to_max(self) -> bool: ...
-    @property
-    def uniform_prob(self) -> float: ...
-    @property
-    def earlier_stage_prob(self) -> float: ...
-    @property
-    def icot_smoothing(self) -> float | None: ...
-    @property
-    def icot_start_epoch(self) -> int: ...
-    @property
-    def seed(self) -> int: ...
 
 
 class DataError(UserError):
@@ -335,61 +321,6 @@ def available_cpus() -> int:
 # --- stages ---
 
 
-class StageShape(NamedTuple):
-    """How a question looks: thoughts (tokens in their place), leading steps removed, then leading tokens of the others."""
-
-    thoughts: int
-    steps_removed: int
-    tokens_removed: int = 0
-
-
-def stage_shape(curriculum: Curriculum, stage: int, number_of_steps: int, latents: EvalLatents = "gold") -> StageShape:
-    """How a question with so many steps looks at a stage.
-
-    The one place that decides it, for training and evaluation alike. Past max_latent_stage all steps go.
-    latents: "gold" as in training, where pad_latent_to_max: False takes the number of thoughts from the question's own steps;
-    "max" as many for every question as the stage allows; a number: so many latent tokens for every question.
-    """
-    method, last = curriculum.method, curriculum.max_latent_stage + 1
-    if method == "cot":
-        return StageShape(0, 0)
-    if method == "no_cot":
-        return StageShape(0, number_of_steps)
-    if method == "icot":
-        return StageShape(0, 0, tokens_removed=stage)
-    stage = last if method in ("no_curriculum", "pause") else stage
-    removed = stage if stage < last else number_of_steps
-    if method == "no_thoughts":
-        return StageShape(0, removed)
-    if isinstance(latents, int):
-        return StageShape(latents, removed)
-    thoughts = min(stage, curriculum.max_latent_stage)
-    if latents == "gold" and not curriculum.pad_latent_to_max:
-        thoughts = min(thoughts, number_of_steps)
-    return StageShape(thoughts * curriculum.c_thought, removed)
-
-
-def remaining_steps(shape: StageShape, steps: Sequence[Sequence[int]]) -> list[int]:
-    """The tokens of the steps that are still written."""
-    return [token for step in steps[shape.steps_removed :] for token in step][shape.tokens_removed :]
-
-
-def marker_tokens(method: str | None) -> tuple[str, ...]:
-    """The special tokens that a method adds to the tokenizer."""
-    tokens = {
-        "coconut": (START_LATENT, END_LATENT, LATENT),
-        "no_curriculum": (START_LATENT, END_LATENT, LATENT),
-        "pause_as_thought": (START_LATENT, END_LATENT, PAUSE),
-        "pause": (PAUSE,),
-    }
-    return tokens.get(str(method), ())
-
-
-def uses_markers(method: str | None) -> bool:
-    """Whether the thoughts stand between `<|start-latent|>` and `<|end-latent|>`."""
-    return START_LATENT in marker_tokens(method)
-
-
 @dataclass
 class _StageExamples:
     """Lazy transform of the tokenised data set into prompts, or into training sequences with labels."""
@@ -409,49 +340,30 @@ class _StageExamples:
         return {key: [example[key] for example in examples] for key in examples[0]}
 
     def _example(self, idx: int, question: list[int], steps: list[list[int]], answer: list[int]) -> dict[str, Any]:
-        stage = self._sample_stage(idx, len(steps)) if self.with_labels else self.stage
+        method = METHODS[self.curriculum.method]
+        stage = self.stage
+        if self.with_labels:
+            stage = method.schedule.sample(self.curriculum, stage, self.epoch, idx, len(steps))
         shape = stage_shape(self.curriculum, stage, len(steps), self.latents)
         thoughts = [self.thought_id] * shape.thoughts
-        if uses_markers(self.curriculum.method):
+        if method.brackets:
             thoughts = [self.start_id, *thoughts, self.end_id]
         prompt = question + thoughts
-        target = remaining_steps(shape, steps) + answer if self.with_labels else []
-        example: dict[str, Any] = {
-            "input_ids": prompt + target,
-            "attention_mask": [1] * (len(prompt) + len(target)),
-            "idx": idx,
-        }
-        example["position_ids"] = list(range(len(example["input_ids"])))
-        if self.with_labels:
-            example["labels"] = [IGNORE_INDEX] * len(prompt) + target
+        if not self.with_labels:
+            return {**_tensors(prompt, []), "idx": idx}
+        parts = Parts(question, prompt, remaining_steps(shape, steps), [token for step in steps for token in step], answer)
+        example: dict[str, Any] = {"idx": idx}
+        for name, (before, target) in example_sequences(method, parts).items():
+            values = {**_tensors(before, target), "labels": [IGNORE_INDEX] * len(before) + target}
+            if method.sequences is not None:
+                values[ANSWER_AT] = len(before) + len(target) - len(answer)
+            example |= {sequence_key(name, key): value for key, value in values.items()}
         return example
 
-    def _sample_stage(self, idx: int, number_of_steps: int) -> int:
-        """Sometimes another stage, drawn from (seed, epoch, idx) alone: the same in any worker or process.
 
-        `uniform_prob` draws from all stages that the question's steps allow, `earlier_stage_prob` only from those up to
-        the current one, which keeps what was learned without training on what comes later. icot sometimes removes o more
-        tokens, with probability proportional to exp(-icot_smoothing * o) (arXiv 2405.14838, removal smoothing).
-        """
-        if self.curriculum.method == "icot":
-            return self.stage + self._removal_offset(idx)
-        if self.curriculum.method not in STAGED_METHODS:
-            return self.stage
-        probability = self.curriculum.uniform_prob or self.curriculum.earlier_stage_prob
-        if probability == 0:
-            return self.stage
-        generator = np.random.default_rng((self.curriculum.seed, self.epoch, idx))
-        if generator.random() >= probability:
-            return self.stage
-        last = number_of_steps if self.curriculum.uniform_prob else min(self.stage, number_of_steps)
-        return int(generator.integers(last + 1))
-
-    def _removal_offset(self, idx: int) -> int:
-        smoothing = self.curriculum.icot_smoothing
-        if smoothing is None or self.epoch < self.curriculum.icot_start_epoch:
-            return 0
-        generator = np.random.default_rng((self.curriculum.seed, self.epoch, idx))
-        return int(generator.geometric(-math.expm1(-smoothing))) - 1
+def _tensors(prompt: list[int], target: list[int]) -> dict[str, Any]:
+    ids = prompt + target
+    return {"input_ids": ids, "attention_mask": [1] * len(ids), "position_ids": list(range(len(ids)))}
 
 
 def get_cot_latent_dataset(
@@ -509,7 +421,8 @@ def check_lengths(
     """
     if positions is None:
         return
-    markers = 2 if uses_markers(curriculum.method) else 0
+    method = METHODS[curriculum.method]
+    markers = 2 if method.brackets else 0
     for dataset in datasets:
         columns = (dataset[name] for name in ("question_tokenized", "steps_tokenized", "answer_tokenized"))
         for index, (question, steps, answer) in enumerate(zip(*columns, strict=True)):
@@ -517,6 +430,10 @@ def check_lengths(
             thoughts = max(shape.thoughts for shape in shapes)
             longest = max(sum(map(len, steps)) + len(answer), max_new_tokens)
             needed = len(question) + markers + thoughts + longest
+            if method.sequences is not None:
+                written = [token for step in steps for token in step]
+                parts = Parts(question, question + [0] * (markers + thoughts), written, written, answer)
+                needed = max([needed, *(len(one.prompt) + len(one.target) for one in method.sequences(parts).values())])
             if needed > positions:
                 raise DataError(
                     f"record {index} needs up to {needed} positions (max_new_tokens included); the model has {positions}"
@@ -532,7 +449,7 @@ class MyCollator:
 
     Rows are padded on the left until every row's first latent stands in one column, so that all columns before it are one
     pass; the rest is padded on the right. With `align_end` all padding is on the left, as generation needs it.
-    Position ids count real tokens and are 0 on padding.
+    Position ids count real tokens and are 0 on padding. Further sequences of a method are padded alike, each for itself.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -541,26 +458,36 @@ class MyCollator:
     align_end: bool = False
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        left = self._left_padding(examples)
-        width = max(pad + len(example["input_ids"]) for pad, example in zip(left, examples, strict=True))
+        batch: dict[str, torch.Tensor] = {}
+        for key in examples[0]:
+            if key.endswith("input_ids"):
+                batch |= self._padded(examples, key.removesuffix("input_ids"))
+        batch["idx"] = torch.tensor([example["idx"] for example in examples])
+        return batch
+
+    def _padded(self, examples: Sequence[dict[str, Any]], prefix: str) -> dict[str, torch.Tensor]:
+        rows = [example[prefix + "input_ids"] for example in examples]
+        left = self._left_padding(rows)
+        width = max(pad + len(row) for pad, row in zip(left, rows, strict=True))
         fill = {"input_ids": pad_token_id(self.tokenizer), "attention_mask": 0, "position_ids": 0}
-        if "labels" in examples[0]:
+        if prefix + "labels" in examples[0]:
             fill["labels"] = self.label_pad_token_id
         batch = {}
         for key, value in fill.items():
             padded = np.full((len(examples), width), value, dtype=np.int64)
             for row, pad, example in zip(padded, left, examples, strict=True):
-                row[pad : pad + len(example[key])] = example[key]
-            batch[key] = torch.from_numpy(padded)
-        batch["idx"] = torch.tensor([example["idx"] for example in examples])
+                row[pad : pad + len(example[prefix + key])] = example[prefix + key]
+            batch[prefix + key] = torch.from_numpy(padded)
+        if prefix + ANSWER_AT in examples[0]:
+            at = [pad + example[prefix + ANSWER_AT] for pad, example in zip(left, examples, strict=True)]
+            batch[prefix + ANSWER_AT] = torch.tensor(at)
         return batch
 
-    def _left_padding(self, examples: Sequence[dict[str, Any]]) -> list[int]:
+    def _left_padding(self, rows: Sequence[list[int]]) -> list[int]:
         if self.align_end:
-            longest = max(len(example["input_ids"]) for example in examples)
-            return [longest - len(example["input_ids"]) for example in examples]
-        has_latent = [self.latent_id in example["input_ids"] for example in examples]
-        first = [ids["input_ids"].index(self.latent_id) if has else None for ids, has in zip(examples, has_latent, strict=True)]
+            longest = max(map(len, rows))
+            return [longest - len(row) for row in rows]
+        first = [row.index(self.latent_id) if self.latent_id in row else None for row in rows]
         column = max((at for at in first if at is not None), default=0)
         return [0 if at is None else column - at for at in first]
 
@@ -619,8 +546,9 @@ class MicroBatches(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         indices, filler = self.micro_batches[index]
         batch = self.collator(self.examples.__getitems__(indices))
-        if filler and "labels" in batch:
-            batch["labels"].fill_(self.collator.label_pad_token_id)
+        for key in batch if filler else ():
+            if key.endswith("labels"):
+                batch[key].fill_(self.collator.label_pad_token_id)
         return batch
 
 

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from coconut import Coconut
-from config import EvalLatents, RunConfig
+from config import RunConfig
 from dataset import (
     IGNORE_INDEX,
     MicroBatch,
@@ -25,10 +25,8 @@ from dataset import (
     batch_loader,
     get_cot_latent_dataset,
     get_question_latent_dataset,
-    marker_tokens,
-    remaining_steps,
-    stage_shape,
 )
+from methods import METHODS, EvalLatents, remaining_steps, sequence, stage_shape
 from systems import distributed
 from systems.distributed import unwrap
 from systems.models import LatentIds
@@ -92,14 +90,15 @@ class Evaluator:
     progress: Callable[[str], None] = lambda done: None
 
     def __post_init__(self) -> None:
+        self.curriculum = self.config.curriculum
         latents, method = self.config.eval_latents, self.config.method
-        if isinstance(latents, int) and not marker_tokens(method):
+        if isinstance(latents, int) and not METHODS[str(method)].markers:
             raise UserError(f"eval_latents: {latents}: a model trained with method {method} has no latents; leave it out")
 
     def evaluate(self, model: nn.Module, stage: int) -> Evaluation:
         """Loss, then greedy answers for all questions with `eval_latents`, with the model in evaluation mode.
 
-        The loss is that of training: its latents are always those of the gold steps.
+        The loss is the cross entropy of what is written after the prompt; its latents are always those of the gold steps.
         """
         with self._evaluating(model):
             loss = self._loss(model, stage)
@@ -120,7 +119,7 @@ class Evaluator:
     def answers_with_fixed_latents(self, model: nn.Module, stage: int) -> list[Prediction] | None:
         """Answers with as many latents for every question; None where those of `evaluate` are that already."""
         numbers = {len(steps) for steps in self.dataset["steps"]}
-        shape = functools.partial(stage_shape, self.config, stage)
+        shape = functools.partial(stage_shape, self.curriculum, stage)
         if self.config.eval_latents != "gold" or all(shape(steps) == shape(steps, "max") for steps in numbers):
             return None
         with self._evaluating(model):
@@ -137,15 +136,13 @@ class Evaluator:
 
     def _loss(self, model: nn.Module, stage: int) -> float:
         # Every question at the stage that is evaluated.
-        curriculum = self.config.model_copy(update={"uniform_prob": 0.0, "earlier_stage_prob": 0.0, "icot_smoothing": None})
+        curriculum = replace(self.curriculum, uniform_prob=0.0, earlier_stage_prob=0.0, icot_smoothing=None)
         examples = get_cot_latent_dataset(stage, self.dataset, curriculum, self.ids.start, self.ids.thought, self.ids.end)
         collator = MyCollator(self.tokenizer, self.ids.latent)
         total, count = 0.0, 0.0
         for batch, filler in self._batches(examples, collator, "validation loss"):
-            labels = batch["labels"]
-            items = int((labels[:, 1:] != IGNORE_INDEX).sum())
-            batch.pop("idx")
-            loss = unwrap(model)(**batch, labelled_only=True).loss
+            items = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
+            loss = unwrap(model)(**sequence(batch), labelled_only=True).loss
             if not filler:
                 total, count = total + float(loss) * items, count + items
         total, count = distributed.all_reduce([total, count], self.device)
@@ -153,7 +150,7 @@ class Evaluator:
 
     def _predict(self, model: nn.Module, stage: int, latents: EvalLatents) -> list[Prediction]:
         markers = (self.ids.start, self.ids.thought, self.ids.end)
-        prompts = get_question_latent_dataset(stage, self.dataset, self.config, *markers, latents)
+        prompts = get_question_latent_dataset(stage, self.dataset, self.curriculum, *markers, latents)
         collator = MyCollator(self.tokenizer, self.ids.latent, align_end=True)
         predictions = []
         for batch, filler in self._batches(prompts, collator, "answers"):
@@ -177,7 +174,7 @@ class Evaluator:
     def _judge(self, idx: int, new: list[int], stage: int) -> Prediction:
         record = self.dataset[idx]
         output = str(self.tokenizer.decode(new, skip_special_tokens=True))
-        shape = stage_shape(self.config, stage, len(record["steps"]))
+        shape = stage_shape(self.curriculum, stage, len(record["steps"]))
         expected = str(self.tokenizer.decode(remaining_steps(shape, record["steps_tokenized"]), skip_special_tokens=True))
         answer, gold = extract_answer(output), clean_answer(record["answer"])
         return Prediction(

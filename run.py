@@ -38,7 +38,7 @@ def train(config: RunConfig, device: torch.device, stop: StopRequest) -> None:
         valid_set = get_dataset(config.val_path, tokenizer, DEBUG_VALID if config.debug else None, config.chat_template)
     set_seed(config.seed)  # the same random weights on all processes
     model = build_model(source, tokenizer, ids)
-    check_lengths([train_set, valid_set], config, config.max_new_tokens, model.max_positions, config.eval_latents)
+    check_lengths([train_set, valid_set], config.curriculum, config.max_new_tokens, model.max_positions, config.eval_latents)
     check_passes(len(train_set), config.examples_per_epoch)
     wrapped = distributed.wrap(model, config, device)
     set_seed(config.seed + distributed.rank())  # other dropout masks on each
@@ -73,7 +73,7 @@ def evaluate(config: RunConfig, device: torch.device) -> None:
         valid_set = get_dataset(config.val_path, tokenizer, DEBUG_VALID if config.debug else None, config.chat_template)
     model = build_model(config, tokenizer, ids)
     most = "max" if config.eval_latents == "gold" else config.eval_latents
-    check_lengths([valid_set], config, config.max_new_tokens, model.max_positions, most)
+    check_lengths([valid_set], config.curriculum, config.max_new_tokens, model.max_positions, most)
     wrapped = distributed.wrap(model, config, device)
     watchdog = Watchdog(config.hang_timeout)
     evaluator = Evaluator(config, valid_set, tokenizer, ids, device, watchdog.beat)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -16,18 +16,10 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from config import Method, RunConfig
-from dataset import (
-    IGNORE_INDEX,
-    MicroBatch,
-    MyCollator,
-    batch_loader,
-    epoch_groups,
-    epoch_order,
-    get_cot_latent_dataset,
-    stage_shape,
-)
+from config import RunConfig
+from dataset import IGNORE_INDEX, MicroBatch, MyCollator, batch_loader, epoch_groups, epoch_order, get_cot_latent_dataset
 from evaluation import Evaluation, Evaluator
+from methods import MAIN, Loss, Totals, first_epoch, scheduled_stage, sequence_key, sequence_name, stage_at, stage_shape
 from systems import checkpoint, distributed
 from systems.files import Facts, TrainingState, read_training_state
 from systems.metrics import Reporter, epoch_table, save_nonfinite, save_predictions, show, strict
@@ -36,6 +28,7 @@ from systems.signals import StopRequest
 from utils import UserError, get_logger, is_main_process
 
 Batch = dict[str, torch.Tensor]
+TOKENS, EXAMPLES = "tokens", "examples"  # of an optimizer step, beside the labelled tokens of each sequence
 SKIPPED_IN_A_ROW = 20  # with nonfinite_loss: skip; after so many steps it is not the data
 
 
@@ -80,6 +73,7 @@ class Trainer:
     ) -> None:
         """data: the hashes that checkpoints remember, as `checkpoint.data_hashes` gives them."""
         self.config = config
+        self.curriculum = config.curriculum
         self.model = model
         self.tokenizer = tokenizer
         self.ids = ids
@@ -92,7 +86,7 @@ class Trainer:
         self.progress = evaluator.progress
         self.writer = checkpoint.Writer(config.async_save)
         self.saved: tuple[int, int] | None = None  # (epoch, step in it) of the newest checkpoint
-        self.state = TrainingState(epoch=config.resume, optimizer_stage=config.stage_at(config.resume, 0, 1))
+        self.state = TrainingState(epoch=config.resume, optimizer_stage=stage_at(self.curriculum, config.resume, 0, 1))
         self.optimizer = self._new_optimizer()
         if resume_from is not None:
             self._resume(resume_from)
@@ -143,7 +137,7 @@ class Trainer:
         """What is left of the epoch in progress, its evaluation and its checkpoint; False if it was cut short."""
         if self._asked_to_stop() or not self._train_epoch():
             return False
-        stage = self.config.scheduled_stage(self.state.epoch)
+        stage = scheduled_stage(self.curriculum, self.state.epoch)
         try:
             evaluation = self.evaluator.evaluate(self.model, stage)
         except EvaluationStopped:  # nothing is lost: a checkpoint at the epoch's last step is evaluated first
@@ -173,7 +167,7 @@ class Trainer:
         self.model.train()
         groups = self.groups(self.state.samples_in_epoch)
         done = self.state.step_in_epoch
-        stages = [self.config.stage_at(self.state.epoch, done + step, done + len(groups)) for step in range(len(groups))]
+        stages = [stage_at(self.curriculum, self.state.epoch, done + step, done + len(groups)) for step in range(len(groups))]
         for stage, part in itertools.groupby(zip(stages, groups, strict=True), key=lambda pair: pair[0]):
             self._renew_optimizer(stage)
             if not self._train_steps(stage, [group for _, group in part], done + len(groups)):
@@ -190,10 +184,10 @@ class Trainer:
             batches = [next(loader) for _ in group]
             if self.state.step_in_epoch == 0:
                 self.reporter.first_batch(batches[0], self.tokenizer, self.state.epoch + 1, self.state.global_step)
-            loss, stop = self._optimizer_step(batches)
+            losses, stop = self._optimizer_step(batches)
             self.progress(f"step {self.state.global_step}")
             self.state.epoch_seconds += time.perf_counter() - began
-            self._log_step(loss, stage, bar)
+            self._log_step(losses, stage, bar)
             if stop:
                 return False
             every = self.config.save_every_steps
@@ -215,59 +209,64 @@ class Trainer:
 
     def _loader(self, stage: int, groups: list[list[MicroBatch]]) -> Iterator[Batch]:
         ids = self.ids
-        examples = get_cot_latent_dataset(stage, self.train_set, self.config, ids.start, ids.thought, ids.end, self.state.epoch)
+        examples = get_cot_latent_dataset(
+            stage, self.train_set, self.curriculum, ids.start, ids.thought, ids.end, self.state.epoch
+        )
         micro_batches = [micro_batch for group in groups for micro_batch in group]
         return batch_loader(examples, micro_batches, MyCollator(self.tokenizer, ids.latent), self.config.num_workers)
 
-    def _optimizer_step(self, batches: list[Batch]) -> tuple[float, bool]:
+    def _optimizer_step(self, batches: list[Batch]) -> tuple[dict[str, float], bool]:
         """One update from all micro-batches of all processes, as if they were one batch.
 
         A step that is skipped, its loss or its gradients not being finite, counts as done: the order of samples goes on.
 
-        Returns the mean loss per labelled token, and whether some process was asked to stop.
+        Returns "loss" and its named parts ("loss_distillation"), and whether some process was asked to stop.
         """
-        counts = [_labelled(batch) for batch in batches]
-        tokens = float(sum(int(batch["attention_mask"].sum()) for batch in batches))
-        examples = float(sum(len(batch["idx"]) for batch, count in zip(batches, counts, strict=True) if count))
-        labelled, tokens, examples, stop = distributed.all_reduce(
-            [sum(counts), tokens, examples, float(self._must_stop)], self.device
-        )
+        counts = [_counts(batch) for batch in batches]
+        keys = [*counts[0]]
+        own = [float(sum(count[key] for count in counts)) for key in keys]
+        *sums, stop = distributed.all_reduce([*own, float(self._must_stop)], self.device)
+        counted = dict(zip(keys, sums, strict=True))
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr * min(1.0, (self.state.global_step + 1) / max(1, self.config.warmup_steps))
-        items = labelled / distributed.world_size()
-        losses = self._accumulate_gradients(batches, items)
+        labels = {name: counted[name] / distributed.world_size() for name in keys if name not in (TOKENS, EXAMPLES)}
+        losses = self._accumulate_gradients(batches, Totals(labels, counted[EXAMPLES] / distributed.world_size()))
         norm = distributed.clip_gradients(self.model, self.config.grad_clip)
-        own = float(sum(losses, torch.zeros((), device=self.device)))
-        loss, broken = distributed.all_reduce([own, float(not math.isfinite(norm))], self.device)
-        loss /= distributed.world_size()
-        state = self.state
+        stacked = [torch.stack([loss.total, *loss.parts.values()]) for loss in losses]
+        values = sum(stacked, torch.zeros_like(stacked[0])).tolist()
+        *values, broken = distributed.all_reduce([*values, float(not math.isfinite(norm))], self.device)
+        names = ["loss", *(f"loss_{name}" for name in losses[0].parts)]
+        told = {name: value / distributed.world_size() for name, value in zip(names, values, strict=True)}
+        loss, state = told["loss"], self.state
         if broken or not math.isfinite(loss):  # before the step, so that the weights stay as they were
-            self._leave_out(loss, norm, _describe(batches, losses, items))
+            self._leave_out(loss, norm, _describe(batches, [each.total for each in losses], labels[MAIN]))
         else:
             self.optimizer.step()
             state.epoch_loss += loss
+            for name in names[1:]:
+                state.epoch_parts[name] = state.epoch_parts.get(name, 0.0) + told[name]
             state.skipped_in_a_row = 0
         self.optimizer.zero_grad(set_to_none=True)
         state.global_step += 1
         state.step_in_epoch += 1
         state.samples_in_epoch += self._samples_per_step
-        state.examples += int(examples)
-        state.epoch_tokens += int(tokens)
-        return loss, stop > 0
+        state.examples += int(counted[EXAMPLES])
+        state.epoch_tokens += int(counted[TOKENS])
+        return told, stop > 0
 
-    def _accumulate_gradients(self, batches: list[Batch], items: float) -> list[torch.Tensor]:
-        """Gradients of the cross entropy summed over the micro-batches and divided by `items`; returns each one's part of it.
+    def _accumulate_gradients(self, batches: list[Batch], totals: Totals) -> list[Loss]:
+        """Gradients of the method's loss, summed over the micro-batches; returns each one's share of the loss and its parts.
 
-        DDP and FSDP2 average over processes, so `items` is the labelled tokens of all processes divided by their number.
+        DDP and FSDP2 average over processes, so `totals` are those of all processes divided by their number.
         """
         losses = []
         for number, batch in enumerate(batches):
             inputs = {key: value.to(self.device, non_blocking=True) for key, value in batch.items() if key != "idx"}
             with distributed.gradient_sync(self.model, number + 1 == len(batches), self.config.fsdp_gather):
                 with distributed.autocast(self.config.bf16, self.config.parallel, self.device):
-                    loss = self.model(**inputs, labelled_only=True, num_items_in_batch=items).loss
-                loss.backward()
-            losses.append(loss.detach())
+                    loss: Loss = self.model(inputs, totals)
+                loss.total.backward()
+            losses.append(Loss(loss.total.detach(), {name: part.detach() for name, part in loss.parts.items()}))
         return losses
 
     def _leave_out(self, loss: float, norm: float, micro_batches: list[dict[str, Any]]) -> None:
@@ -295,17 +294,17 @@ class Trainer:
         if is_main_process():
             get_logger().warning(f"{problem}; skipped, {state.skipped} so far; {place}")
 
-    def _log_step(self, loss: float, stage: int, bar: tqdm) -> None:
+    def _log_step(self, losses: dict[str, float], stage: int, bar: tqdm) -> None:
         if self.state.skipped_in_a_row or self.state.global_step % self.config.log_every:
             return
-        bar.set_postfix(loss=f"{loss:.4f}")
+        bar.set_postfix({name: f"{value:.4f}" for name, value in losses.items()})
         self.reporter.row(
             "step",
             {
                 "step": self.state.global_step,
                 "epoch": self.state.epoch + 1,
                 "stage": stage,
-                "loss": loss,
+                **losses,
                 "lr": self.optimizer.param_groups[0]["lr"],
                 "examples": self.state.examples,
             },
@@ -330,6 +329,7 @@ class Trainer:
         state.epoch = self._next_epoch(stage, evaluation)
         state.step_in_epoch = state.samples_in_epoch = 0
         state.epoch_loss, state.epoch_tokens, state.epoch_seconds, state.skipped_in_epoch = 0.0, 0, 0.0, 0
+        state.epoch_parts = {}
         if improved or not self.config.save_only_improve:
             self._save(name, stage, done, evaluation.accuracy)
         self.progress(f"epoch {done}")
@@ -341,8 +341,9 @@ class Trainer:
             "step": state.global_step,
             "epoch": state.epoch + 1,
             "stage": stage,
-            "latents": stage_shape(self.config, stage, 1000).thoughts,
+            "latents": stage_shape(self.curriculum, stage, 1000).thoughts,
             "train_loss": state.epoch_loss / updates if updates else None,
+            **{name: value / updates for name, value in state.epoch_parts.items() if updates},
             **{f"val_{key}" if key == "loss" else key: value for key, value in evaluation.metrics().items()},
             "examples": state.examples,
             "skipped": state.skipped,
@@ -359,7 +360,7 @@ class Trainer:
             return epoch
         if evaluation.cot_match < (config.advance_cot_match or 0):
             return epoch
-        first = config.first_epoch(stage + 1)
+        first = first_epoch(self.curriculum, stage + 1)
         if first > epoch:
             get_logger().info(f"stage {stage} learned in epoch {epoch} (advance_accuracy): going on with epoch {first + 1}")
         return max(first, epoch)
@@ -386,7 +387,7 @@ class Trainer:
     def _facts(self, stage: int, epoch: int, accuracy: float | None) -> Facts:
         config = self.config
         return Facts(
-            method=cast("Method", config.method),
+            method=str(config.method),
             stage=stage,
             c_thought=config.c_thought,
             max_latent_stage=config.max_latent_stage,
@@ -400,9 +401,17 @@ class Trainer:
         )
 
 
-def _labelled(batch: Batch) -> float:
-    """Labelled tokens of a micro-batch, as the loss counts them."""
-    return float((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
+def _labelled(batch: Batch, name: str = MAIN) -> float:
+    """Labelled tokens of a sequence of a micro-batch, as the loss counts them."""
+    return float((batch[sequence_key(name, "labels")][:, 1:] != IGNORE_INDEX).sum())
+
+
+def _counts(batch: Batch) -> dict[str, float]:
+    """Of a micro-batch: labelled tokens of each sequence by its name, all tokens, and examples (0 where it only fills up)."""
+    names = [sequence_name(key) for key in batch if key.endswith("labels")]
+    labelled = {name: _labelled(batch, name) for name in names}
+    tokens = sum(float(batch[sequence_key(name, "attention_mask")].sum()) for name in names)
+    return {**labelled, TOKENS: tokens, EXAMPLES: len(batch["idx"]) if labelled[MAIN] else 0}
 
 
 def _describe(batches: list[Batch], losses: list[torch.Tensor], items: float) -> list[dict[str, Any]]:

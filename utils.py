@@ -17,7 +17,7 @@ import shutil
 import signal
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import Annotated, Any, NoReturn, TypeVar, get_args, get_origin
 
@@ -67,6 +67,17 @@ OptionalPath = Annotated[str | None, BeforeValidator(null), AfterValidator(_usab
 Positive = Annotated[int, Field(ge=1, le=LARGEST)]
 NonNegative = Annotated[int, Field(ge=0, le=LARGEST)]
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
+
+
+def one_of(table: Mapping[str, Any]) -> AfterValidator:
+    """For a field that names a row of a table. The table is looked at when a value is read, so rows can be added."""
+
+    def check(name: str) -> str:
+        if name not in table:
+            raise ValueError(f"must be one of {', '.join(table)}")
+        return name
+
+    return AfterValidator(check)
 
 
 def check_folder_name(name: str, below: str) -> None:

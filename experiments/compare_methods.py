@@ -14,26 +14,17 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from config import METHODS, RunConfig
-from dataset import load_records, stage_shape
+from config import RunConfig
+from dataset import load_records
 from experiments.plots import method_bars
 from experiments.quickstart import CHANCE, evaluation_of, read_evaluation, read_metrics
 from experiments.tables import markdown, text
+from methods import METHODS, scheduled_stage, stage_shape
 from preprocessing.prosqa_shortcuts import depth_shortcut
 from systems.metrics import METRICS
 from utils import entry_point, get_logger, load_config, write_json, write_text
 
 TIMED = "-single"  # suffix of the runs that answer one question at a time
-LABELS = {
-    "coconut": "Coconut",
-    "cot": "CoT",
-    "no_cot": "no-CoT",
-    "no_thoughts": "without thought",
-    "no_curriculum": "without curriculum",
-    "pause": "pause token",
-    "pause_as_thought": "pause as thought",
-    "icot": "iCoT",
-}
 
 
 def summarise(save_path: Path, test_file: Path, seeds: Sequence[int], methods: Sequence[str]) -> dict[str, Any]:
@@ -73,8 +64,8 @@ def summarise_method(save_path: Path, records: list[dict[str, Any]], method: str
 def thoughts(config_file: Path, records: list[dict[str, Any]]) -> float:
     """Mean number of latents (or pauses) of a question in the last epoch."""
     config = load_config(RunConfig, [str(config_file)])
-    stage = config.scheduled_stage(config.num_epochs - 1)
-    return mean(stage_shape(config, stage, len(record["steps"])).thoughts for record in records)
+    stage = scheduled_stage(config.curriculum, config.num_epochs - 1)
+    return mean(stage_shape(config.curriculum, stage, len(record["steps"])).thoughts for record in records)
 
 
 def table(summary: dict[str, Any]) -> str:
@@ -92,7 +83,7 @@ def table(summary: dict[str, Any]) -> str:
     ]
     rows = [
         [
-            f"{LABELS[method]} (`{method}`)",
+            f"{METHODS[method].label} (`{method}`)",
             *_accuracies(row, ""),
             *(_accuracies(row, "_fixed") if row["thoughts"] else ("", "")),
             f"{100 * row['wrote_steps']:.1f}%",
@@ -117,7 +108,7 @@ def _accuracies(row: dict[str, Any], which: str) -> tuple[str, str]:
 
 def write_results(summary: dict[str, Any], save_path: Path, out: Path) -> None:
     (out / "metrics").mkdir(parents=True, exist_ok=True)
-    bars = {LABELS[method]: row["accuracies"] for method, row in summary["methods"].items()}
+    bars = {METHODS[method].label: row["accuracies"] for method, row in summary["methods"].items()}
     title = f"Small ProsQA from scratch: {summary['questions']:,} test questions, {len(summary['seeds'])} seeds"
     method_bars(bars, summary["chance"], out / "accuracy.png", title)
     for method in summary["methods"]:

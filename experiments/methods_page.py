@@ -13,8 +13,9 @@ from pathlib import Path
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from config import ALL_TOKENS, METHODS, STAGED_METHODS, RunConfig
-from dataset import IGNORE_INDEX, get_cot_latent_dataset, get_dataset, marker_tokens
+from config import RunConfig
+from dataset import IGNORE_INDEX, get_cot_latent_dataset, get_dataset
+from methods import ALL_TOKENS, METHODS, TokenRemoval, scheduled_stage
 from systems.models import latent_ids, load_tokenizer
 from utils import entry_point, load_config, write_text
 
@@ -26,32 +27,7 @@ RECORD = {
     "answer": "Tom is a zumpus.",
 }
 SETTINGS = ("c_thought=2", "max_latent_stage=2", "epochs_per_stage=1", "num_epochs=5", "icot_smoothing=null")
-ICOT_STAGES = (0, 1, 8, ALL_TOKENS)
-WHAT = {
-    "coconut": """
-Chain of continuous thought (arXiv 2412.06769, section 3). Stage *s* replaces the first *s* steps by *s* × `c_thought` latents.
-A latent's input embedding is the last hidden state at the position before it. Past `max_latent_stage` all steps are gone.""",
-    "cot": """
-Chain of thought in words: question, steps, answer.""",
-    "no_thoughts": """
-The paper's *without thought*: the steps go as in `coconut`, and nothing stands in their place.""",
-    "no_cot": """
-Question and answer alone.""",
-    "no_curriculum": """
-The paper's *without curriculum*: Coconut's last stage from the first epoch on.""",
-    "pause": """
-Pause tokens (arXiv 2310.02226): as many learned `<pause>` tokens as Coconut has latents in its last stage stand between
-question and answer; no steps, no stages. All positions are one pass.""",
-    "pause_as_thought": """
-The paper's *pause as thought*: Coconut's stages, with a learned `<pause>` token in the place of each thought. All positions
-are one pass.""",
-    "icot": """
-Stepwise internalisation (arXiv 2405.14838): tokens of the steps are removed from the left, `icot_tokens_per_epoch` in each
-epoch, one by one. The stage is the number of removed tokens. With `icot_smoothing` λ a sample sometimes loses *o* tokens
-more, with probability proportional to exp(-λ*o*) (not shown below). Once more than `icot_remove_all_beyond` are gone, all
-go. The first `icot_start_epoch` epochs write everything. With `reset_optimizer: True` each removal begins with a fresh
-optimizer.""",
-}
+REMOVED = (0, 1, 8, ALL_TOKENS)
 
 
 def configuration(method: str) -> RunConfig:
@@ -61,9 +37,11 @@ def configuration(method: str) -> RunConfig:
 
 def stages(config: RunConfig) -> list[int]:
     """The stages that differ from one another."""
-    if config.method == "icot":
-        return list(ICOT_STAGES)
-    return list(range(config.max_latent_stage + 2)) if config.method in STAGED_METHODS else [config.scheduled_stage(0)]
+    schedule = METHODS[str(config.method)].schedule
+    if isinstance(schedule, TokenRemoval):
+        return list(REMOVED)
+    first, last = scheduled_stage(config.curriculum, 0), schedule.last(config.curriculum)
+    return list(range(first, last + 1))
 
 
 def tokenised(tokenizer: PreTrainedTokenizerBase) -> Dataset:
@@ -77,7 +55,7 @@ def example(config: RunConfig, stage: int) -> tuple[list[str], list[str]]:
     """(tokens without loss, tokens with loss) of the example at a stage."""
     tokenizer = load_tokenizer(str(ROOT / TOKENIZER))
     ids = latent_ids(tokenizer, config.method)
-    dataset = get_cot_latent_dataset(stage, tokenised(tokenizer), config, ids.start, ids.thought, ids.end)
+    dataset = get_cot_latent_dataset(stage, tokenised(tokenizer), config.curriculum, ids.start, ids.thought, ids.end)
     row = dataset[0]
     tokens = [token.replace("\n", "⏎").lstrip("▁") for token in tokenizer.convert_ids_to_tokens(row["input_ids"])]
     pairs = list(zip(tokens, row["labels"], strict=True))
@@ -88,8 +66,8 @@ def example(config: RunConfig, stage: int) -> tuple[list[str], list[str]]:
 
 def section(method: str) -> str:
     config = configuration(method)
-    added = ", ".join(f"`{token}`" for token in marker_tokens(method)) or "none"
-    lines = [f"## {method}", "", WHAT[method].strip(), "", f"New tokens: {added}.", ""]
+    added = ", ".join(f"`{token}`" for token in METHODS[method].markers) or "none"
+    lines = [f"## {method}", "", METHODS[method].about.strip(), "", f"New tokens: {added}.", ""]
     question = example(configuration("no_cot"), 0)[0]
     for stage in stages(config):
         prompt, target = example(config, stage)
@@ -102,6 +80,7 @@ def section(method: str) -> str:
 
 def page() -> str:
     question = " ".join(example(configuration("no_cot"), 0)[0])
+    staged = [name for name, method in METHODS.items() if method.has_stages]
     heading = f"""# Methods
 
 Made by `python -m experiments.methods_page docs/METHODS.md`; a test compares this page with the code.
@@ -117,7 +96,7 @@ blanks, ⏎ is a newline. `[question]` stands for
 and is never trained on. Loss is the mean cross entropy over the tokens with loss. At evaluation the model gets what is
 without loss and writes the rest. With `pad_latent_to_max: False` a question has no more latents (or pauses) than its steps ×
 `c_thought`, at evaluation too unless `eval_latents` says otherwise. `uniform_prob` and `earlier_stage_prob` give a sample the
-sequence of another stage, drawn from (seed, epoch, index); the methods with stages have them: {", ".join(STAGED_METHODS)}.
+sequence of another stage, drawn from (seed, epoch, index); the methods with stages have them: {", ".join(staged)}.
 
 """
     return heading + "\n".join(section(method) for method in METHODS)

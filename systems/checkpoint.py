@@ -35,8 +35,8 @@ from torch.distributed.checkpoint.state_dict import (
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from coconut import Coconut
-from config import METHODS, RunConfig
-from dataset import END_LATENT, LATENT, START_LATENT, marker_tokens
+from config import RunConfig
+from methods import END_LATENT, LATENT, METHODS, START_LATENT, scheduled_stage
 from systems import distributed
 from systems.distributed import unwrap
 from systems.files import FACTS, MANIFEST, STATE, Facts, TrainingState, read_facts, read_training_state
@@ -212,7 +212,7 @@ def load_run_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     tokenizer = load_tokenizer(source, gguf_of(config, source), config.trust_remote_code)
     facts = read_facts(Path(source))
     known = {START_LATENT: "start_latent_id", END_LATENT: "end_latent_id", LATENT: "latent_token_id"}
-    for marker in marker_tokens(facts.method) if facts is not None else ():
+    for marker in METHODS[facts.method].markers if facts is not None else ():
         key, expected = known.get(marker), tokenizer.convert_tokens_to_ids(marker)
         if key and getattr(facts, key) != expected:
             said = f"{key} is {getattr(facts, key)}, its tokenizer has {marker} as {expected}"
@@ -237,7 +237,7 @@ def evaluation_config(config: RunConfig) -> tuple[RunConfig, int, int]:
     source = Path(str(config.load_model_path))
     facts = read_facts(source)
     if facts is None:
-        stage = config.scheduled_stage(config.resume)
+        stage = scheduled_stage(config.curriculum, config.resume)
         get_logger().info(f"{source} does not say how it was trained: stage {stage} from resume {config.resume}")
         return config, stage, config.resume
     known = {key: getattr(facts, key) for key in TRAINED_WITH}
@@ -294,7 +294,7 @@ def _gathered(
     base = unwrap(model).base_causallm
     weights, thought_map = _plain_weights(model), whole_map(unwrap(model))
     # An optimizer that has not stepped yet has no state; asking for it would make one up by a step with zero gradients.
-    optimizer_state = get_optimizer_state_dict(model, optimizer, options=_WHOLE) if optimizer.state else None
+    optimizer_state = get_optimizer_state_dict(unwrap(model), optimizer, options=_WHOLE) if optimizer.state else None
     training = {**training, "optimizer": optimizer_state, "adapter": adapter_state(base)}
     if background and distributed.rank() == 0:
         weights, training = copy.deepcopy((weights, training))  # the next step changes them
@@ -318,10 +318,10 @@ def _begin_shards(
     """Write this process's tensors; what writes the rest in rank 0, and what to wait for in the background."""
     base = unwrap(model).base_causallm
     thought_map = whole_map(unwrap(model))
-    tensors: dict[str, Any] = {"model": _named_weights(get_model_state_dict(model))}
+    tensors: dict[str, Any] = {"model": _named_weights(get_model_state_dict(unwrap(model)))}
     training = {**training, "optimizer": None, "adapter": None}
     if optimizer.state:
-        training["optimizer"] = get_optimizer_state_dict(model, optimizer)
+        training["optimizer"] = get_optimizer_state_dict(unwrap(model), optimizer)
         tensors["optimizer"] = training["optimizer"].pop("state")
     shards, failure = None, None
     try:
@@ -365,7 +365,7 @@ def _plain_weights(model: nn.Module) -> dict[str, Any]:
     base = unwrap(model).base_causallm
     if is_adapted(base):
         return merged_weights(base)
-    return _named_weights(get_model_state_dict(model, options=_WHOLE))
+    return _named_weights(get_model_state_dict(unwrap(model), options=_WHOLE))
 
 
 def _named_weights(state: dict[str, Any]) -> dict[str, Any]:
@@ -395,12 +395,12 @@ def restore(directory: Path, loaded: dict[str, Any], model: nn.Module, optimizer
     if loaded["optimizer"] is None:
         pass  # it had not stepped yet
     elif (directory / SHARDS).is_dir():
-        own = get_optimizer_state_dict(model, optimizer)
+        own = get_optimizer_state_dict(unwrap(model), optimizer)
         read_shards(directory / SHARDS, {"optimizer": own["state"]})
-        set_optimizer_state_dict(model, optimizer, {**loaded["optimizer"], "state": own["state"]})
+        set_optimizer_state_dict(unwrap(model), optimizer, {**loaded["optimizer"], "state": own["state"]})
     else:
         _check_shapes(directory, loaded["optimizer"]["state"], model)
-        set_optimizer_state_dict(model, optimizer, loaded["optimizer"], options=_WHOLE)
+        set_optimizer_state_dict(unwrap(model), optimizer, loaded["optimizer"], options=_WHOLE)
     if len(loaded["rng"]) == distributed.world_size():
         _set_rng_state(loaded["rng"][distributed.rank()])
     else:
@@ -412,7 +412,7 @@ def restore(directory: Path, loaded: dict[str, Any], model: nn.Module, optimizer
 
 def _check_shapes(directory: Path, state: dict[str, dict[str, torch.Tensor]], model: nn.Module) -> None:
     """Raise UserError if AdamW's averages have other shapes than the parameters: a fused step would write past their end."""
-    parameters = cast("dict[str, torch.Tensor]", get_model_state_dict(model))
+    parameters = cast("dict[str, torch.Tensor]", get_model_state_dict(unwrap(model)))
     for name, moments in state.items():
         for quantity, value in moments.items():
             wanted = None if name not in parameters else torch.Size() if quantity == "step" else parameters[name].shape
@@ -498,14 +498,6 @@ def convert(source: Path, target: Path, model_id: str, facts: dict[str, Any]) ->
             `target` is there already.
     """
     method, stage = facts["method"], facts["stage"]
-    last = 0 if method in ("cot", "no_cot") else facts["max_latent_stage"] + 1
-    if method != "icot" and stage > last:  # a stage of icot is a number of tokens
-        hint = f", as max-latent-stage is {last - 1}" if last else ""
-        raise UserError(f"--stage {stage}: the last stage of method {method} is {last}{hint}")
-    if marker_tokens(method) and stage and not facts["c_thought"]:
-        raise UserError(f"--c-thought 0 leaves stage {stage} of {method} without thoughts: set at least 1")
-    if not source.is_file():
-        raise CheckpointError(f"{source}: no such file; a state dict in one file is needed")
     config = RunConfig(
         name="convert",
         val_path="",
@@ -513,8 +505,17 @@ def convert(source: Path, target: Path, model_id: str, facts: dict[str, Any]) ->
         model_id=model_id,
         load_model_path=str(source),
         method=method,
+        max_latent_stage=facts["max_latent_stage"],
         thought_map=facts.get("thought_map", "identity"),
     )
+    last = METHODS[method].schedule.last(config.curriculum)
+    if stage > last:
+        hint = f", as max-latent-stage is {last - 1}" if last else ""
+        raise UserError(f"--stage {stage}: the last stage of method {method} is {last}{hint}")
+    if METHODS[method].markers and stage and not facts["c_thought"]:
+        raise UserError(f"--c-thought 0 leaves stage {stage} of {method} without thoughts: set at least 1")
+    if not source.is_file():
+        raise CheckpointError(f"{source}: no such file; a state dict in one file is needed")
     tokenizer = load_run_tokenizer(resolve_paths(config))
     ids = latent_ids(tokenizer, config.method)
     model = build_model(config, tokenizer, ids)

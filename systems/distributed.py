@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from coconut import Coconut
 from config import RunConfig
+from methods import METHODS, Objective
 from systems.activation_checkpointing import recompute_activations
 from utils import UserError, get_logger
 
@@ -162,7 +163,7 @@ def run_on_main(action: Callable[[], Any]) -> Any:
 
 
 def wrap(model: Coconut, config: RunConfig, device: torch.device) -> nn.Module:
-    """The model ready for training on all processes: DDP, FSDP2, or as it is where there is only one process.
+    """The method's objective around the model, ready for training on all processes: with DDP, FSDP2, or alone.
 
     bf16: True computes in bfloat16 from float32 weights; under FSDP2 that is its own mixed precision, else see `autocast`.
     compile: torch.compile on each transformer block, for any number of positions.
@@ -173,18 +174,19 @@ def wrap(model: Coconut, config: RunConfig, device: torch.device) -> nn.Module:
     if config.compile:
         for block in transformer_blocks(model):
             block.compile(dynamic=True)
+    objective = Objective(model, METHODS[str(config.method)].loss)
     if config.parallel == "fsdp":
-        return shard(model, config, device)
-    if world_size() == 1:
-        return model
+        shard(model, config, device)
+    if config.parallel == "fsdp" or world_size() == 1:
+        return objective
     ids = [device.index] if device.type == "cuda" else None
     # No buffer changes in training. The option has another name from torch 2.13 on.
     renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
     buffers: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
-    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, **buffers)
+    return DistributedDataParallel(objective, device_ids=ids, gradient_as_bucket_view=True, **buffers)
 
 
-def shard(model: Coconut, config: RunConfig, device: torch.device) -> nn.Module:
+def shard(model: Coconut, config: RunConfig, device: torch.device) -> None:
     """FSDP2: each transformer block is a shard group; embeddings, final norm and head belong to the root.
 
     fsdp_gather: "pass" gathers a block's parameters for each latent pass, forward and backward, and reduces its gradients
@@ -208,7 +210,6 @@ def shard(model: Coconut, config: RunConfig, device: torch.device) -> nn.Module:
     register_fsdp_forward_method(model, "generate")
     if each_pass:
         model.max_over_ranks = max_over_ranks
-    return model
 
 
 def transformer_blocks(model: Coconut) -> list[nn.Module]:
@@ -225,8 +226,9 @@ def transformer_blocks(model: Coconut) -> list[nn.Module]:
 
 
 def unwrap(model: nn.Module) -> Coconut:
-    """The Coconut inside DDP; FSDP2 and single processes have nothing around it."""
-    return model.module if isinstance(model, DistributedDataParallel) else model  # type: ignore[return-value]
+    """The Coconut inside what `wrap` returns."""
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    return inner.model if isinstance(inner, Objective) else cast("Coconut", inner)
 
 
 def gradient_sync(model: nn.Module, last: bool, gather: GatherName = "pass") -> AbstractContextManager[Any]:
@@ -236,11 +238,11 @@ def gradient_sync(model: nn.Module, last: bool, gather: GatherName = "pass") -> 
     """
     if isinstance(model, DistributedDataParallel):
         return contextlib.nullcontext() if last else model.no_sync()
-    if sharded(model):
+    if sharded(root := unwrap(model)):
         each_pass = gather == "pass"
-        _reduce_in_backward(model, last and each_pass, reshard=each_pass)
-        once = functools.partial(_reduce_in_backward, model, True, reshard=True)
-        unwrap(model).before_last_backward = once if last and not each_pass else None
+        _reduce_in_backward(root, last and each_pass, reshard=each_pass)
+        once = functools.partial(_reduce_in_backward, root, True, reshard=True)
+        root.before_last_backward = once if last and not each_pass else None
     return contextlib.nullcontext()
 
 
@@ -256,7 +258,7 @@ def _reduce_in_backward(model: Any, reduce: bool, reshard: bool) -> None:
 
 def reshard(model: nn.Module) -> None:
     """Let go of what an evaluation has gathered: an optimizer must see the shards."""
-    for module in model.modules() if sharded(model) else ():
+    for module in model.modules() if sharded(unwrap(model)) else ():
         if sharded(module):
             cast("Any", module).reshard()
 

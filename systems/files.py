@@ -17,7 +17,8 @@ from typing import Annotated, Any, Literal, TypeVar, cast
 import torch
 from pydantic import BaseModel, ConfigDict, Field, InstanceOf, TypeAdapter, ValidationError, model_validator
 
-from config import ALL_TOKENS, MOST_EPOCHS, MOST_THOUGHTS, Method
+from config import MOST_EPOCHS, MethodName
+from methods import ALL_TOKENS, MOST_THOUGHTS
 from thoughts import ThoughtMapSetting
 from utils import LARGEST, UserError, check_regular, get_logger, shown
 
@@ -37,7 +38,7 @@ class Facts:
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    method: Method
+    method: MethodName
     stage: Annotated[int, Field(ge=0, le=ALL_TOKENS)]
     c_thought: Annotated[int, Field(ge=0, le=MOST_THOUGHTS)]
     max_latent_stage: Annotated[int, Field(ge=0, le=MOST_THOUGHTS)]
@@ -78,6 +79,7 @@ class TrainingState:
     best_checkpoint: str | None = None  # the best one of the last stage that was evaluated
     metrics_rows: Count = 0  # rows of metrics.jsonl that belong to this state
     epoch_loss: float = 0.0  # sums over the steps of the epoch in progress
+    epoch_parts: dict[str, float] = field(default_factory=dict)  # the same of the loss's named parts
     epoch_tokens: Count = 0
     epoch_seconds: float = 0.0
     skipped: Count = 0  # optimizer steps left out, as their loss or gradients were not finite

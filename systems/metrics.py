@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from config import ALL_TOKENS, RunConfig
-from dataset import stage_shape
+from config import RunConfig
 from evaluation import Prediction
+from methods import ALL_TOKENS, scheduled_stage, stage_shape
 from systems import distributed
 from utils import (
     Config,
@@ -166,7 +166,7 @@ def schedule_table(config: RunConfig, start_epoch: int, examples: int, steps_per
     for column in ("stage", "epochs", "steps removed", "latent tokens", "optimizer steps"):
         table.add_column(column, justify="right")
     for stage, first, last in _stages(config, start_epoch):
-        latents, removed, tokens = stage_shape(config, stage, 1000)
+        latents, removed, tokens = stage_shape(config.curriculum, stage, 1000)
         gone = "all" if removed == 1000 or tokens == ALL_TOKENS else f"{tokens} tokens" if tokens else str(removed)
         most = "" if config.pad_latent_to_max or not latents else "at most "
         epochs = f"{first + 1}-{last + 1}" if last > first else str(first + 1)
@@ -177,8 +177,9 @@ def schedule_table(config: RunConfig, start_epoch: int, examples: int, steps_per
 def _stages(config: RunConfig, start_epoch: int) -> list[tuple[int, int, int]]:
     """(stage, first epoch, last epoch) from 0; stages that look alike, past max_latent_stage, are one row."""
     rows: list[tuple[int, int, int]] = []
+    curriculum = config.curriculum
     for epoch in range(start_epoch, config.num_epochs):
-        stage = config.scheduled_stage(epoch)
+        stage = scheduled_stage(curriculum, epoch)
         if rows and rows[-1][0] == stage:
             rows[-1] = (stage, rows[-1][1], epoch)
         else:
@@ -189,14 +190,16 @@ def _stages(config: RunConfig, start_epoch: int) -> list[tuple[int, int, int]]:
 def epoch_table(rows: list[dict[str, Any]]) -> Table:
     """The epochs so far of this process, the newest last."""
     table = Table()
-    for column in ("epoch", "stage", "latents", "train loss", "val loss", "accuracy", "steps right", "seconds", "tokens/s"):
+    parts = [key for key in rows[-1] if key.startswith("loss_")]
+    losses = ["train loss", *(key.replace("_", " ") for key in parts), "val loss"]
+    for column in ("epoch", "stage", "latents", *losses, "accuracy", "steps right", "seconds", "tokens/s"):
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(
             str(row["epoch"]),
             str(row["stage"]),
             str(row["latents"]),
-            "-" if row["train_loss"] is None else f"{row['train_loss']:.4f}",
+            *("-" if row.get(key) is None else f"{row[key]:.4f}" for key in ("train_loss", *parts)),
             f"{row['val_loss']:.4f}",
             f"{100 * row['accuracy']:.1f}%",
             f"{100 * row['cot_match']:.1f}%",

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from coconut import Coconut
 from config import RunConfig
-from dataset import END_LATENT, LATENT, PAUSE, START_LATENT, marker_tokens
+from methods import END_LATENT, LATENT, METHODS, PAUSE, START_LATENT
 from systems.lora import add_adapters
 from systems.shards import SHARDS, read_shards
 from systems.weights import check_weights, embedding_weight, first_line, load_state_dict_file, thought_map_of
@@ -84,7 +84,7 @@ def latent_ids(tokenizer: PreTrainedTokenizerBase, method: str | None) -> Latent
 
     Others get the next free ids, which no text contains, so that tokenizer and model stay as they are.
     """
-    used = marker_tokens(method)
+    used = METHODS[method].markers if method is not None else ()
     tokenizer.add_tokens(list(used), special_tokens=True)
     free = itertools.count(len(tokenizer))
     names = (START_LATENT, END_LATENT, LATENT, PAUSE)
@@ -108,7 +108,7 @@ def build_model(
     """
     if config.attn_implementation == "flex_attention" and not config.only_eval and not torch.cuda.is_available():
         raise UserError("attn_implementation: flex_attention: PyTorch cannot train with it on a CPU; use sdpa or eager")
-    markers = marker_tokens(config.method)
+    markers = METHODS[str(config.method)].markers
     source = config.load_model_path or config.model_id
     base = _base_model(config, tokenizer, markers, dtype, device_map)
     _check_finite(base, source)

@@ -35,8 +35,8 @@ from dataset import (
     get_dataset,
     get_question_latent_dataset,
     load_records,
-    stage_shape,
 )
+from methods import stage_shape
 from systems.signals import STOP_SIGNALS
 
 GOLDEN = ROOT / "tests" / "golden"

@@ -150,7 +150,7 @@ with distributed.process_group() as device:
         for gather in ("pass", "step"):
             config = RunConfig(name="x", model_id="x", train_path="x", val_path="x", cot=True, parallel="fsdp", fsdp_gather=gather,
                                activation_checkpointing=gather == "step")
-            model = distributed.wrap(coconut(family), config, device)
+            model = distributed.unwrap(distributed.wrap(coconut(family), config, device))
             with distributed.gradient_sync(model, True, gather):
                 assert_near(gradients(model, ids, labels), loss, what=family)
             for (name, own), other in zip(plain.named_parameters(), model.parameters(), strict=True):

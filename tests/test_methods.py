@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +13,14 @@ import torch
 from conftest import ROOT, read_rows
 from datasets import Dataset
 from safetensors.torch import load_file
+from same_run import differences
+from test_run import launch, start
 
 import run
-from config import ALL_TOKENS, METHODS, RunConfig
-from dataset import (
-    END_LATENT,
-    IGNORE_INDEX,
-    LATENT,
-    PAUSE,
-    START_LATENT,
-    check_lengths,
-    get_cot_latent_dataset,
-    get_question_latent_dataset,
-)
+from config import RunConfig
+from dataset import IGNORE_INDEX, check_lengths, get_cot_latent_dataset, get_question_latent_dataset
+from methods import ALL_TOKENS, END_LATENT, LATENT, METHODS, PAUSE, START_LATENT, scheduled_stage, stage_at
+from systems.metrics import epoch_table
 from systems.models import build_model, latent_ids, load_tokenizer
 from training import Trainer
 from utils import UserError, load_config
@@ -107,16 +103,16 @@ def test_without_padding_a_short_question_gets_fewer_thoughts(method: str) -> No
 )
 def test_schedules(method: str, more: str, stages: list[int]) -> None:
     config = configuration(method, *more.split())
-    assert [config.scheduled_stage(epoch) for epoch in range(len(stages))] == stages
+    assert [scheduled_stage(config.curriculum, epoch) for epoch in range(len(stages))] == stages
     if method != "icot":
-        assert [config.stage_at(epoch, 3, 4) for epoch in range(len(stages))] == stages
+        assert [stage_at(config.curriculum, epoch, 3, 4) for epoch in range(len(stages))] == stages
 
 
 def test_icot_removes_tokens_one_by_one_inside_an_epoch() -> None:
     config = configuration("icot", "icot_tokens_per_epoch=2", "icot_start_epoch=1")
-    assert [config.stage_at(0, step, 4) for step in range(4)] == [0, 0, 0, 0]
-    assert [config.stage_at(1, step, 4) for step in range(4)] == [0, 0, 1, 1]
-    assert [config.stage_at(2, step, 4) for step in range(4)] == [2, 2, 3, 3]
+    assert [stage_at(config.curriculum, 0, step, 4) for step in range(4)] == [0, 0, 0, 0]
+    assert [stage_at(config.curriculum, 1, step, 4) for step in range(4)] == [0, 0, 1, 1]
+    assert [stage_at(config.curriculum, 2, step, 4) for step in range(4)] == [2, 2, 3, 3]
 
 
 def test_icot_smoothing_repeats_and_follows_its_distribution() -> None:
@@ -252,3 +248,67 @@ def test_every_data_set_has_a_configuration_of_every_method(dataset: str, method
     if method in ("pause", "no_curriculum", "pause_as_thought", "no_thoughts"):
         for key in ("c_thought", "max_latent_stage", "pad_latent_to_max"):
             assert getattr(config, key) == getattr(reference, key), key
+
+
+# --- a method from outside, with several sequences and a loss of parts ---
+
+
+@pytest.fixture
+def distilled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    import distillation
+
+    monkeypatch.setitem(
+        METHODS, "distilled", replace(METHODS["coconut"], loss=distillation.distillation, sequences=distillation.teacher)
+    )
+    return ["method=distilled", "num_epochs=3", "c_thought=2", "lr=1e-4", "gradient_accumulation_steps=2"]
+
+
+def test_named_parts_reach_metrics_and_the_table_and_add_up(
+    run_arguments: list[str], tmp_path: Path, distilled: list[str]
+) -> None:
+    start(run_arguments, *distilled)
+    rows = read_rows(tmp_path / "checkpoints" / "run" / "metrics.jsonl")
+    for row in rows:
+        parts = [row[f"loss_{name}"] for name in ("student", "teacher", "distillation")]
+        assert sum(parts) == pytest.approx(row["loss" if row["kind"] == "step" else "train_loss"], rel=1e-5)
+        assert min(parts) > 0
+    table = epoch_table([row for row in rows if row["kind"] == "epoch"])
+    assert [column.header for column in table.columns][3:8] == [
+        "train loss",
+        "loss student",
+        "loss teacher",
+        "loss distillation",
+        "val loss",
+    ]
+
+
+def test_the_loss_of_several_sequences_is_that_of_one_process(
+    run_arguments: list[str], tmp_path: Path, distilled: list[str]
+) -> None:
+    start(run_arguments, *distilled, "name=one", "batch_size_training=4", "pad_latent_to_max=false")
+    for parallel in ("ddp", "fsdp"):
+        more = [*distilled, f"name={parallel}", f"parallel={parallel}", "batch_size_training=2", "pad_latent_to_max=false"]
+        result = launch(2, run_arguments, *more, script=ROOT / "tests" / "distillation.py")
+        assert result.returncode == 0, result.stderr
+    one, *others = (read_rows(tmp_path / "checkpoints" / name / "metrics.jsonl", "step") for name in ("one", "ddp", "fsdp"))
+    for rows in others:
+        for row, expected in zip(rows, one, strict=True):
+            for key in ("loss", "loss_student", "loss_teacher", "loss_distillation"):
+                assert row[key] == pytest.approx(expected[key], abs=2e-5), key
+
+
+def test_a_loss_of_parts_resumes_inside_an_epoch(
+    run_arguments: list[str], tmp_path: Path, distilled: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start(run_arguments, *distilled)
+    step = Trainer._optimizer_step
+
+    def stop_at_four(self: Trainer, batches: Any) -> Any:
+        losses, _ = step(self, batches)
+        return losses, self.state.global_step == 4
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_optimizer_step", stop_at_four)
+        start(run_arguments, *distilled, "name=stopped")
+    start(run_arguments, *distilled, "name=stopped")
+    assert differences(tmp_path / "checkpoints" / "run", tmp_path / "checkpoints" / "stopped") == []

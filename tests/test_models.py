@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 import dataset
 from coconut import Coconut
 from config import RunConfig
-from dataset import END_LATENT, LATENT, START_LATENT, MyCollator, get_cot_latent_dataset, get_dataset
+from dataset import MyCollator, get_cot_latent_dataset, get_dataset
+from methods import END_LATENT, LATENT, START_LATENT
 from systems import checkpoint, models
 from systems.checkpoint import Facts, TrainingState
 from systems.models import LatentIds, build_model, initialise_markers, latent_ids, load_tokenizer

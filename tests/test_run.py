@@ -16,7 +16,7 @@ from conftest import PUBLISHED, ROOT, chain_records, read_evaluation, read_rows,
 from safetensors.torch import load_file
 
 import run
-from config import METHODS
+from methods import METHODS
 from utils import UserError
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}

@@ -32,7 +32,7 @@ def test_a_stage_is_left_once_it_is_learned(
 ) -> None:
     """The first epoch of three of a stage is done; the next stage begins with epoch 3 (counted from 0)."""
     config = load_config(RunConfig, [*run_arguments, "epochs_per_stage=3", *settings])
-    trainer: Any = SimpleNamespace(config=config, state=SimpleNamespace(epoch=0))
+    trainer: Any = SimpleNamespace(config=config, curriculum=config.curriculum, state=SimpleNamespace(epoch=0))
     evaluation: Any = SimpleNamespace(accuracy=accuracy, cot_match=cot_match)
     assert Trainer._next_epoch(trainer, stage, evaluation) == following
 

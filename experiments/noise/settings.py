@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from config import MOST_THOUGHTS, EvalLatents
 from experiments.answers.judging import answer_kind
+from methods import MOST_THOUGHTS, EvalLatents
 from noise import DECAY, NOISE_TYPES, RECOMMENDED_SCALES, check_noise
 from thoughts import Noise, ThoughtMapSetting
 from utils import Config, OptionalPath, OptionalText, PathText, Positive, Seed, check_folder_name, check_kernel

@@ -11,18 +11,17 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from coconut import Coconut
-from config import EvalLatents, RunConfig
-from dataset import MyCollator, check_chat_template, question_ids, stage_shape
+from config import RunConfig
+from dataset import MyCollator, check_chat_template, question_ids
 from experiments.answers.benchmarks import BenchmarkQuestion
 from experiments.answers.judging import build_prompt, user_message
 from experiments.noise.settings import SweepConfig
 from generation import MAX_N_LATENT, BranchPoint, branch_point
+from methods import METHODS, EvalLatents, stage_shape
 from systems import checkpoint, distributed
 from systems.models import LatentIds, build_model, latent_ids
 from systems.shards import SHARDS
 from utils import UserError
-
-WITH_THOUGHTS = ("coconut", "no_curriculum")  # methods whose latents are fed thoughts
 
 
 @dataclass
@@ -69,7 +68,7 @@ class Subject:
                 f"question {question.index}: {self.source} was trained with as many thoughts as steps (pad_latent_to_max: "
                 "False), but the record has no steps: add them, or set eval_latents"
             )
-        return stage_shape(curriculum, self.stage, question.steps or 0, self.eval_latents).thoughts
+        return stage_shape(curriculum.curriculum, self.stage, question.steps or 0, self.eval_latents).thoughts
 
     def branch_point(self, prompts: Sequence[list[int]], noise_at_step: int) -> BranchPoint:
         """The prompts as one batch, thought through up to where this thought is fed back."""
@@ -114,7 +113,7 @@ def load_subject(config: SweepConfig, device: torch.device) -> Subject:
     if facts is not None:
         run, stage, _ = checkpoint.evaluation_config(run)
         curriculum = run
-        if curriculum.method not in WITH_THOUGHTS:
+        if not METHODS[str(curriculum.method)].feeds_back:
             raise UserError(f"{source} was trained with method {curriculum.method}, which has no thoughts to put noise into")
         if stage == 0 and config.n_latents is None:
             raise UserError(f"{source} is of stage 0, which has no thoughts yet: take a later checkpoint, or set n_latents")
