@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,16 +30,6 @@ SMALLEST_NORM = 1e-12  # denominators of reported ratios are at least this, so t
 _ABSOLUTE = (0.0, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 _RELATIVE = (0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 _REMOVING = (0.0, 0.1, 0.2, 0.5, 0.9, 1.0)
-RECOMMENDED_SCALES: dict[tuple[str, str | None], tuple[float, ...]] = {  # from the least noise to the most
-    ("gaussian", None): _ABSOLUTE,
-    ("gaussian_scaled", None): _RELATIVE,
-    ("snr", None): (100.0, 10.0, 5.0, 2.0, 1.0, 0.5, 0.2, 0.1, 0.05, 0.01),
-    ("uniform", None): _ABSOLUTE,
-    ("orthogonal", None): _RELATIVE,
-    ("targeted", "same"): _RELATIVE,
-    ("targeted", "opposite"): _REMOVING,
-    ("dropout", None): _REMOVING,
-}
 
 
 def length(states: Tensor) -> Tensor:
@@ -53,18 +44,178 @@ def _orthogonal(hidden: Tensor, draw: Tensor) -> Tensor:
     return F.normalize(across, dim=-1, eps=1e-5)
 
 
-Perturbation = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden, scale, draw -> what is added to hidden
-FROM_NORMAL_DRAW: dict[str, Perturbation] = {
-    "gaussian": lambda h, s, g: s * g,
-    "gaussian_scaled": lambda h, s, g: s * length(h) * F.normalize(g, dim=-1),
-    "snr": lambda h, s, g: length(h) / s.where(s > 0, OVERWHELMING_SNR) * F.normalize(g, dim=-1),
-    "orthogonal": lambda h, s, g: s * length(h) * _orthogonal(h, g),
-}
-FROM_UNIFORM_DRAW: dict[str, Perturbation] = {
-    "uniform": lambda h, s, u: s * (2 * u - 1),
-    "dropout": lambda h, s, u: -h * (u <= s),
-}
-NOISE_TYPES = (*FROM_NORMAL_DRAW, *FROM_UNIFORM_DRAW, "targeted")
+class Measured(NamedTuple):
+    """What a noise type may report from: the float32 states before, the noise in them, their mean norms, and the scale.
+
+    mean: of values (..., 1) over positions; of each row where each row has a scale of its own.
+    """
+
+    signal: Tensor
+    noise: Tensor
+    signal_norm: Tensor
+    noise_norm: Tensor
+    scale: Any
+    mean: Callable[[Tensor], Tensor]
+
+
+def _snr_report(found: Measured) -> dict[str, Any]:
+    actual = (found.signal_norm / found.noise_norm).where(found.signal_norm > 0, 0.0)
+    return {"actual_snr": actual, "signal_power": found.signal_norm, "noise_power": found.noise_norm, "target_snr": found.scale}
+
+
+def _orthogonality(found: Measured) -> dict[str, Any]:
+    return {"orthogonality": found.mean(F.cosine_similarity(found.noise, found.signal, dim=-1).abs()[..., None])}
+
+
+def _dropout_report(found: Measured) -> dict[str, Any]:
+    return {"dropout_prob": found.scale.clamp(max=1) if isinstance(found.scale, Tensor) else min(found.scale, 1.0)}
+
+
+@dataclass(frozen=True)
+class NoiseType:
+    """One way of making noise: everything that sets it apart.
+
+    The formula: `add(hidden, scale, draw)` is added to hidden states (..., D), with `draw` from `torch.randn`, `torch.rand`, or
+    None. written: the same for a reader, with h the state, s the scale. scales: recommended ones, from the least noise to the
+    most. direction: of the published key noise_direction; several rows may share the published name `noise_type`.
+    no_noise: the scale that changes nothing. amount: a scale on an axis on which more is more noise. reciprocal: larger scales
+    are less noise, and any number is one.
+    reports: what its description says besides the norms.
+
+    Its law, for the checks and the figures, with r = |n| / |h| the noise by the state:
+    square_ratio(s, mean of 1 / |h|^2, D) is the mean of r^2; cosine(r) is the cosine of noise and state; exact says whether
+    "ratio" and "cosine" hold for each draw or over many. relative: noise in a zero state is zero. scale_for(r, q) is the
+    scale of a wanted r, with q = |h| / sqrt(D); None where there is none.
+    """
+
+    noise_type: str
+    add: Callable[[Tensor, Tensor, Any], Tensor]
+    draw: Callable[..., Tensor] | None
+    scales: tuple[float, ...]
+    written: str
+    direction: str | None = None
+    no_noise: float = 0.0
+    amount: Callable[[float], float] = float
+    reciprocal: bool = False
+    reports: Callable[[Measured], dict[str, Any]] | None = None
+    square_ratio: Callable[[float, Any, int], Any] = lambda s, inverse_square, width: s**2
+    cosine: Callable[[Any], Any] = lambda ratio: 0 * ratio
+    exact: tuple[str, ...] = ()
+    relative: bool = True
+    scale_for: Callable[[float, float], float | None] = lambda ratio, norm_per_entry: ratio
+
+    @property
+    def name(self) -> str:
+        """As in condition keys and figures: "gaussian", "targeted-opposite"."""
+        return self.noise_type if self.direction is None else f"{self.noise_type}-{self.direction}"
+
+
+_ROWS = (
+    NoiseType(
+        "gaussian",
+        add=lambda h, s, g: s * g,
+        draw=torch.randn,
+        scales=_ABSOLUTE,
+        written="h + s g",
+        square_ratio=lambda s, inverse_square, width: s**2 * width * inverse_square,
+        relative=False,
+        scale_for=lambda ratio, norm_per_entry: ratio * norm_per_entry,
+    ),
+    NoiseType(
+        "gaussian_scaled",
+        add=lambda h, s, g: s * length(h) * F.normalize(g, dim=-1),
+        draw=torch.randn,
+        scales=_RELATIVE,
+        written="h + s ‖h‖ g/‖g‖",
+        exact=("ratio",),
+    ),
+    NoiseType(
+        "snr",
+        add=lambda h, s, g: length(h) / s.where(s > 0, OVERWHELMING_SNR) * F.normalize(g, dim=-1),
+        draw=torch.randn,
+        scales=(100.0, 10.0, 5.0, 2.0, 1.0, 0.5, 0.2, 0.1, 0.05, 0.01),
+        written="h + ‖h‖/s g/‖g‖",
+        no_noise=math.inf,
+        amount=lambda s: 1 / s if s > 0 else 1 / OVERWHELMING_SNR,
+        reciprocal=True,
+        reports=_snr_report,
+        square_ratio=lambda s, inverse_square, width: (1 / s if s > 0 else math.nan) ** 2,
+        exact=("ratio",),
+        scale_for=lambda ratio, norm_per_entry: 1 / ratio,
+    ),
+    NoiseType(
+        "orthogonal",
+        add=lambda h, s, g: s * length(h) * _orthogonal(h, g),
+        draw=torch.randn,
+        scales=_RELATIVE,
+        written="h + s ‖h‖ p/‖p‖, p ⊥ h",
+        reports=_orthogonality,
+        exact=("ratio", "cosine"),
+    ),
+    NoiseType(
+        "uniform",
+        add=lambda h, s, u: s * (2 * u - 1),
+        draw=torch.rand,
+        scales=_ABSOLUTE,
+        written="h + s (2u - 1)",
+        square_ratio=lambda s, inverse_square, width: s**2 * width / 3 * inverse_square,  # the variance of 2u - 1 is 1/3
+        relative=False,
+        scale_for=lambda ratio, norm_per_entry: ratio * norm_per_entry * math.sqrt(3),
+    ),
+    NoiseType(
+        "dropout",
+        add=lambda h, s, u: -h * (u <= s),
+        draw=torch.rand,
+        scales=_REMOVING,
+        written="h where u > s, else 0",
+        reports=_dropout_report,
+        square_ratio=lambda s, inverse_square, width: min(s, 1.0),
+        cosine=lambda ratio: -ratio,
+        scale_for=lambda ratio, norm_per_entry: ratio**2 if ratio <= 1 else None,  # it takes away at most the whole state
+    ),
+    NoiseType(
+        "targeted",
+        add=lambda h, s, _: s * h,
+        draw=None,
+        scales=_RELATIVE,
+        written="h + s h",
+        direction="same",
+        cosine=lambda ratio: 0 * ratio + 1,
+        exact=("ratio", "cosine"),
+    ),
+    NoiseType(
+        "targeted",
+        add=lambda h, s, _: -s * h,
+        draw=None,
+        scales=_REMOVING,
+        written="h - s h",
+        direction="opposite",
+        cosine=lambda ratio: 0 * ratio - 1,
+        exact=("ratio", "cosine"),
+    ),
+)
+NOISES: dict[str, NoiseType] = {row.name: row for row in _ROWS}
+
+
+def noise_types() -> list[str]:
+    """The published names, each once."""
+    return list(dict.fromkeys(row.noise_type for row in NOISES.values()))
+
+
+def noise_rows(noise_type: str, direction: str | None = None) -> list[NoiseType]:
+    """The rows of a published name: of its direction, or of all where none is given. ValueError: there is none."""
+    rows = [row for row in NOISES.values() if row.noise_type == noise_type]
+    if not rows:
+        raise ValueError(f"noise_type is {noise_type!r}; it must be one of {', '.join(noise_types())}")
+    return [row for row in rows if direction is None or row.direction in (None, direction)]
+
+
+def find_noise(noise_type: str, direction: str | None = None) -> NoiseType:
+    """The row of a published name and direction. ValueError: there is none, or the direction is missing."""
+    rows = noise_rows(noise_type, direction)
+    if len(rows) != 1 or (direction is not None and direction not in DIRECTIONS):
+        raise ValueError(f"noise_direction is {direction!r}; it must be one of {', '.join(DIRECTIONS)}")
+    return rows[0]
 
 
 def apply_noise_to_hidden_states(
@@ -101,25 +252,21 @@ def apply_noise_to_hidden_states(
             number of scales or generators other than B.
     """
     check_noise(noise_scale, noise_type, noise_direction)
+    kind = find_noise(noise_type, noise_direction)
     scale = _scale_per_row(noise_scale, hidden_states)
     signal = hidden_states.float()
-    noise = _perturbation(signal, scale, noise_type, noise_direction, generator)
-    no_noise = scale == (math.inf if noise_type == "snr" else 0)
-    perturbed = torch.where(no_noise, hidden_states, (signal + noise).to(hidden_states.dtype))
-    info = _describe(signal.detach(), perturbed.detach().float(), noise_scale, noise_type, noise_direction)
-    return perturbed, info
+    noise = kind.add(signal, scale, None if kind.draw is None else _draw(kind.draw, signal, generator))
+    perturbed = torch.where(scale == kind.no_noise, hidden_states, (signal + noise).to(hidden_states.dtype))
+    return perturbed, _describe(signal.detach(), perturbed.detach().float(), noise_scale, kind)
 
 
 def check_noise(noise_scale: Scales, noise_type: str = "gaussian", noise_direction: str | None = None) -> None:
     """Raise ValueError if a type, a direction or a scale is none, naming the valid ones."""
-    if noise_type not in NOISE_TYPES:
-        raise ValueError(f"noise_type is {noise_type!r}; it must be one of {', '.join(NOISE_TYPES)}")
-    if noise_direction not in DIRECTIONS and (noise_direction is not None or noise_type == "targeted"):
-        raise ValueError(f"noise_direction is {noise_direction!r}; it must be one of {', '.join(DIRECTIONS)}")
+    kind = find_noise(noise_type, noise_direction)
     for scale in torch.as_tensor(noise_scale, dtype=torch.float32).flatten().tolist():
-        if noise_type == "snr" and math.isnan(scale):
+        if kind.reciprocal and math.isnan(scale):
             raise ValueError(f"noise_scale is {scale}; a signal-to-noise ratio must be a number")
-        if noise_type != "snr" and not (scale >= 0 and math.isfinite(scale)):
+        if not kind.reciprocal and not (scale >= 0 and math.isfinite(scale)):
             raise ValueError(f"noise_scale is {scale:g}; it must be finite and not negative")
 
 
@@ -131,15 +278,6 @@ def _scale_per_row(noise_scale: Scales, hidden_states: Tensor) -> Tensor:
     if scale.dim() > 1 or hidden_states.dim() < 2 or len(scale) != len(hidden_states):
         raise ValueError(f"scales of shape {tuple(scale.shape)} for hidden states of shape {tuple(hidden_states.shape)}")
     return scale.view(-1, *(1 for _ in hidden_states.shape[1:]))
-
-
-def _perturbation(hidden: Tensor, scale: Tensor, noise_type: str, noise_direction: str | None, generator: Generators) -> Tensor:
-    """What a noise type adds to float32 hidden states."""
-    if noise_type == "targeted":
-        return scale * hidden if noise_direction == "same" else -scale * hidden
-    if noise_type in FROM_NORMAL_DRAW:
-        return FROM_NORMAL_DRAW[noise_type](hidden, scale, _draw(torch.randn, hidden, generator))
-    return FROM_UNIFORM_DRAW[noise_type](hidden, scale, _draw(torch.rand, hidden, generator))
 
 
 def _draw(distribution: Callable[..., Tensor], like: Tensor, generator: Generators) -> Tensor:
@@ -154,13 +292,7 @@ def _draw(distribution: Callable[..., Tensor], like: Tensor, generator: Generato
     return torch.cat(rows).to(like.device)
 
 
-def _describe(
-    original: Tensor,
-    perturbed: Tensor,
-    noise_scale: Scales,
-    noise_type: str,
-    noise_direction: str | None,
-) -> dict[str, Any]:
+def _describe(original: Tensor, perturbed: Tensor, noise_scale: Scales, kind: NoiseType) -> dict[str, Any]:
     """The description that `apply_noise_to_hidden_states` returns, from float32 states before and after."""
     by_row = torch.as_tensor(noise_scale).dim() == 1
 
@@ -170,27 +302,22 @@ def _describe(
     noise = perturbed - original
     signal_norm, noise_norm, perturbed_norm = (mean(length(states)) for states in (original, noise, perturbed))
     floor = signal_norm.clamp(min=SMALLEST_NORM)
+    scale = torch.as_tensor(noise_scale, dtype=torch.float64) if by_row else float(noise_scale)  # type: ignore[arg-type]
+    further = kind.reports(Measured(original, noise, signal_norm, noise_norm, scale, mean)) if kind.reports else {}
     measured = {
         "original_norm": signal_norm,
         "noise_norm": noise_norm,
         "perturbed_norm": perturbed_norm,
         "norm_change_ratio": perturbed_norm / floor,
         "scale_ratio": noise_norm / floor,
+        **{key: value for key, value in further.items() if isinstance(value, Tensor) and value is not scale},
     }
-    if noise_type == "snr":
-        actual = (signal_norm / noise_norm).where(signal_norm > 0, 0.0)
-        measured |= {"actual_snr": actual, "signal_power": signal_norm, "noise_power": noise_norm}
-    if noise_type == "orthogonal":
-        measured["orthogonality"] = mean(F.cosine_similarity(noise, original, dim=-1).abs()[..., None])
+    given = {key: value for key, value in further.items() if key not in measured}
     if not by_row:
         measured = dict(zip(measured, torch.stack([*measured.values()]).tolist(), strict=True))
-    scale = torch.as_tensor(noise_scale, dtype=torch.float64) if by_row else float(noise_scale)  # type: ignore[arg-type]
-    given: dict[str, dict[str, Any]] = {
-        "snr": {"target_snr": scale},
-        "dropout": {"dropout_prob": scale.clamp(max=1) if isinstance(scale, Tensor) else min(scale, 1.0)},
-        "targeted": {"direction": noise_direction},
-    }
-    return {"noise_type": noise_type, "noise_scale": scale, **measured, **given.get(noise_type, {})}
+    if kind.direction is not None:
+        given["direction"] = kind.direction
+    return {"noise_type": kind.noise_type, "noise_scale": scale, **measured, **given}
 
 
 def schedule_factor(schedule: str, step: int, steps: int, norms: Sequence[float] = (), decay: float = DECAY) -> float:
@@ -238,8 +365,8 @@ def _by_running_mean(norms: Sequence[float]) -> float:
 
 
 def scheduled_scale(noise_scale: float, factor: float, noise_type: str) -> float:
-    """The scale that gives `factor` times the noise: the product; for snr, where less noise is a larger scale, the quotient."""
-    if noise_type != "snr":
+    """The scale that gives `factor` times the noise: the product; where less noise is a larger scale, the quotient."""
+    if not noise_rows(noise_type)[0].reciprocal:
         return noise_scale * factor
     ratio = noise_scale if noise_scale > 0 else OVERWHELMING_SNR
     return ratio / factor if factor > 0 else math.inf

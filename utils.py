@@ -69,12 +69,13 @@ NonNegative = Annotated[int, Field(ge=0, le=LARGEST)]
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
 
 
-def one_of(table: Mapping[str, Any]) -> AfterValidator:
+def one_of(table: Mapping[str, Any] | Callable[[], list[str]]) -> AfterValidator:
     """For a field that names a row of a table. The table is looked at when a value is read, so rows can be added."""
 
     def check(name: str) -> str:
-        if name not in table:
-            raise ValueError(f"must be one of {', '.join(table)}")
+        names = table() if callable(table) else list(table)
+        if name not in names:
+            raise ValueError(f"must be one of {', '.join(names)}")
         return name
 
     return AfterValidator(check)

@@ -28,18 +28,17 @@ from pydantic import BeforeValidator, Field, model_validator
 from experiments.answers.benchmarks import BenchmarkQuestion, load_questions
 from experiments.answers.judging import same_answer
 from experiments.noise.ablation_results import MIXED, NO_NOISE, Cells, Part, judged_by, ratio_name, vote, write_results
-from experiments.noise.settings import BranchConfig, NoiseType, Setting, Voters
+from experiments.noise.settings import BranchConfig, NoiseName, Setting, Voters
 from experiments.noise.subjects import Subject, load_subject
 from experiments.noise.summary import AGGREGATIONS, CLEAN, JUDGE, SELF_CONSISTENCY, Outcome, condition_key, setting_name
 from experiments.noise.sweep import Sweep, clean_thoughts, run_sweep
-from noise import RECOMMENDED_SCALES, SCHEDULES
+from noise import NOISES, SCHEDULES, noise_rows
 from systems import distributed
 from systems.metrics import print_config
 from utils import Positive, UserError, entry_point, get_logger, load_config, write_jsonl
 
 PartName = Literal["injection_step", "branches", "noise_type", "aggregation", "shared_noise", "schedule"]
 PARTS: tuple[PartName, ...] = get_args(PartName)
-SETTINGS: tuple[Setting, ...] = tuple(RECOMMENDED_SCALES)  # every noise type, targeted noise in both directions
 ABSOLUTE = ("gaussian", "uniform")  # types whose scale does not follow the thought's norm
 BASE, TYPES = "base", "noise_type"  # runs: the one that all parts share, and all other noise types together
 VECTORS = {"own": False, "shared": True}
@@ -64,7 +63,7 @@ class AblationConfig(BranchConfig):
     """The keys of run_noisy_experiment.py, which describe the setting that is varied, and what is varied around it."""
 
     results_path: str = "ablation/results"
-    noise_type: Annotated[list[NoiseType], Field(min_length=1), BeforeValidator(_listed)] = Field(default=["gaussian_scaled"])
+    noise_type: Annotated[list[NoiseName], Field(min_length=1), BeforeValidator(_listed)] = Field(default=["gaussian_scaled"])
     num_branches: Voters = 5
     noise_ratios: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1), BeforeValidator(_listed)] = Field(
         default=[0.5, 1.0, 2.0]
@@ -107,20 +106,19 @@ class AblationConfig(BranchConfig):
         return {ratio: scale for ratio, scale in found.items() if scale is not None}
 
 
+def all_settings() -> list[Setting]:
+    """Every noise type, targeted noise in both directions."""
+    return [(row.noise_type, row.direction) for row in NOISES.values()]
+
+
 def equal_scale(noise_type: str, ratio: float, norm_per_entry: float) -> float | None:
     """The scale at which the noise's root mean square norm is `ratio` times the norm of a hidden state.
 
-    norm_per_entry: the norm of the hidden state by the square root of its width. Rounded to three digits. None: dropout takes
-    away at most the whole state.
+    norm_per_entry: the norm of the hidden state by the square root of its width. Rounded to three digits. None: the type cannot
+    make so much noise.
     """
-    scales = {
-        "gaussian": ratio * norm_per_entry,
-        "uniform": ratio * norm_per_entry * math.sqrt(3),  # the variance of 2u - 1 is 1/3
-        "snr": 1 / ratio,
-        "dropout": ratio**2,  # this share of the squared norm is lost
-    }
-    scale = scales.get(noise_type, ratio)
-    return None if noise_type == "dropout" and scale > 1 else float(f"{scale:.3g}")
+    scale = noise_rows(noise_type)[0].scale_for(ratio, norm_per_entry)
+    return None if scale is None else float(f"{scale:.3g}")
 
 
 class Run(BranchConfig):
@@ -217,7 +215,7 @@ def plan_runs(ablation: Ablation) -> dict[str, Run]:
             name = run_name(config, part, value, changes)
             runs.setdefault(name, _run(config, name, base, **changes))
     if "noise_type" in config.parts:
-        others = {setting_name(*one): list(ablation.scales(one).values()) for one in SETTINGS if one != config.setting}
+        others = {setting_name(*one): list(ablation.scales(one).values()) for one in all_settings() if one != config.setting}
         runs[TYPES] = _run(config, TYPES, others, noise_type="all", noise_direction=None)
     return runs
 
@@ -284,7 +282,7 @@ def run_cells(ablation: Ablation, part: str) -> Cells:
 def type_cells(ablation: Ablation) -> Cells:
     """Every noise type at scales that add about as much."""
     cells = {}
-    for setting in SETTINGS:
+    for setting in all_settings():
         run = BASE if setting == ablation.config.setting else TYPES
         for noise, cell in outcomes(ablation, run, setting).items():
             cells[setting_name(*setting), noise] = cell
@@ -345,7 +343,7 @@ def main(arguments: list[str]) -> None:
             **ablation.sweeps[BASE].info,
             "noise_type": setting_name(*config.setting),
             "noise_ratios": config.noise_ratios,
-            "scales": {setting_name(*one): [*ablation.scales(one).values()] for one in SETTINGS},
+            "scales": {setting_name(*one): [*ablation.scales(one).values()] for one in all_settings()},
             "runs": {name: str(sweep.config.directory) for name, sweep in ablation.sweeps.items()},
             "self_consistency": config.baseline,
         }

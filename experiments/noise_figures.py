@@ -20,33 +20,21 @@ from matplotlib.figure import Figure
 
 from experiments.checks.noise_laws import NoiseSetting, expected_cosine, expected_ratio
 from experiments.plots import save_figure
-from noise import SCHEDULES, apply_noise_to_hidden_states, derived_generator, schedule_factor
+from noise import NOISES, SCHEDULES, apply_noise_to_hidden_states, derived_generator, find_noise, schedule_factor
 from systems.files import read_typed
 from utils import UserError, entry_point, get_logger
 
-STYLES: dict[str, tuple[str, str, Any]] = {  # colour, marker, dashes; types that fall on one line differ in all three
-    "gaussian": ("C0", "o", "-"),
-    "uniform": ("C1", "s", "-"),
-    "gaussian_scaled": ("C2", "D", "-"),
-    "orthogonal": ("C3", "x", (0, (5, 3))),
-    "snr": ("C4", "v", "-"),
-    "targeted same": ("C5", "+", (0, (1, 2))),
-    "targeted opposite": ("C6", "1", (0, (1, 4))),
-    "dropout": ("C7", "^", "-"),
-}
+MARKERS: tuple[Any, ...] = ("o", "D", "v", "x", "s", "^", "+", "1")  # types that fall on one line differ in all three
+DASHES: tuple[Any, ...] = ("-", "-", "-", (0, (5, 3)), "-", "-", (0, (1, 2)), (0, (1, 4)))
 VECTOR = (1.6, 1.2)  # of length 2
 DRAWS = 250
-PANELS = (  # what is drawn of each type in two dimensions
-    (NoiseSetting("gaussian", None, 0.5), "h + s g"),
-    (NoiseSetting("uniform", None, 0.5), "h + s (2u - 1)"),
-    (NoiseSetting("gaussian_scaled", None, 0.5), "h + s ‖h‖ g/‖g‖"),
-    (NoiseSetting("snr", None, 2.0), "h + ‖h‖/s g/‖g‖"),
-    (NoiseSetting("orthogonal", None, 0.5), "h + s ‖h‖ p/‖p‖, p ⊥ h"),
-    (NoiseSetting("targeted", "same", 0.5), "h + s h"),
-    (NoiseSetting("targeted", "opposite", 0.5), "h - s h"),
-    (NoiseSetting("dropout", None, 0.5), "h where u > s, else 0"),
-)
 EXAMPLE_NORMS = (10.0, 10.0, 14.0, 20.0, 20.0, 10.0, 6.0, 5.0)  # of eight thoughts
+
+
+def style(noise_type: str, direction: str | None) -> tuple[str, Any, Any]:
+    """Colour, marker and dashes of a noise type, by its place in the table."""
+    number = list(NOISES).index(find_noise(noise_type, direction).name)
+    return f"C{number % 10}", MARKERS[number % len(MARKERS)], DASHES[number % len(DASHES)]
 
 
 # --- size and direction, by scale ---
@@ -57,7 +45,7 @@ def ratio_figure(result: dict[str, Any], path: Path) -> Figure:
     norms, rows = result["norms"], result["float32"]["settings"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.1), layout="constrained")
     for name, kind in {row["name"]: (row["noise_type"], row["direction"]) for row in rows}.items():
-        colour, marker, dashes = STYLES[name]
+        colour, marker, dashes = style(*kind)
         measured = [row for row in rows if row["name"] == name and row["ratio"] > 0]
         scales = np.geomspace(min(row["scale"] for row in measured), max(row["scale"] for row in measured), 200)
         ratios = np.array(
@@ -86,9 +74,11 @@ def ratio_figure(result: dict[str, Any], path: Path) -> Figure:
 
 
 def vector_figure(path: Path) -> Figure:
-    figure, grid = plt.subplots(2, 4, figsize=(10.5, 5.6), layout="constrained", sharex=True, sharey=True)
-    for axes, (setting, formula) in zip(grid.flat, PANELS, strict=True):
-        _draw_vector(axes, setting, formula)
+    rows = -(-len(NOISES) // 4)
+    figure, grid = plt.subplots(rows, 4, figsize=(10.5, 2.8 * rows), layout="constrained", sharex=True, sharey=True)
+    for axes, kind in zip(grid.flat, NOISES.values(), strict=False):
+        setting = NoiseSetting(kind.noise_type, kind.direction, 2.0 if kind.reciprocal else 0.5)
+        _draw_vector(axes, setting, kind.written)
     return save_figure(figure, path)
 
 
@@ -96,10 +86,11 @@ def _draw_vector(axes: Axes, setting: NoiseSetting, formula: str) -> None:
     """The vector as an arrow, and where noise takes it."""
     hidden = torch.tensor([VECTOR]).repeat(DRAWS, 1)
     generator = derived_generator("figure", setting.name)
+    colour, _, _ = style(setting.noise_type, setting.direction)
     perturbed, _ = apply_noise_to_hidden_states(hidden, setting.scale, setting.noise_type, setting.direction, generator)
-    axes.plot(*perturbed.T.tolist(), "o", color=STYLES[setting.name][0], markersize=4, alpha=0.35, markeredgewidth=0)
+    axes.plot(*perturbed.T.tolist(), "o", color=colour, markersize=4, alpha=0.35, markeredgewidth=0)
     if len(places := perturbed.round(decimals=4).unique(dim=0)) <= 4:  # each once more, so that it is seen
-        axes.plot(*places.T.tolist(), "o", color=STYLES[setting.name][0], markersize=8)
+        axes.plot(*places.T.tolist(), "o", color=colour, markersize=8)
     axes.annotate("", VECTOR, (0, 0), arrowprops={"arrowstyle": "->", "color": "black", "linewidth": 1.5})
     axes.axhline(0, color="grey", linewidth=0.5)
     axes.axvline(0, color="grey", linewidth=0.5)

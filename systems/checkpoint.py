@@ -497,6 +497,7 @@ def convert(source: Path, target: Path, model_id: str, facts: dict[str, Any]) ->
         UserError: no such file, not a state dict, one that does not fit the model, facts that contradict each other, or
             `target` is there already.
     """
+    _check_absent(target)
     method, stage = facts["method"], facts["stage"]
     config = RunConfig(
         name="convert",

@@ -212,8 +212,8 @@ def _damaged(path: Path, reason: str) -> UserError:
 def _reason(error: ValidationError) -> str:
     """The first difference: where, what is right, what is there."""
     first = error.errors(include_url=False)[0]
-    place = ".".join(map(str, first["loc"]))
+    place, message = ".".join(map(str, first["loc"])), str(first["msg"]).removeprefix("Value error, ")
     if not place:
-        return str(first["msg"])
+        return message
     plain = isinstance(first["input"], (str, int, float))  # a tensor would fill pages
-    return f"{place}: {first['msg']}, got {shown(first['input']) if plain else type(first['input']).__name__}"
+    return f"{place}: {message}, got {shown(first['input']) if plain else type(first['input']).__name__}"

@@ -58,7 +58,9 @@ def answer(model: Coconut, question: str, max_new_tokens: int, latents: EvalLate
     ids, config = trained.ids, trained.config
     [tokens] = question_ids(trained.tokenizer, [question], config.chat_template)
     row = Dataset.from_dict({"idx": [0], "question_tokenized": [tokens], "steps_tokenized": [[]], "answer_tokenized": [[]]})
-    example = get_question_latent_dataset(trained.facts.stage, row, config, ids.start, ids.thought, ids.end, latents)[0]
+    example = get_question_latent_dataset(
+        trained.facts.stage, row, config.curriculum, ids.start, ids.thought, ids.end, latents
+    )[0]
     prompt = torch.tensor([example["input_ids"]], device=model.embedding.weight.device)
     generated = model.generate(prompt, max_new_tokens=max_new_tokens, return_details=True)
     output, details = cast("tuple[Tensor, Details]", generated)

@@ -15,7 +15,7 @@ from conftest import chain_records, write_json
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from experiments import ablation
-from experiments.ablation import PARTS, SETTINGS, Ablation, AblationConfig, Survey, equal_scale
+from experiments.ablation import PARTS, Ablation, AblationConfig, Survey, all_settings, equal_scale
 from experiments.answers.judging import NO_ANSWER, same_answer
 from experiments.noise import sweep
 from experiments.noise.ablation_results import MIXED, NO_NOISE, Part, judged_by, rows, table, vote
@@ -82,7 +82,7 @@ def test_every_part(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> 
     places = {part: list(dict.fromkeys(row["value"] for row in result)) for part, result in found.items()}
     assert places["injection_step"] == ["1", "2"]
     assert places["branches"] == ["1", "2", "3"]
-    assert places["noise_type"] == [setting_name(*setting) for setting in SETTINGS]
+    assert places["noise_type"] == [setting_name(*setting) for setting in all_settings()]
     assert all(abs(row["noise_ratio"] / float(row["noise"]) - 1) < 0.25 for row in found["noise_type"] if row["noise_ratio"])
     runs = {path.name: questions(path) for path in directory.iterdir() if path.is_dir()}
     assert {"base", "injection_step_2", "noise_type", "shared_noise_shared", "schedule_linear"} < set(runs)
@@ -203,7 +203,7 @@ def test_all_noise_types_add_as_much() -> None:
     draws = torch.Generator().manual_seed(0)
     states = 3 * torch.randn(500, 256, generator=draws)
     per_entry = float(states.norm(dim=1).mean()) / math.sqrt(256)
-    for noise_type, direction in SETTINGS:
+    for noise_type, direction in all_settings():
         for ratio in (0.3, 0.8, 2.0):
             scale = equal_scale(noise_type, ratio, per_entry)
             if noise_type == "dropout" and ratio > 1:

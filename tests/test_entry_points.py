@@ -9,6 +9,7 @@ import runpy
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,7 @@ def test_everything_works_here(bench: selfcheck.Bench) -> None:
     checks = list(selfcheck.all_checks(bench))
     assert [check for check in checks if check.passed is False] == []
     assert [check.name for check in checks if check.passed is None] == ["speed"]
-    assert len(checks) == len(noise.RECOMMENDED_SCALES) + 10
+    assert len(checks) == len(noise.NOISES) + 10
     assert set(selfcheck.SAMPLES) == set(BENCHMARKS)
 
 
@@ -144,12 +145,12 @@ def unmasked(self: coconut.Coconut, ids: torch.Tensor, *_: Any) -> generation.Pr
     return PROMPT(self, ids, None)
 
 
-SELECT, PROMPT, SNR_NOISE = generation.select_cache, coconut.Coconut.prompt, noise.FROM_NORMAL_DRAW["snr"]
+SELECT, PROMPT, SNR_NOISE = generation.select_cache, coconut.Coconut.prompt, noise.NOISES["snr"]
 ONE_STREAM = torch.Generator().manual_seed(0)
-TWICE = {**noise.FROM_NORMAL_DRAW, "snr": lambda h, s, g: 2 * SNR_NOISE(h, s, g)}
+TWICE = {**noise.NOISES, "snr": replace(SNR_NOISE, add=lambda h, s, g: 2 * SNR_NOISE.add(h, s, g))}
 [SNR] = [setting for setting in selfcheck.settings() if setting.noise_type == "snr"]
 DEFECTS: dict[str, tuple[Callable[[selfcheck.Bench], selfcheck.Check], Any, str, Any]] = {
-    "noise twice as large": (lambda bench: selfcheck.check_formula(bench, SNR), noise, "FROM_NORMAL_DRAW", TWICE),
+    "noise twice as large": (lambda bench: selfcheck.check_formula(bench, SNR), noise, "NOISES", TWICE),
     "scale 0 rounds": (selfcheck.check_no_noise, selfcheck, "apply_noise_to_hidden_states", lambda h, *_: (h + 1e-3, {})),
     "noise in the prompt": (selfcheck.check_prompt_states, thoughts.ThoughtInterventions, "apply", in_place),
     "no noise": (selfcheck.check_prompt_states, thoughts.ThoughtInterventions, "apply", lambda _, thoughts, __: thoughts),
@@ -343,7 +344,7 @@ def test_a_signal_stops_the_suite(suite: list[str], tmp_path: Path, monkeypatch:
 def test_parts_of_the_suite() -> None:
     needed = {"name": "x", "model_id": "m", "benchmark": "gsm8k", "schedule": "linear", "noise_at_step": 2}
     noisy, everywhere, branching = full.parts(FullConfig(**needed, branch_noise_type="targeted", temperature=0.3)).values()
-    assert noisy.noise_type == everywhere.noise_type == list(noise.NOISE_TYPES)
+    assert noisy.noise_type == everywhere.noise_type == noise.noise_types()
     assert noisy.controls == ["zero", "mean", "other", "pause"]
     assert (noisy.num_branches, noisy.temperature, noisy.schedule, noisy.noise_at_step) == (1, 0, "linear", 2)
     assert (everywhere.apply_noise_to_all_passes, everywhere.controls, everywhere.noise_at_step) == (True, [], 1)

@@ -286,11 +286,12 @@ def test_the_loss_of_several_sequences_is_that_of_one_process(
     run_arguments: list[str], tmp_path: Path, distilled: list[str]
 ) -> None:
     start(run_arguments, *distilled, "name=one", "batch_size_training=4", "pad_latent_to_max=false")
-    for parallel in ("ddp", "fsdp"):
-        more = [*distilled, f"name={parallel}", f"parallel={parallel}", "batch_size_training=2", "pad_latent_to_max=false"]
+    variants = {"ddp": [], "fsdp": ["parallel=fsdp"], "step": ["parallel=fsdp", "fsdp_gather=step"]}
+    for name, settings in variants.items():
+        more = [*distilled, f"name={name}", "batch_size_training=2", "pad_latent_to_max=false", *settings]
         result = launch(2, run_arguments, *more, script=ROOT / "tests" / "distillation.py")
         assert result.returncode == 0, result.stderr
-    one, *others = (read_rows(tmp_path / "checkpoints" / name / "metrics.jsonl", "step") for name in ("one", "ddp", "fsdp"))
+    one, *others = (read_rows(tmp_path / "checkpoints" / name / "metrics.jsonl", "step") for name in ("one", *variants))
     for rows in others:
         for row, expected in zip(rows, one, strict=True):
             for key in ("loss", "loss_student", "loss_teacher", "loss_distillation"):

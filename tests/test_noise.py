@@ -18,18 +18,20 @@ from torch.testing import assert_close
 
 from generation import MAX_N_LATENT, insert_latents
 from noise import (
-    NOISE_TYPES,
-    RECOMMENDED_SCALES,
+    NOISES,
     SCHEDULES,
     apply_noise_to_hidden_states,
     noise_generator,
+    noise_types,
     sampling_generator,
     schedule_factor,
     scheduled_scale,
 )
 from thoughts import Intervention, Noise, ThoughtInterventions, path_diversity
 
+NOISE_TYPES = noise_types()
 KINDS = [*itertools.product(sorted(set(NOISE_TYPES) - {"targeted"}), [None]), ("targeted", "same"), ("targeted", "opposite")]
+RECOMMENDED_SCALES = {(row.noise_type, row.direction): row.scales for row in NOISES.values()}
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 

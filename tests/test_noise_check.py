@@ -7,6 +7,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ def described(perturb: Callable[[Tensor, float], Tensor]) -> Callable[..., tuple
 
     def wrong_noise(hidden, scale, noise_type, direction, generator):
         perturbed = perturb(hidden, scale).to(hidden.dtype)
-        return perturbed, noise._describe(hidden.float(), perturbed.float(), scale, noise_type, direction)
+        return perturbed, noise._describe(hidden.float(), perturbed.float(), scale, noise.find_noise(noise_type, direction))
 
     return wrong_noise
 
@@ -181,7 +182,7 @@ def test_noise_computed_in_16_bits_is_caught(dtype):
     def coarse(hidden, scale, noise_type, direction, generator):
         noise_vector = torch.randn(hidden.shape, generator=generator).to(hidden.dtype)
         perturbed = hidden + scale * noise_vector
-        return perturbed, noise._describe(hidden.float(), perturbed.float(), scale, noise_type, direction)
+        return perturbed, noise._describe(hidden.float(), perturbed.float(), scale, noise.find_noise(noise_type, direction))
 
     assert failed(measure(thoughts(40, dtype=dtype), NoiseSetting("gaussian", None, 0.3), source, coarse)) == [
         "as float32, rounded"
@@ -278,7 +279,7 @@ def test_the_command(trained: Path, data_file: Path, tmp_path: Path, monkeypatch
 def test_the_command_fails_on_wrong_noise(trained: Path, data_file: Path, tmp_path: Path, monkeypatch: Any, capsys: Any):
     settings = [NoiseSetting("orthogonal", None, scale) for scale in (0.0, 0.5, 1.0)]
     monkeypatch.setattr(noise_check, "recommended_settings", lambda: settings)
-    monkeypatch.setitem(noise.FROM_NORMAL_DRAW, "orthogonal", lambda h, s, g: math.nan * s * g)
+    monkeypatch.setitem(noise.NOISES, "orthogonal", replace(noise.NOISES["orthogonal"], add=lambda h, s, g: math.nan * s * g))
     assert run(monkeypatch, trained, data_file, tmp_path, "--questions", 6) == 1
     result = json.loads((tmp_path / "noise_check.json").read_text())
     assert not result["passed"]

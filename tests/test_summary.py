@@ -17,9 +17,11 @@ from evaluation import interval
 from experiments.answers.judging import NO_ANSWER, majority_vote, noise_weighted_vote, probability_vote
 from experiments.noise import summary
 from experiments.significance import EXPONENTIAL, HYPERBOLIC, LINEAR
-from noise import NOISE_TYPES, RECOMMENDED_SCALES
+from noise import NOISES, noise_types
 
 GOLD = "18"
+
+RECOMMENDED_SCALES = {(row.noise_type, row.direction): row.scales for row in NOISES.values()}
 
 
 def outcome(answers: list[str], ratio: float | None = None, diversity: float | None = None, tokens: int = 10) -> dict[str, Any]:
@@ -108,7 +110,7 @@ def test_more_on_the_axis_is_more_noise() -> None:
 
 
 def test_no_noise_is_the_clean_condition() -> None:
-    assert {summary.measured_key(one, "same", math.inf if one == "snr" else 0) for one in NOISE_TYPES} == {"clean"}
+    assert {summary.measured_key(one, "same", math.inf if one == "snr" else 0) for one in noise_types()} == {"clean"}
     assert summary.measured_key("snr", None, 0) == "snr@0.0"
     assert summary.measured_key("targeted", "same", 0.5) == "targeted-same@0.5"
 

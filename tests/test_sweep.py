@@ -123,7 +123,7 @@ def test_conditions() -> None:
     [
         ({"model_id": None}, "model_id or load_model_path is missing"),
         ({"benchmark": "gsm9k"}, "unknown benchmark 'gsm9k'; did you mean 'gsm8k'"),
-        ({"noise_type": "pink"}, "Input should be 'gaussian'"),
+        ({"noise_type": "pink"}, "must be one of gaussian"),
         ({"noise_scales": [-1]}, "noise_scale is -1"),
         ({"noise_scales": [1, 1.0]}, "holds something twice"),
         ({"noise_scales": []}, "at least 1 item"),

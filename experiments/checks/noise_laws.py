@@ -15,11 +15,10 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from noise import RECOMMENDED_SCALES, Generators, apply_noise_to_hidden_states, derived_generator
+from noise import NOISES, Generators, NoiseType, apply_noise_to_hidden_states, derived_generator, find_noise
 
 SMALLEST_P = 1e-4  # a smaller p-value says that the formula does not hold
 ARITHMETIC = 1e-5  # relative error that float32 arithmetic is allowed, besides the rounding of the result
-ABSOLUTE = ("gaussian", "uniform")  # their noise does not grow with the thought
 
 Noise = Callable[..., tuple[Tensor, dict[str, Any]]]  # called as `noise.apply_noise_to_hidden_states` is
 Source = Callable[[], Generators]  # gives generators that draw the same each time
@@ -38,11 +37,15 @@ class NoiseSetting(NamedTuple):
 
     @property
     def is_none(self) -> bool:
-        return self.scale == (math.inf if self.noise_type == "snr" else 0)
+        return self.scale == self.kind.no_noise
+
+    @property
+    def kind(self) -> NoiseType:
+        return find_noise(self.noise_type, self.direction)
 
 
 def recommended_settings() -> list[NoiseSetting]:
-    return [NoiseSetting(*kind, scale) for kind, scales in RECOMMENDED_SCALES.items() for scale in scales]
+    return [NoiseSetting(row.noise_type, row.direction, scale) for row in NOISES.values() for scale in row.scales]
 
 
 # --- what the formulas give ---
@@ -50,29 +53,19 @@ def recommended_settings() -> list[NoiseSetting]:
 
 def expected_ratio(setting: NoiseSetting, inverse_square: Any, width: int) -> Any:
     """Root mean square of |n| / |h| over draws, for thoughts with this mean of 1 / |h|² (a number, or an array of them)."""
-    scale = setting.scale
-    squares = {
-        "gaussian": scale**2 * width * inverse_square,
-        "uniform": scale**2 * width / 3 * inverse_square,
-        "snr": (1 / scale if scale > 0 else math.nan) ** 2,
-        "dropout": min(scale, 1.0),
-    }
-    return np.sqrt(squares.get(setting.noise_type, scale**2))
+    return np.sqrt(setting.kind.square_ratio(setting.scale, inverse_square, width))
 
 
 def expected_norm_change(setting: NoiseSetting, ratio: Any) -> Any:
-    """Root mean square of |h'| / |h| over draws, from that of |n| / |h|; exact for targeted and orthogonal noise."""
-    if setting.noise_type == "targeted":
-        return np.abs(1 + ratio) if setting.direction == "same" else np.abs(1 - ratio)
-    return np.sqrt(1 + ratio**2) if setting.noise_type != "dropout" else np.sqrt(1 - ratio**2)
+    """Root mean square of |h'| / |h| over draws, from that of |n| / |h|."""
+    return np.sqrt(np.maximum(0, 1 + 2 * setting.kind.cosine(ratio) * ratio + ratio**2))
 
 
 def expected_cosine(setting: NoiseSetting, ratio: Any) -> Any:
     """Cosine of h and h', which many dimensions make the same for almost every draw; 0 where h' is zero."""
-    if setting.noise_type == "targeted":
-        return np.sign(1 + ratio) if setting.direction == "same" else np.sign(1 - ratio)
     change = expected_norm_change(setting, ratio)
-    return change if setting.noise_type == "dropout" else 1 / change
+    with np.errstate(all="ignore"):
+        return np.where(change > 0, (1 + setting.kind.cosine(ratio) * ratio) / change, 0.0)
 
 
 # --- one check ---
@@ -159,34 +152,22 @@ def cosines(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 def exact_checks(sample: Sample) -> dict[str, Check]:
     """What holds for every single thought, up to rounding."""
+    kind = sample.setting.kind
     checks: dict[str, Check] = {}
-    noise_type, scale = sample.setting.noise_type, sample.setting.scale
-    if noise_type in ("gaussian_scaled", "snr", "orthogonal", "targeted"):
+    if "ratio" in kind.exact:
         checks["ratio"] = within(sample.ratio - sample.expected_ratios, sample.rounding)
-    if noise_type in ("orthogonal", "targeted"):
-        cosine = {"same": 1.0, "opposite": -1.0, None: 0.0}[sample.setting.direction]
+    if "cosine" in kind.exact:
+        cosine = kind.cosine(sample.expected_ratios)
         checks["cosine with h"] = within(cosines(sample.noise, sample.hidden) - cosine, sample.rounding / sample.ratio)
         changes = expected_norm_change(sample.setting, sample.expected_ratios)
         checks["norm change"] = within(sample.change - changes, sample.rounding)
-    if noise_type == "uniform":
-        checks["range"] = within(sample.noise, scale * (1 + ARITHMETIC) + sample.epsilon * np.abs(sample.perturbed))
-    if noise_type == "dropout":
-        checks["kept"] = none_of((sample.perturbed != 0) & (sample.perturbed != sample.hidden))
-    return checks
+    return checks | EXACTLY.get(kind.name, lambda sample: {})(sample)
 
 
 def statistical_checks(sample: Sample) -> dict[str, Check]:
     """Distributions over all thoughts and coordinates; only where rounding is far below the noise, as in float32."""
-    checks = {
-        "gaussian": _gaussian,
-        "gaussian_scaled": _any_direction,
-        "snr": _any_direction,
-        "orthogonal": _any_direction_across,
-        "uniform": _uniform,
-        "dropout": _dropout,
-        "targeted": lambda sample: {},
-    }[sample.setting.noise_type](sample)
-    if sample.setting.noise_type not in ("orthogonal", "targeted"):
+    checks = DISTRIBUTIONS.get(sample.setting.kind.name, lambda sample: {})(sample)
+    if "cosine" not in sample.setting.kind.exact:
         expected = expected_norm_change(sample.setting, sample.expected_ratios)
         checks["norm change"] = has_mean(sample.change**2 - expected**2)
     return checks
@@ -244,6 +225,26 @@ def _dropout(sample: Sample) -> dict[str, Check]:
         checks["spread"] = Check(spread, 2 * float(min(law.sf(spread), law.cdf(spread))))
     return checks
 
+
+def _in_range(sample: Sample) -> dict[str, Check]:
+    allowed = sample.setting.scale * (1 + ARITHMETIC) + sample.epsilon * np.abs(sample.perturbed)
+    return {"range": within(sample.noise, allowed)}
+
+
+def _kept(sample: Sample) -> dict[str, Check]:
+    return {"kept": none_of((sample.perturbed != 0) & (sample.perturbed != sample.hidden))}
+
+
+# What is further known of a type, by its name in `noise.NOISES`; a type that is not here is held against its row alone.
+EXACTLY = {"uniform": _in_range, "dropout": _kept}
+DISTRIBUTIONS = {
+    "gaussian": _gaussian,
+    "gaussian_scaled": _any_direction,
+    "snr": _any_direction,
+    "orthogonal": _any_direction_across,
+    "uniform": _uniform,
+    "dropout": _dropout,
+}
 
 # --- measuring ---
 
@@ -343,7 +344,7 @@ def measure_zero(
     perturbed, info = noise(hidden, setting.scale, setting.noise_type, setting.direction, generator)
     numbers = np.array([value for value in info.values() if isinstance(value, float)])
     checks = {"finite": none_of(~np.isfinite([*_array(perturbed).ravel(), *numbers]))}
-    if setting.noise_type not in ABSOLUTE:
+    if setting.kind.relative:
         checks["still zero"] = none_of(_array(perturbed))
     return {
         "name": setting.name,

@@ -32,7 +32,7 @@ from experiments.noise.subjects import Subject
 from experiments.noise.sweep import Answerer, conditions
 from experiments.tables import terminal
 from generation import Branch, Branches, Details, generate_from
-from noise import RECOMMENDED_SCALES, apply_noise_to_hidden_states, derived_generator
+from noise import NOISES, apply_noise_to_hidden_states, derived_generator, find_noise
 from systems import distributed
 from systems.metrics import show
 from thoughts import Intervention, Noise, ThoughtInterventions
@@ -41,7 +41,7 @@ from utils import Positive, UserError, get_logger
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}  # relative, of thoughts and logits
 STATES = 64  # random ones that the formulas are tried on
-SCALE = {"snr": 2.0}  # of the noise; 0.5 of the other types
+RATIO = 0.5  # the scale of the noise, or its inverse where less noise is a larger scale
 NOISE: dict[str, Any] = {"noise_scale": 0.5, "noise_type": "gaussian_scaled"}  # in the thoughts of the model
 HOT = 100.0  # a temperature at which even a model that is sure draws all kinds of tokens
 RECOMPUTED = 2  # questions that are decoded again without a cache, or branch by branch
@@ -155,7 +155,7 @@ def _up_to(tokens: list[int], eos: int) -> list[int]:
 
 
 def settings() -> list[NoiseSetting]:
-    return [NoiseSetting(*kind, SCALE.get(kind[0], 0.5)) for kind in RECOMMENDED_SCALES]
+    return [NoiseSetting(row.noise_type, row.direction, 1 / RATIO if row.reciprocal else RATIO) for row in NOISES.values()]
 
 
 def check_formula(bench: Bench, setting: NoiseSetting) -> Check:
@@ -182,7 +182,7 @@ def check_no_noise(bench: Bench) -> Check:
     states = torch.randn(STATES, bench.model.embedding.weight.shape[1], generator=derived_generator("no noise"))
     changed = total = 0
     for setting in settings():
-        nothing = math.inf if setting.noise_type == "snr" else 0.0
+        nothing = find_noise(setting.noise_type, setting.direction).no_noise
         for dtype in DTYPES:
             hidden = states.to(bench.subject.device, dtype)
             perturbed, _ = apply_noise_to_hidden_states(hidden, nothing, setting.noise_type, setting.direction)

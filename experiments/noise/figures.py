@@ -17,6 +17,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from experiments.noise.summary import CLEAN, noise_axis
 from experiments.plots import ACCURACY, Numbers, Point, drawing, grouped, point, references, shades, with_intervals
 from experiments.significance import Decay
+from noise import noise_rows
 
 WIDE_RANGE = 20  # positive values further apart than this are drawn on a logarithmic axis
 MARKERS = "osD^vP*X"
@@ -88,7 +89,8 @@ def _noise_axis(axes: Axes, places: Sequence[float]) -> bool:
 
 
 def _scale_label(noise_type: str) -> str:
-    return "1 / noise scale (norm of the noise by norm of the thought)" if noise_type == "snr" else "noise scale"
+    reciprocal = noise_rows(noise_type)[0].reciprocal
+    return "1 / noise scale (norm of the noise by norm of the thought)" if reciprocal else "noise scale"
 
 
 def _style(number: int) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from experiments.noise.full_report import write_report
 from experiments.noise.results import write_results
 from experiments.noise.settings import SELF_CONSISTENCY, FullConfig, SweepConfig
 from experiments.noise.sweep import Sweep, run_sweep
-from noise import DECAY
+from noise import DECAY, noise_rows
 from systems import distributed
 from systems.signals import StopRequest
 from utils import get_logger
@@ -29,7 +29,7 @@ EVERYWHERE = {"apply_noise_to_all_passes": True, "schedule": "none", "lambda_dec
 
 def parts(config: FullConfig) -> dict[str, SweepConfig]:
     """The experiments of the suite by their names, which are also their directories below the suite's."""
-    direction = config.noise_direction if config.branch_noise_type == "targeted" else None
+    direction = config.noise_direction if len(noise_rows(config.branch_noise_type)) > 1 else None
     changes = {
         "noise": GREEDILY,
         "all_passes": GREEDILY | EVERYWHERE,

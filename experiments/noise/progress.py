@@ -19,14 +19,14 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
-from noise import NOISE_TYPES
+from noise import noise_types
 from systems import distributed
 from systems.files import read_typed, read_typed_lines
 from utils import UserError, append_jsonl, get_logger, write_json, write_jsonl
 
 Record = dict[str, Any]
 FOLDER, SETTINGS, FINISHED = "progress", "settings.json", "finished"
-FIGURES = (*NOISE_TYPES, "targeted-*", "coverage_*", "noise_types", "diversity", "controls")
+FIGURES = (*noise_types(), "targeted-*", "coverage_*", "noise_types", "diversity", "controls")
 RESULTS = (f"*_{'[0-9]' * 8}-{'[0-9]' * 6}.json", *(f"{name}.png" for name in FIGURES), "table.txt", "config.yaml")
 TIMESTAMP = "%Y%m%d-%H%M%S"  # of files, UTC
 

@@ -9,12 +9,12 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from experiments.answers.judging import answer_kind
 from methods import MOST_THOUGHTS, EvalLatents
-from noise import DECAY, NOISE_TYPES, RECOMMENDED_SCALES, check_noise
+from noise import DECAY, SCHEDULES, check_noise, find_noise, noise_rows, noise_types
 from thoughts import Noise, ThoughtMapSetting
-from utils import Config, OptionalPath, OptionalText, PathText, Positive, Seed, check_folder_name, check_kernel
+from utils import Config, OptionalPath, OptionalText, PathText, Positive, Seed, check_folder_name, check_kernel, one_of
 
-NoiseType = Literal["gaussian", "gaussian_scaled", "snr", "orthogonal", "uniform", "dropout", "targeted"]
-Schedule = Literal["none", "constant", "linear", "cosine", "exponential", "adaptive"]
+NoiseName = Annotated[str, one_of(noise_types)]
+Schedule = Annotated[str, one_of(lambda: list(SCHEDULES))]
 Control = Literal["zero", "mean", "other", "pause"]
 Setting = tuple[str, str | None]  # noise type and direction
 SELF_CONSISTENCY = 0.7  # temperature of the baseline
@@ -32,7 +32,7 @@ def _listed(value: Any) -> Any:
     if value == "None":
         return None
     if value == "all":
-        return list(NOISE_TYPES)
+        return noise_types()
     return value if isinstance(value, list) or value is None else [value]
 
 
@@ -85,7 +85,7 @@ class SweepConfig(Config):
     num_questions: Annotated[int | None, Field(ge=1), BeforeValidator(_null)] = None
     """So many: of a file the first ones, of the hub drawn with the seed; null: all."""
     # noise
-    noise_type: Annotated[list[NoiseType], Field(min_length=1), BeforeValidator(_listed)] = Field(default=["gaussian"])
+    noise_type: Annotated[list[NoiseName], Field(min_length=1), BeforeValidator(_listed)] = Field(default=["gaussian"])
     """One, a list, or all: gaussian, gaussian_scaled, snr, orthogonal, uniform, dropout, targeted."""
     noise_direction: Annotated[Literal["same", "opposite"] | None, BeforeValidator(_null)] = None
     """Of targeted noise: same or opposite; null: both."""
@@ -142,7 +142,7 @@ class SweepConfig(Config):
         greedy = self.num_branches == 1 and self.temperature == 0
         decays = self.schedule in ("exponential", "adaptive")
         without_effect = {
-            "noise_direction": (self.noise_direction and "targeted" not in self.noise_type, "noise_type: targeted"),
+            "noise_direction": (self.noise_direction and not self._has_direction(), "noise_type: targeted"),
             "shared_noise": (self.shared_noise and self.num_branches == 1, "num_branches of at least 2"),
             "top_p": ("top_p" in self.model_fields_set and self.top_p != 1 and greedy, "temperature above 0, or branches"),
             "eval_latents": (self.eval_latents != "gold" and self.n_latents is not None, "n_latents: null"),
@@ -164,18 +164,16 @@ class SweepConfig(Config):
 
     def settings(self) -> list[Setting]:
         """Noise types with their directions; targeted noise without one goes in both."""
-        directions = [self.noise_direction] if self.noise_direction else ["same", "opposite"]
-        return [
-            (noise_type, direction)
-            for noise_type in self.noise_type
-            for direction in (directions if noise_type == "targeted" else [None])
-        ]
+        return [(row.noise_type, row.direction) for one in self.noise_type for row in noise_rows(one, self.noise_direction)]
+
+    def _has_direction(self) -> bool:
+        return any(direction for _, direction in self.settings())
 
     def scales(self, noise_type: str, direction: str | None) -> list[float]:
         """Those of the configuration, or the recommended ones."""
         if self.noise_scales is not None:
             return [float(scale) for scale in self.noise_scales]
-        return list(RECOMMENDED_SCALES[noise_type, direction])
+        return list(find_noise(noise_type, direction).scales)
 
     def noise(self, noise_type: str, direction: str | None, scale: float) -> Noise:
         schedule = "constant" if self.apply_noise_to_all_passes else self.schedule
@@ -194,15 +192,13 @@ class BranchConfig(SweepConfig):
 class FullConfig(SweepConfig):
     """The same keys for full_test.py: all noise types and controls greedily, then branches with the keys about branches."""
 
-    noise_type: Annotated[list[NoiseType], Field(min_length=1), BeforeValidator(_listed)] = Field(
-        default=list(get_args(NoiseType))
-    )
+    noise_type: Annotated[list[NoiseName], Field(min_length=1), BeforeValidator(_listed)] = Field(default_factory=noise_types)
     """One, a list, or all."""
     controls: Annotated[list[Control], BeforeValidator(lambda value: _listed(value) or [])] = Field(
         default=list(get_args(Control))
     )
     """One, a list, or none."""
-    branch_noise_type: NoiseType = "gaussian_scaled"
+    branch_noise_type: NoiseName = "gaussian_scaled"
     """Noise of the branches that vote."""
     harmless_margin: Annotated[float, Field(gt=0, le=100)] = 2.0
     """Points of accuracy: noise is called harmless where its loss is shown to be smaller."""

@@ -18,7 +18,7 @@ from evaluation import interval, wrote_steps
 from experiments.answers.judging import NO_ANSWER, Coverage, Vote, coverage_curve
 from experiments.significance import fit_decays, half_scale, holm, mcnemar, paired_difference, status
 from experiments.tables import probability, terminal, text
-from noise import OVERWHELMING_SNR, check_noise
+from noise import check_noise, find_noise, noise_rows
 
 NO_LATENTS, GREEDY, CLEAN, SELF_CONSISTENCY = "no_latents", "greedy", "clean", "self_consistency"
 AGGREGATIONS = ("majority", "probability", "probability_sum", "noise_weighted")
@@ -33,7 +33,7 @@ Outcome = dict[str, Any]  # what one condition made of one question
 
 def setting_name(noise_type: str, direction: str | None) -> str:
     """ "targeted-opposite"; for every other type its name, which has no direction."""
-    return f"{noise_type}-{direction}" if noise_type == "targeted" else noise_type
+    return find_noise(noise_type, direction).name
 
 
 def condition_key(noise_type: str, direction: str | None, scale: float) -> str:
@@ -62,9 +62,7 @@ def split_key(key: str) -> tuple[str, str | None, float]:
 
 def noise_axis(noise_type: str, scale: float) -> float:
     """The scale on an axis on which more is more noise, for fits and figures: itself; for snr its inverse. 0 is no noise."""
-    if noise_type != "snr":
-        return float(scale)
-    return 1 / scale if scale > 0 else 1 / OVERWHELMING_SNR
+    return noise_rows(noise_type)[0].amount(float(scale))
 
 
 def measured_key(noise_type: str, direction: str | None, scale: float) -> str:
@@ -223,7 +221,7 @@ def setting_result(
     for scale in scales:
         result = condition_result(records, measured_key(noise_type, direction, scale))
         results[scale_name(scale)] = {"noise_axis": noise_axis(noise_type, scale), **result}
-    no_noise = math.inf if noise_type == "snr" else 0.0
+    no_noise = noise_rows(noise_type)[0].no_noise
     accuracies = {no_noise: condition_summary(records, CLEAN)["accuracy"]}
     accuracies |= {scale: results[scale_name(scale)]["accuracy"] for scale in scales}
     measured = {scale: accuracy for scale, accuracy in accuracies.items() if accuracy is not None}

@@ -33,6 +33,7 @@ from experiments.noise.settings import SweepConfig
 from experiments.noise.subjects import Subject, load_subject
 from experiments.noise.summary import CLEAN, GREEDY, NO_LATENTS, SELF_CONSISTENCY, condition_key
 from generation import Branch, BranchPoint, generate_from
+from noise import find_noise
 from systems import distributed
 from systems.storage import alone
 from thoughts import Intervention, path_diversity
@@ -78,8 +79,9 @@ def conditions(config: SweepConfig) -> list[Condition]:
         found.append(Condition(SELF_CONSISTENCY, k, config.self_consistency_temperature, distinct=k))
     for noise_type, direction in config.settings():
         for scale in config.scales(noise_type, direction):
-            if scale != (math.inf if noise_type == "snr" else 0):
-                alike = temperature == 0 and (config.shared_noise or noise_type == "targeted")
+            kind = find_noise(noise_type, direction)
+            if scale != kind.no_noise:
+                alike = temperature == 0 and (config.shared_noise or kind.draw is None)
                 noise = Intervention(config.noise(noise_type, direction, scale))
                 key = condition_key(noise_type, direction, scale)
                 found.append(Condition(key, k, temperature, noise, distinct=1 if alike else k))
