@@ -176,7 +176,7 @@ class Evaluator:
         output = str(self.tokenizer.decode(new, skip_special_tokens=True))
         shape = stage_shape(self.curriculum, stage, len(record["steps"]))
         expected = str(self.tokenizer.decode(remaining_steps(shape, record["steps_tokenized"]), skip_special_tokens=True))
-        answer, gold = extract_answer(output), clean_answer(record["answer"])
+        answer, gold = written_answer(output), clean_answer(record["answer"])
         return Prediction(
             idx=record["idx"],
             output=output,
@@ -222,7 +222,7 @@ def answer_scores(predictions: Sequence[Prediction]) -> dict[str, Any]:
     }
 
 
-def extract_answer(output: str) -> str:
+def written_answer(output: str) -> str:
     """What follows the last "#", without commas and outer blanks; empty where there is no "#"."""
     return clean_answer(output.rsplit("#", 1)[1]) if "#" in output else ""
 

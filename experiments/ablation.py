@@ -25,8 +25,8 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args
 import torch
 from pydantic import BeforeValidator, Field, model_validator
 
-from experiments.answers.benchmarks import BenchmarkQuestion, load_questions
-from experiments.answers.judging import same_answer
+from experiments.answers.benchmarks import same_answer
+from experiments.answers.questions import BenchmarkQuestion, load_questions
 from experiments.noise.ablation_results import MIXED, NO_NOISE, Cells, Part, judged_by, ratio_name, vote, write_results
 from experiments.noise.settings import BranchConfig, NoiseName, Setting, Voters
 from experiments.noise.subjects import Subject, load_subject

@@ -23,7 +23,7 @@ from rich.table import Table
 from torch import Tensor
 
 from dataset import MyCollator
-from experiments.answers.benchmarks import BenchmarkQuestion, load_questions
+from experiments.answers.questions import BenchmarkQuestion, load_questions
 from experiments.checks.noise_laws import SMALLEST_P, measure, measure_below_rounding, measure_zero, recommended_settings
 from experiments.noise.settings import SweepConfig
 from experiments.noise.subjects import Subject, load_subject

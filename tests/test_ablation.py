@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from experiments import ablation
 from experiments.ablation import PARTS, Ablation, AblationConfig, Survey, all_settings, equal_scale
-from experiments.answers.judging import NO_ANSWER, same_answer
+from experiments.answers.benchmarks import NO_ANSWER, same_answer
 from experiments.noise import sweep
 from experiments.noise.ablation_results import MIXED, NO_NOISE, Part, judged_by, rows, table, vote
 from experiments.noise.settings import BranchConfig

@@ -24,8 +24,8 @@ import generation
 import noise
 import thoughts
 from experiments import plots, significance
-from experiments.answers.benchmarks import BenchmarkQuestion
-from experiments.answers.judging import BENCHMARKS
+from experiments.answers.benchmarks import BENCHMARKS
+from experiments.answers.questions import BenchmarkQuestion
 from experiments.checks import branch_check, selfcheck, stand_ins
 from experiments.noise import full, full_report
 from experiments.noise.settings import FullConfig, SweepConfig

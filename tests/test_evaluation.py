@@ -9,7 +9,7 @@ import torch
 
 from config import RunConfig
 from dataset import get_dataset
-from evaluation import Evaluator, clean_answer, extract_answer
+from evaluation import Evaluator, clean_answer, written_answer
 from systems.models import build_model, latent_ids, load_tokenizer
 from utils import load_config
 
@@ -45,7 +45,7 @@ def test_only_the_answer_itself_is_judged(run_arguments: list[str], output: str,
 
 
 def test_commas_in_numbers_do_not_count() -> None:
-    assert extract_answer("1 # 2\n### 1,234 ") == clean_answer(" 1,234") == "1234"
+    assert written_answer("1 # 2\n### 1,234 ") == clean_answer(" 1,234") == "1234"
 
 
 def test_right_steps_are_all_that_the_stage_still_writes(run_arguments: list[str]) -> None:

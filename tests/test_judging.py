@@ -16,21 +16,17 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from experiments.answers import expressions
+from experiments.answers.benchmarks import BENCHMARKS, NO_ANSWER, canonical_answer, extract_answer, same_answer
 from experiments.answers.expressions import canonical_fraction, canonical_latex, find_numbers, plain_numbers, same_latex
 from experiments.answers.judging import (
-    BENCHMARKS,
     HARMONY_ANALYSIS,
-    NO_ANSWER,
     Vote,
     agreement_level,
     build_prompt,
-    canonical_answer,
     coverage_curve,
-    extract_answer,
     majority_vote,
     noise_weighted_vote,
     probability_vote,
-    same_answer,
     user_message,
 )
 from generation import MAX_N_LATENT
@@ -494,7 +490,7 @@ def test_a_user_message_asks_for_steps_and_a_form() -> None:
 def test_the_request_itself_states_no_answer_but_its_form_can_be_read(benchmark: str) -> None:
     examples = {"gsm8k": "18", "gsm-symbolic": "18", "math": "18", "mmlu": "B", "gpqa": "B", "prontoqa": "True"}
     answer = examples.get(benchmark, "Tom is a zumpus.")
-    mark = "\\boxed{%s}" if "boxed" in BENCHMARKS[benchmark].request else "#### %s"
+    mark = "\\boxed{%s}" if "boxed" in BENCHMARKS[benchmark].kind.request else "#### %s"
     assert extract_answer(benchmark, "Let me think.\n" + mark % answer) == answer
 
 

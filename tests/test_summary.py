@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from evaluation import interval
-from experiments.answers.judging import NO_ANSWER, majority_vote, noise_weighted_vote, probability_vote
+from experiments.answers.benchmarks import NO_ANSWER
+from experiments.answers.judging import majority_vote, noise_weighted_vote, probability_vote
 from experiments.noise import summary
 from experiments.significance import EXPONENTIAL, HYPERBOLIC, LINEAR
 from noise import NOISES, noise_types

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from config import RunConfig
 from dataset import get_dataset, get_question_latent_dataset
-from experiments.answers.benchmarks import BenchmarkQuestion, load_questions
+from experiments.answers.questions import BenchmarkQuestion, load_questions
 from experiments.compare import report
 from experiments.noise import results, sweep
 from experiments.noise.progress import open_progress

@@ -1,82 +1,18 @@
-"""Prompts for models tried without training, answers read from their texts, and one answer from several branches.
-
-The one place for each benchmark's prompt and extraction. Canonical answers: numbers "1234", "-3", "0.5", "2/3" (a finite
-decimal where there is one, else a reduced fraction); letters "A" to "D"; "True" and "False"; "Tom is a lempus."; LaTeX in one
-spelling (`expressions.canonical_latex`). What a text leaves open is NO_ANSWER.
-"""
+"""Prompts for models tried without training, and one answer from several branches."""
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from dataset import in_chat_template
-from experiments.answers.expressions import canonical_latex, same_latex, whole_number
-from experiments.answers.extraction import (
-    canonical_concept,
-    canonical_letter,
-    canonical_truth,
-    extract_concept,
-    extract_latex,
-    extract_letter,
-    extract_number,
-    extract_truth,
-    same_concept,
-)
+from experiments.answers.benchmarks import NO_ANSWER, OPTIONS, Same, equal, find_benchmark
 from generation import MAX_N_LATENT
 from systems.models import LatentIds
 from utils import UserError
-
-NO_ANSWER = "NO_ANSWER_FOUND"
-OPTIONS = "ABCD"
-Same = Callable[[str, str], bool]
-
-
-class AnswerKind(NamedTuple):
-    """request: what the prompt asks for. extract: text to answer. canonical: a bare answer in its one spelling.
-
-    same: whether a canonical answer agrees with a canonical gold answer.
-    """
-
-    request: str
-    extract: Callable[[str], str | None]
-    canonical: Callable[[str], str | None]
-    same: Same
-
-
-def _equal(given: str, gold: str) -> bool:
-    return given == gold
-
-
-_REASON = "Reason step by step. Then state the final answer on a line of its own, as"
-NUMBER = AnswerKind(f"{_REASON} #### and the number, without units.", extract_number, whole_number, _equal)
-LETTER = AnswerKind(f"{_REASON} #### and the letter of the right option.", extract_letter, canonical_letter, _equal)
-LATEX = AnswerKind(f"{_REASON} \\boxed{{...}}.", extract_latex, lambda text: canonical_latex(text) or None, same_latex)
-CONCEPT = AnswerKind(f"{_REASON} #### and a sentence like: Tom is a lempus.", extract_concept, canonical_concept, same_concept)
-TRUTH = AnswerKind(f"{_REASON} #### True or #### False.", extract_truth, canonical_truth, _equal)
-BENCHMARKS = {
-    "gsm8k": NUMBER,
-    "gsm-symbolic": NUMBER,
-    "mmlu": LETTER,
-    "math": LATEX,
-    "gpqa": LETTER,
-    "prosqa": CONCEPT,
-    "prontoqa": TRUTH,
-}
-
-
-def answer_kind(benchmark: str) -> AnswerKind:
-    """UserError: an unknown benchmark, with the nearest name."""
-    if benchmark not in BENCHMARKS:
-        near = difflib.get_close_matches(benchmark.lower(), BENCHMARKS, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(BENCHMARKS)}"
-        raise UserError(f"unknown benchmark {benchmark!r}; {hint}")
-    return BENCHMARKS[benchmark]
-
 
 # --- prompts ---
 
@@ -84,7 +20,7 @@ def answer_kind(benchmark: str) -> AnswerKind:
 def user_message(benchmark: str, question: str, choices: Sequence[str] = ()) -> str:
     """What a chat model is asked: the question, its options with their letters, and the form of the answer."""
     options = [f"{letter}. {choice}" for letter, choice in zip(OPTIONS, choices, strict=False)]
-    return "\n".join([question.strip(), *options, "", answer_kind(benchmark).request])
+    return "\n".join([question.strip(), *options, "", find_benchmark(benchmark).kind.request])
 
 
 def build_prompt(tokenizer: PreTrainedTokenizerBase, ids: LatentIds, message: str, n_latents: int = MAX_N_LATENT) -> list[int]:
@@ -111,27 +47,6 @@ def _templated(tokenizer: PreTrainedTokenizerBase, message: str) -> str:
     return text + HARMONY_ANALYSIS if harmony else text
 
 
-# --- answers ---
-
-
-def extract_answer(benchmark: str, text: str) -> str:
-    """The canonical final answer that a generated text states; NO_ANSWER if it states none."""
-    return answer_kind(benchmark).extract(text) or NO_ANSWER
-
-
-def canonical_answer(benchmark: str, answer: str) -> str:
-    """A bare gold answer in its canonical spelling. ValueError: it is no such answer."""
-    canonical = answer_kind(benchmark).canonical(answer)
-    if canonical is None or answer == NO_ANSWER:
-        raise ValueError(f"{answer!r} is no answer to a question of {benchmark}")
-    return canonical
-
-
-def same_answer(benchmark: str, given: str, gold: str) -> bool:
-    """Whether an extracted answer agrees with the gold one; both canonical. NO_ANSWER agrees with nothing."""
-    return given != NO_ANSWER and answer_kind(benchmark).same(given, gold)
-
-
 # --- from branches to an answer ---
 
 
@@ -149,7 +64,7 @@ class Vote(NamedTuple):
     confidence: float
 
 
-def majority_vote(answers: Sequence[str], same: Same = _equal) -> Vote:
+def majority_vote(answers: Sequence[str], same: Same = equal) -> Vote:
     """The most frequent answer; among tied ones that of the earliest branch. NO_ANSWER loses against any answer.
 
     same: when two answers count as one (`functools.partial(same_answer, "math")`); each joins the first group that it fits.
@@ -162,7 +77,7 @@ def probability_vote(
     answers: Sequence[str],
     log_probabilities: Sequence[Sequence[float]],
     length_normalised: bool = True,
-    same: Same = _equal,
+    same: Same = equal,
 ) -> Vote:
     """The answer with the largest probability mass; ties and NO_ANSWER as in `majority_vote`.
 
@@ -180,7 +95,7 @@ def probability_vote(
     return _vote(answers, [total / max(divisor, 1) for total, divisor in zip(sums, divisors, strict=True)], same)
 
 
-def noise_weighted_vote(answers: Sequence[str], noise: Sequence[float], same: Same = _equal) -> Vote:
+def noise_weighted_vote(answers: Sequence[str], noise: Sequence[float], same: Same = equal) -> Vote:
     """The answer with the largest sum of weights 1 / (1 + r); ties and NO_ANSWER as in `majority_vote`.
 
     noise: r of each branch, the norm of its noise relative to the norm of the hidden state (for `snr` that is 1 / scale). A

@@ -11,8 +11,8 @@ from pydantic import model_validator
 from rich import box
 from rich.table import Table
 
-from experiments.answers.benchmarks import BenchmarkQuestion
 from experiments.answers.judging import agreement_level
+from experiments.answers.questions import BenchmarkQuestion
 from experiments.checks.stand_ins import RANDOM, RANDOM_SOURCE, QuickConfig, quick_questions, quick_subject
 from experiments.noise.progress import Record
 from experiments.noise.subjects import Subject

@@ -22,8 +22,8 @@ import transformers
 from rich.table import Table
 from torch import Tensor
 
-from experiments.answers.benchmarks import BenchmarkQuestion
-from experiments.answers.judging import extract_answer
+from experiments.answers.benchmarks import extract_answer
+from experiments.answers.questions import BenchmarkQuestion
 from experiments.checks.noise_laws import NoiseSetting, measure
 from experiments.checks.stand_ins import QuickConfig, quick_questions, quick_subject
 from experiments.noise.progress import Record

@@ -12,8 +12,8 @@ from pydantic import model_validator
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from experiments.answers.benchmarks import BenchmarkQuestion, load_questions
-from experiments.answers.judging import canonical_answer
+from experiments.answers.benchmarks import canonical_answer
+from experiments.answers.questions import BenchmarkQuestion, load_questions
 from experiments.noise.settings import BranchConfig
 from experiments.noise.subjects import Subject, load_subject
 from preprocessing.prosqa import CONCEPTS, NAMES, chain_record, record_rng

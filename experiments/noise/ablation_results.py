@@ -13,7 +13,8 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from experiments.answers.judging import Same, majority_vote, noise_weighted_vote, probability_vote
+from experiments.answers.benchmarks import Same
+from experiments.answers.judging import majority_vote, noise_weighted_vote, probability_vote
 from experiments.noise.results import chance
 from experiments.noise.settings import BranchConfig
 from experiments.noise.summary import GREEDY, JUDGE, Outcome, Record, compare, condition_summary

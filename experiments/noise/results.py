@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from experiments.answers.judging import BENCHMARKS, CONCEPT, LETTER, TRUTH
+from experiments.answers.benchmarks import find_benchmark
 from experiments.noise import figures
 from experiments.noise.summary import (
     CLEAN,
@@ -30,12 +30,11 @@ from systems.metrics import show
 from utils import get_logger, save_config, write_json
 
 BASELINES = (NO_LATENTS, GREEDY, CLEAN, SELF_CONSISTENCY)
-CHANCE = {id(LETTER): 25.0, id(CONCEPT): 50.0, id(TRUTH): 50.0}  # in %, of benchmarks whose questions name the options
 
 
 def chance(benchmark: str) -> float | None:
     """Accuracy in % of a guess among the options; None where the answer is free."""
-    return CHANCE.get(id(BENCHMARKS[benchmark]))
+    return find_benchmark(benchmark).kind.chance
 
 
 def write_results(sweep: Sweep) -> dict[str, dict[str, Any]]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from experiments.answers.judging import answer_kind
+from experiments.answers.benchmarks import find_benchmark
 from methods import MOST_THOUGHTS, EvalLatents
 from noise import DECAY, SCHEDULES, check_noise, find_noise, noise_rows, noise_types
 from thoughts import Noise, ThoughtMapSetting
@@ -120,7 +120,7 @@ class SweepConfig(Config):
 
     @model_validator(mode="after")
     def _consistent(self) -> SweepConfig:
-        answer_kind(self.benchmark)
+        find_benchmark(self.benchmark)
         if self.model_id is None and self.load_model_path is None:
             raise ValueError("model_id or load_model_path is missing: a model without training, or a trained checkpoint")
         if self.apply_noise_to_all_passes and self.schedule not in ("none", "constant"):

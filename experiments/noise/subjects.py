@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from coconut import Coconut
 from config import RunConfig
 from dataset import MyCollator, check_chat_template, question_ids
-from experiments.answers.benchmarks import BenchmarkQuestion
 from experiments.answers.judging import build_prompt, user_message
+from experiments.answers.questions import BenchmarkQuestion
 from experiments.noise.settings import SweepConfig
 from generation import MAX_N_LATENT, BranchPoint, branch_point
 from methods import METHODS, EvalLatents, stage_shape

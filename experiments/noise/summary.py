@@ -15,7 +15,8 @@ from typing import Any
 from rich.table import Table
 
 from evaluation import interval, wrote_steps
-from experiments.answers.judging import NO_ANSWER, Coverage, Vote, coverage_curve
+from experiments.answers.benchmarks import NO_ANSWER
+from experiments.answers.judging import Coverage, Vote, coverage_curve
 from experiments.significance import fit_decays, half_scale, holm, mcnemar, paired_difference, status
 from experiments.tables import probability, terminal, text
 from noise import check_noise, find_noise, noise_rows

@@ -25,9 +25,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from experiments.answers.benchmarks import BenchmarkQuestion, load_questions, selection
-from experiments.answers.judging import extract_answer as extract
-from experiments.answers.judging import majority_vote, noise_weighted_vote, probability_vote, same_answer
+from experiments.answers.benchmarks import extract_answer as extract
+from experiments.answers.benchmarks import same_answer
+from experiments.answers.judging import majority_vote, noise_weighted_vote, probability_vote
+from experiments.answers.questions import BenchmarkQuestion, load_questions, selection
 from experiments.noise.progress import Progress, Record, open_progress
 from experiments.noise.settings import SweepConfig
 from experiments.noise.subjects import Subject, load_subject

@@ -11,8 +11,8 @@ import datasets
 import pytest
 from conftest import PUBLISHED, write_json
 
-from experiments.answers.benchmarks import SOURCES, BenchmarkQuestion, load_questions, selection
-from experiments.answers.judging import BENCHMARKS
+from experiments.answers.benchmarks import BENCHMARKS
+from experiments.answers.questions import BenchmarkQuestion, load_questions, selection
 from utils import UserError
 
 CHOICES = ["1", "2", "3", "4"]
@@ -45,6 +45,8 @@ ROWS: list[tuple[str, dict[str, Any], str, str, list[str]]] = [
     ),
     ("prontoqa", {"question": "True or false: ...", "answer": "False", "steps": ["x"]}, "True or false: ...", "False", []),
 ]
+
+SOURCES = {name: row.source for name, row in BENCHMARKS.items() if row.source is not None}
 
 
 @pytest.mark.parametrize(("benchmark", "row", "question", "gold", "choices"), ROWS)
