@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from experiments.noise.summary import CLEAN, noise_axis
+from experiments.noise.summary import CLEAN, control_of, noise_axis
 from experiments.plots import ACCURACY, Numbers, Point, drawing, grouped, point, references, shades, with_intervals
 from experiments.significance import Decay
 from noise import noise_rows
@@ -207,7 +207,7 @@ def control_bars(
     """
     series: dict[str, dict[str, Numbers]] = {}
     for key, one in controls.items():
-        kind, part = key.split("/")
+        kind, part = control_of(key) or (key, "")
         if one["accuracy"] is not None:
             series.setdefault(PARTS.get(part, part), {})[kind] = one
     xlabel = "what stands in place of thoughts"

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.noise.controls import PLACES
 from experiments.noise.figures import PARTS
 from experiments.noise.results import chance
 from experiments.noise.settings import FullConfig, Setting
@@ -15,13 +16,15 @@ from experiments.noise.summary import (
     GREEDY,
     SELF_CONSISTENCY,
     compare_all,
+    control_key,
+    control_of,
     measured_key,
     noise_axis,
     setting_name,
     setting_result,
     summarise,
 )
-from experiments.noise.sweep import PLACES, Sweep
+from experiments.noise.sweep import Sweep
 from experiments.plots import Numbers
 from experiments.significance import least_difference, questions_for_margin
 from experiments.tables import markdown, probability, text, with_interval
@@ -62,7 +65,7 @@ def report_content(config: FullConfig, sweeps: Mapping[str, Sweep]) -> dict[str,
             }
             for setting in noise.config.settings()
         },
-        "controls": {key: one for key, one in summaries["noise"].items() if "/" in key},
+        "controls": {key: one for key, one in summaries["noise"].items() if control_of(key)},
         "branching": branching_result(sweeps["branching"], summaries["branching"]),
         "figures": figures(config.directory, sweeps.values()),
     }
@@ -207,9 +210,9 @@ def noise_notes(content: Mapping[str, Any]) -> str:
 
 def controls_table(content: Mapping[str, Any]) -> str:
     controls = content["controls"]
-    kinds = dict.fromkeys(key.split("/")[0] for key in controls)
+    kinds = dict.fromkeys(found[0] for found in map(control_of, controls) if found)
     columns = ["in their stead", *(PARTS[place].replace("\n", " ") for place in PLACES)]
-    rows = ([kind, *(control_cell(controls[f"{kind}/{place}"]) for place in PLACES)] for kind in kinds)
+    rows = ([kind, *(control_cell(controls[control_key(kind, place)]) for place in PLACES)] for kind in kinds)
     said = "Accuracy, and questions lost and gained against clean; p after Holm's correction."
     return f"{markdown(columns, rows)}\n\n{said}"
 

@@ -19,6 +19,7 @@ from experiments.noise.summary import (
     condition_keys,
     condition_result,
     condition_summary,
+    control_of,
     coverage_table,
     setting_name,
     setting_result,
@@ -54,7 +55,7 @@ def write_results(sweep: Sweep) -> dict[str, dict[str, Any]]:
         ]
         _write(sweep, name, {"experiment_info": info, **settings[name], "baselines": baselines}, keys)
         _setting_figures(sweep, name, noise_type, settings[name], baselines)
-    controls = {key: condition_result(records, key) for key in present if "/" in key}
+    controls = {key: condition_result(records, key) for key in present if control_of(key)}
     if controls:
         _write(
             sweep, "controls", {"experiment_info": sweep.info, "results": controls, "baselines": baselines}, [*controls, GREEDY]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from experiments.answers.benchmarks import find_benchmark
+from experiments.noise.controls import CONTROLS
 from methods import MOST_THOUGHTS, EvalLatents
 from noise import DECAY, SCHEDULES, check_noise, find_noise, noise_rows, noise_types
 from thoughts import Noise, ThoughtMapSetting
@@ -15,7 +16,7 @@ from utils import Config, OptionalPath, OptionalText, PathText, Positive, Seed, 
 
 NoiseName = Annotated[str, one_of(noise_types)]
 Schedule = Annotated[str, one_of(lambda: list(SCHEDULES))]
-Control = Literal["zero", "mean", "other", "pause"]
+ControlName = Annotated[str, one_of(CONTROLS)]
 Setting = tuple[str, str | None]  # noise type and direction
 SELF_CONSISTENCY = 0.7  # temperature of the baseline
 MOST_BRANCHES = 10_000  # of a question: what only a slip of the finger exceeds
@@ -101,7 +102,7 @@ class SweepConfig(Config):
     """Decay per thought of the schedules exponential and adaptive."""
     shared_noise: bool = False
     """One noise vector for all branches of a question."""
-    controls: Annotated[list[Control], BeforeValidator(lambda value: _listed(value) or [])] = Field(default=[])
+    controls: Annotated[list[ControlName], BeforeValidator(lambda value: _listed(value) or [])] = Field(default=[])
     """What stands in place of thoughts: one, a list or none of zero, mean, other, pause."""
     # branches
     num_branches: Branches = 1
@@ -194,8 +195,8 @@ class FullConfig(SweepConfig):
 
     noise_type: Annotated[list[NoiseName], Field(min_length=1), BeforeValidator(_listed)] = Field(default_factory=noise_types)
     """One, a list, or all."""
-    controls: Annotated[list[Control], BeforeValidator(lambda value: _listed(value) or [])] = Field(
-        default=list(get_args(Control))
+    controls: Annotated[list[ControlName], BeforeValidator(lambda value: _listed(value) or [])] = Field(
+        default_factory=lambda: list(CONTROLS)
     )
     """One, a list, or none."""
     branch_noise_type: NoiseName = "gaussian_scaled"

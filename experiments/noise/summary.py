@@ -71,9 +71,20 @@ def measured_key(noise_type: str, direction: str | None, scale: float) -> str:
     return condition_key(noise_type, direction, scale) if noise_axis(noise_type, scale) else CLEAN
 
 
+def control_key(control: str, place: str) -> str:
+    """ "zero/first": what stands in place of thoughts, and of which. Inverse: `control_of`."""
+    return f"{control}/{place}"
+
+
+def control_of(key: str) -> tuple[str, str] | None:
+    """The control and the place of a condition; None of any other condition."""
+    control, slash, place = key.partition("/")
+    return (control, place) if slash else None
+
+
 def counterpart(key: str) -> str:
     """The condition with its own thoughts that is decoded alike: GREEDY for what has one greedy branch, else CLEAN."""
-    return GREEDY if "/" in key or key == NO_LATENTS else CLEAN
+    return GREEDY if control_of(key) or key == NO_LATENTS else CLEAN
 
 
 def condition_keys(records: Iterable[Record]) -> list[str]:

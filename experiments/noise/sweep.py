@@ -17,10 +17,9 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -29,10 +28,11 @@ from experiments.answers.benchmarks import extract_answer as extract
 from experiments.answers.benchmarks import same_answer
 from experiments.answers.judging import majority_vote, noise_weighted_vote, probability_vote
 from experiments.answers.questions import BenchmarkQuestion, load_questions, selection
+from experiments.noise.controls import PLACES, Thoughts
 from experiments.noise.progress import Progress, Record, open_progress
 from experiments.noise.settings import SweepConfig
 from experiments.noise.subjects import Subject, load_subject
-from experiments.noise.summary import CLEAN, GREEDY, NO_LATENTS, SELF_CONSISTENCY, condition_key
+from experiments.noise.summary import CLEAN, GREEDY, NO_LATENTS, SELF_CONSISTENCY, condition_key, control_key
 from generation import Branch, BranchPoint, generate_from
 from noise import find_noise
 from systems import distributed
@@ -40,7 +40,6 @@ from systems.storage import alone
 from thoughts import Intervention, path_diversity
 from utils import UserError, get_logger, is_main_process
 
-PLACES = ("all", "first", "after")  # which thoughts a control displaces, see `Thoughts`
 WITHOUT_INFLUENCE = (
     "results_path",
     "fresh",
@@ -87,62 +86,11 @@ def conditions(config: SweepConfig) -> list[Condition]:
                 key = condition_key(noise_type, direction, scale)
                 found.append(Condition(key, k, temperature, noise, distinct=1 if alike else k))
     for control in config.controls:
-        found += [Condition(f"{control}/{place}", 1, 0.0, None, control, place) for place in PLACES]
+        found += [Condition(control_key(control, place), 1, 0.0, None, control, place) for place in PLACES]
     return found
 
 
-# --- controls ---
-
-
-@dataclass
-class Thoughts:
-    """The clean thoughts of all questions, and what the controls put in their stead (FACTS.md, looking inside the thoughts).
-
-    all: every thought is displaced. first: the first one is, later ones are computed from it. after: the first one is, once
-    all were computed; later ones stay as they were.
-
-    paths: the thoughts (N, D) of each question, float32, on the CPU, by its index. pause: (D,), the embedding of `<|latent|>`.
-    """
-
-    paths: dict[int, Tensor]
-    pause: Tensor
-    seed: int
-    mean: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        longest = max(len(path) for path in self.paths.values())
-        columns = [torch.stack([path[step] for path in self.paths.values() if len(path) > step]) for step in range(longest)]
-        self.mean = torch.stack([column.mean(dim=0) for column in columns])  # (N, D)
-
-    def replacements(self, index: int, control: str, place: str) -> dict[int, Tensor]:
-        """Thoughts (D,) by the number of the pass that they displace."""
-        own = self.paths[index]
-        stead = self._stead(index, control)
-        if place == "first":
-            return {1: stead[0]}
-        if place == "after":
-            return {1: stead[0], **{number: own[number - 1] for number in range(2, len(own) + 1)}}
-        return {number: stead[number - 1] for number in range(1, len(own) + 1)}
-
-    def _stead(self, index: int, control: str) -> Tensor:
-        own = self.paths[index]
-        return {
-            "zero": lambda: torch.zeros_like(own),
-            "mean": lambda: self.mean[: len(own)],
-            "other": lambda: self.paths[self.other(index)],
-            "pause": lambda: self.pause.expand_as(own),
-        }[control]()
-
-    def other(self, index: int) -> int:
-        """Another question, drawn from those with as many thoughts, or with more where there are none."""
-        count = len(self.paths[index])
-        others = [one for one in sorted(self.paths) if one != index]
-        alike = [one for one in others if len(self.paths[one]) == count] or [
-            one for one in others if len(self.paths[one]) > count
-        ]
-        if not alike:
-            raise UserError(f"control 'other': no other question has {count} thoughts, as question {index} has")
-        return alike[int(np.random.default_rng((self.seed, index)).integers(len(alike)))]
+# --- the thoughts that controls displace ---
 
 
 def _paths(subject: Subject, questions: Sequence[BenchmarkQuestion]) -> dict[int, Tensor]:
