@@ -5,24 +5,18 @@ A record is {"question": str, "answer": str, "steps": [str, ...]}; further field
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
-import shutil
 import signal
-import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
-import pyarrow.compute
-import tokenizers
 import torch
-from datasets import Dataset, disable_progress_bars
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from coconut import IGNORE_INDEX
@@ -39,12 +33,9 @@ from methods import (
     stage_shape,
 )
 from systems.signals import STOP_SIGNALS
-from utils import UserError, get_logger, is_main_process, read_text
+from utils import UserError, read_text
 
-RECORDS_PER_WORKER = 20_000  # below this, starting another tokenising process costs more than it saves
 MOST_PASSES = 1000  # of an epoch: each takes a random order of its own
-TEMPLATE_SECONDS = 10.0  # a chat template that takes longer for one question loops
-CACHED_FROM = 2**20  # bytes of a data file: smaller ones are tokenised faster than looked up
 
 
 class DataError(UserError):
@@ -56,10 +47,10 @@ class DataError(UserError):
 
 def load_records(path: str | Path) -> list[dict[str, Any]]:
     """The validated records of a JSON file. Raises DataError naming file, index, field and reason."""
-    return _parse_records(read_text(Path(path)), path)
+    return parse_records(read_text(Path(path)), path)
 
 
-def _parse_records(text: str, path: str | Path) -> list[dict[str, Any]]:
+def parse_records(text: str, path: str | Path) -> list[dict[str, Any]]:
     try:
         records = json.loads(text)
     except ValueError as error:  # JSONDecodeError, or a number of more than 4,300 digits
@@ -124,7 +115,7 @@ def _type_name(value: object) -> str:
     return names.get(type(value), "null")
 
 
-def _row(index: int, record: dict[str, Any]) -> dict[str, Any]:
+def row_of(index: int, record: dict[str, Any]) -> dict[str, Any]:
     extra = {key: value for key, value in record.items() if key not in ("question", "answer", "steps")}
     return {
         "idx": index,
@@ -138,184 +129,13 @@ def _row(index: int, record: dict[str, Any]) -> dict[str, Any]:
 # --- tokens ---
 
 
-def get_dataset(
-    path: str | Path, tokenizer: PreTrainedTokenizerBase, max_size: int | None = None, chat_template: bool = False
-) -> Dataset:
-    """Records of a JSON file, tokenised: the first `max_size`, all if None.
-
-    Columns: idx int, question, answer, extra str, steps [str]; question_tokenized [int] (question and newline, with the
-    tokenizer's special tokens), steps_tokenized [[int]] (each step and newline), answer_tokenized [int] ("### ", answer, EOS).
-    chat_template: the question is a user's turn in the tokenizer's chat template instead, up to where the assistant begins.
-
-    The tokens of a large file are kept on disk (`datasets`' cache, HF_DATASETS_CACHE) and mapped into memory, for a restart and
-    for the other processes of the machine: let one come first (`distributed.first_on_each_node`).
-
-    Raises DataError naming file, record and field, or that the tokenizer has no chat template.
-    """
-    if chat_template and not tokenizer.chat_template:
-        raise DataError("chat_template: True, but the tokenizer of this model has no chat template; set chat_template: False")
-    if chat_template:
-        check_chat_template(tokenizer)
-    if not is_main_process():
-        disable_progress_bars()
-    tokenize = _Tokenize(tokenizer, chat_template)
-    text = read_text(Path(path))
-    cache = _cache_directory(text, tokenize, max_size)
-    dataset = _load_tokens(cache)
-    if dataset is None:
-        dataset = _save_tokens(_tokenised(_parse_records(text, path)[:max_size], tokenize, path), cache)
-    _check_tokens(dataset[0], tokenize, path)
-    return dataset
-
-
-def _tokenised(records: list[dict[str, Any]], tokenize: _Tokenize, path: str | Path) -> Dataset:
-    dataset = Dataset.from_list([_row(index, record) for index, record in enumerate(records)])
-    workers = max(1, min(_machine_cpus(), len(records) // RECORDS_PER_WORKER))
-    title = f"tokenising {Path(path).name}"
-    tokens = dataset.map(tokenize, batched=True, num_proc=workers if workers > 1 else None, desc=title)
-    nothing = pyarrow.compute.index(pyarrow.compute.list_value_length(tokens.data.column("question_tokenized")), 0).as_py()
-    if nothing >= 0:
-        raise DataError(f"{path}: record {nothing}: field 'question': the tokenizer makes no token of it")
-    if hashes := [index for index, record in enumerate(records) if "#" in record["answer"]]:
-        get_logger().warning(
-            f"{path}: {len(hashes)} answers hold '#', first that of record {hashes[0]}; they cannot be judged right, as what "
-            "follows the last '#' is taken for the answer"
-        )
-    return tokens
-
-
-def _cache_directory(text: str, tokenize: _Tokenize, max_size: int | None) -> Path | None:
-    """Where the tokens of a file's text are kept; None where it is not worth it, or the tokenizer's state cannot be read.
-
-    The name is a hash of all that decides the tokens, this file included; not of paths, so that a run and its continuation
-    from a checkpoint, with the tokenizer saved there, find the same tokens.
-    """
-    tokenizer = tokenize.tokenizer
-    if len(text) < CACHED_FROM or not hasattr(tokenizer, "backend_tokenizer"):
-        return None
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    del state["truncation"], state["padding"]  # as the last call left them
-    python_side = [tokenizer.eos_token_id, tokenizer.special_tokens_map, getattr(tokenizer, "split_special_tokens", False)]
-    template = tokenizer.chat_template if tokenize.chat_template else None
-    parts = [state, python_side, template, max_size, tokenizers.__version__, Path(__file__).read_text(encoding="utf-8"), text]
-    key = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
-    return Path(datasets.config.HF_DATASETS_CACHE) / "coconut" / key.hexdigest()[:32]
-
-
-def _load_tokens(directory: Path | None) -> Dataset | None:
-    """The data set in a cache directory, None where there is no whole one."""
-    if directory is None or not directory.is_dir():
-        return None
-    try:
-        return Dataset.load_from_disk(str(directory))
-    except Exception as error:  # a damaged file can raise anything from pyarrow or json
-        get_logger().warning(f"{directory}: damaged, tokenising again: {' '.join(str(error).split())}")
-        shutil.rmtree(directory, ignore_errors=True)
-        return None
-
-
-def _save_tokens(dataset: Dataset, directory: Path | None) -> Dataset:
-    """Keep a data set on disk, whole or not at all; returns it from there, or as it is where it cannot be kept."""
-    if directory is None:
-        return dataset
-    partial = directory.with_name(f".{uuid.uuid4().hex}.partial")
-    try:
-        dataset.save_to_disk(str(partial))
-        partial.rename(directory)
-    except OSError as error:
-        if not directory.is_dir():  # else another process was faster
-            get_logger().warning(f"{directory}: the tokens cannot be kept: {error}; every process and restart tokenises anew")
-        shutil.rmtree(partial, ignore_errors=True)
-    return _load_tokens(directory) or dataset
-
-
-def question_ids(tokenizer: PreTrainedTokenizerBase, questions: list[str], chat_template: bool = False) -> list[list[int]]:
-    """The tokens of questions as they stand before the thoughts, see `get_dataset`."""
-    tokenize = _Tokenize(tokenizer, chat_template)
-    return tokenize.prompt_ids([tokenize.prompt(question) for question in questions])
-
-
-def in_chat_template(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
-    """The question as a user's turn in the tokenizer's chat template, up to where the assistant begins.
-
-    Raises UserError with the template's message.
-    """
-    turn = [{"role": "user", "content": question}]
-    try:
-        return str(tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False))
-    except Exception as error:  # a template may raise what it likes
-        message = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"chat template of {tokenizer.name_or_path}: cannot be used for a question: {message}") from None
-
-
-def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write one question with the chat template. Raises UserError if it raises, or takes longer than TEMPLATE_SECONDS."""
-
-    def stop(number: int, frame: Any) -> None:
-        raise TimeoutError(f"not done after {TEMPLATE_SECONDS:g} seconds; does it loop?")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, TEMPLATE_SECONDS)
-    try:
-        in_chat_template(tokenizer, "What is 1 plus 1?")
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
-@dataclass
-class _Tokenize:
-    """Batched map function: text columns to token columns."""
-
-    tokenizer: PreTrainedTokenizerBase
-    chat_template: bool
-
-    def __call__(self, rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        steps = [step + "\n" for row in rows["steps"] for step in row]
-        step_ids = iter(self._ids(steps, special=False))
-        return {
-            "question_tokenized": question_ids(self.tokenizer, rows["question"], self.chat_template),
-            "steps_tokenized": [[next(step_ids) for _ in row] for row in rows["steps"]],
-            "answer_tokenized": [
-                [*ids, self.tokenizer.eos_token_id]
-                for ids in self._ids(["### " + answer for answer in rows["answer"]], special=False)
-            ],
-        }
-
-    def prompt(self, question: str) -> str:
-        """What stands before the thoughts, as text."""
-        if not self.chat_template:
-            return question + "\n"
-        return in_chat_template(self.tokenizer, question)
-
-    def prompt_ids(self, texts: list[str]) -> list[list[int]]:
-        return self._ids(texts, special=not self.chat_template)  # a chat template writes its special tokens itself
-
-    def _ids(self, texts: list[str], special: bool) -> list[list[int]]:
-        return self.tokenizer(texts, add_special_tokens=special)["input_ids"] if texts else []
-
-
-def _check_tokens(row: dict[str, Any], tokenize: _Tokenize, path: str | Path) -> None:
-    """Warn where a tokenizer merges across the joints of question, steps and answer (checked on the first record)."""
-    tokenizer = tokenize.tokenizer
-    whole = tokenize.prompt(row["question"]) + "\n".join([*row["steps"], "### " + row["answer"]])
-    expected = tokenize.prompt_ids([whole])[0] + [tokenizer.eos_token_id]
-    parts = row["question_tokenized"] + [token for step in row["steps_tokenized"] for token in step] + row["answer_tokenized"]
-    if parts != expected:
-        at = next((i for i, (a, b) in enumerate(zip(parts, expected, strict=False)) if a != b), min(len(parts), len(expected)))
-        get_logger().warning(
-            f"{path}: this tokenizer joins question, steps and answer differently when they are one text (from token {at}, "
-            f"{tokenizer.decode(parts[max(at - 2, 0) : at + 3])!r}); training and evaluation both use the separate parts"
-        )
-
-
-def _machine_cpus() -> int:
+def machine_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def available_cpus() -> int:
     """CPUs that this process may use, shared among the processes that torchrun started on this machine."""
-    return max(1, _machine_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, machine_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 # --- stages ---

@@ -12,26 +12,28 @@ from typing import Any
 import torch
 
 from config import DEBUG_TRAIN, DEBUG_VALID, RunConfig
-from dataset import check_lengths, check_passes, get_dataset
+from dataset import check_lengths, check_passes
 from evaluation import Evaluator, answer_scores
-from systems import checkpoint, distributed
+from systems import distributed, sources
 from systems.metrics import Reporter, print_config, save_predictions, schedule_table, show
 from systems.models import build_model, latent_ids
 from systems.signals import PREEMPTION, StopRequest
 from systems.storage import alone
+from systems.tokens import get_dataset
 from systems.watchdog import Watchdog
+from systems.writing import config_changes, save_config
 from training import InterruptibleEvaluator, Trainer
-from utils import config_changes, entry_point, get_logger, load_config, save_config, set_seed
+from utils import entry_point, get_logger, load_config, set_seed
 
 RESOLVED = ("model_id", "load_model_path")  # a run's directory there is named by its newest checkpoint at the first start
 
 
 def train(config: RunConfig, device: torch.device, stop: StopRequest) -> None:
     """Staged training with an evaluation after each epoch; goes on where an earlier run of the same command stopped."""
-    data = checkpoint.agreed_hashes(config)
+    data = sources.agreed_hashes(config)
     resume_from, source = distributed.run_on_main(lambda: starting_point(config, data))
     config = source if resume_from is None else config
-    tokenizer = checkpoint.load_run_tokenizer(source)
+    tokenizer = sources.load_run_tokenizer(source)
     ids = latent_ids(tokenizer, config.method)
     with distributed.first_on_each_node():
         train_set = get_dataset(str(config.train_path), tokenizer, DEBUG_TRAIN if config.debug else None, config.chat_template)
@@ -57,17 +59,17 @@ def train(config: RunConfig, device: torch.device, stop: StopRequest) -> None:
 
 def starting_point(config: RunConfig, data: dict[str, str]) -> tuple[Path | None, RunConfig]:
     """The checkpoint from which training goes on, if any, and where the model comes from. data: hashes of the data."""
-    resume_from = checkpoint.newest_for(config, data)
+    resume_from = sources.newest_for(config, data)
     if resume_from is None:
-        return None, checkpoint.resolve_paths(config)
-    return resume_from, checkpoint.resumed_source(config, resume_from)
+        return None, sources.resolve_paths(config)
+    return resume_from, sources.resumed_source(config, resume_from)
 
 
 def evaluate(config: RunConfig, device: torch.device) -> None:
     """Loss and accuracy of a checkpoint, its paths resolved, at the stage and with the method it was trained with."""
-    checkpoint.agreed_hashes(config)
-    config, stage, epoch = checkpoint.evaluation_config(config)
-    tokenizer = checkpoint.load_run_tokenizer(config)
+    sources.agreed_hashes(config)
+    config, stage, epoch = sources.evaluation_config(config)
+    tokenizer = sources.load_run_tokenizer(config)
     ids = latent_ids(tokenizer, config.method)
     with distributed.first_on_each_node():
         valid_set = get_dataset(config.val_path, tokenizer, DEBUG_VALID if config.debug else None, config.chat_template)
@@ -123,7 +125,7 @@ def main(arguments: list[str]) -> None:
     with distributed.process_group(config.hang_timeout) as device:
         if config.only_eval:
             given = config
-            config = distributed.run_on_main(lambda: checkpoint.resolve_paths(given))
+            config = distributed.run_on_main(lambda: sources.resolve_paths(given))
         with alone(None if config.debug else config.save_dir):
             print_config(config)
             if config.only_eval:

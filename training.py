@@ -71,7 +71,7 @@ class Trainer:
         resume_from: Path | None = None,
         data: dict[str, str] | None = None,
     ) -> None:
-        """data: the hashes that checkpoints remember, as `checkpoint.data_hashes` gives them."""
+        """data: the hashes that checkpoints remember, as `sources.data_hashes` gives them."""
         self.config = config
         self.curriculum = config.curriculum
         self.model = model

@@ -35,7 +35,8 @@ from experiments.noise.sweep import Sweep, clean_thoughts, run_sweep
 from noise import NOISES, SCHEDULES, noise_rows
 from systems import distributed
 from systems.metrics import print_config
-from utils import Positive, UserError, entry_point, get_logger, load_config, write_jsonl
+from systems.writing import write_jsonl
+from utils import Positive, UserError, entry_point, get_logger, load_config
 
 PartName = Literal["injection_step", "branches", "noise_type", "aggregation", "shared_noise", "schedule"]
 PARTS: tuple[PartName, ...] = get_args(PartName)

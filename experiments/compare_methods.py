@@ -22,7 +22,8 @@ from experiments.tables import markdown, text
 from methods import METHODS, scheduled_stage, stage_shape
 from preprocessing.prosqa_shortcuts import depth_shortcut
 from systems.metrics import METRICS
-from utils import entry_point, get_logger, load_config, write_json, write_text
+from systems.writing import write_json, write_text
+from utils import entry_point, get_logger, load_config
 
 TIMED = "-single"  # suffix of the runs that answer one question at a time
 

@@ -14,10 +14,12 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from config import RunConfig
-from dataset import IGNORE_INDEX, get_cot_latent_dataset, get_dataset
+from dataset import IGNORE_INDEX, get_cot_latent_dataset
 from methods import ALL_TOKENS, METHODS, TokenRemoval, scheduled_stage
 from systems.models import latent_ids, load_tokenizer
-from utils import entry_point, load_config, write_text
+from systems.tokens import get_dataset
+from systems.writing import write_text
+from utils import entry_point, load_config
 
 ROOT = Path(__file__).parents[1]
 TOKENIZER = "configs/gpt2_small"  # one token per word

@@ -31,8 +31,9 @@ from experiments.tables import terminal, text
 from noise import noise_generator
 from systems.metrics import show
 from systems.models import embedding_weight
+from systems.writing import write_json
 from thoughts import count_passes
-from utils import UserError, entry_point, load_config, write_json
+from utils import UserError, entry_point, load_config
 
 PROGRAM = "noise_check"
 RESULT = f"{PROGRAM}.json"

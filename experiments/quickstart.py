@@ -20,7 +20,8 @@ from experiments.tables import terminal, text
 from preprocessing.prosqa_shortcuts import depth_shortcut, shortcuts
 from systems.files import read_typed_lines
 from systems.metrics import METRICS, show
-from utils import UserError, entry_point, write_json
+from systems.writing import write_json
+from utils import UserError, entry_point
 
 METHODS = {"coconut": "quick-coconut", "no_cot": "quick-no-cot"}
 ROWS = (

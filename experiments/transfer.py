@@ -13,7 +13,8 @@ from typing import Any
 
 from evaluation import interval
 from experiments.noise.progress import Record, finished_records
-from utils import UserError, entry_point, get_logger, write_json
+from systems.writing import write_json
+from utils import UserError, entry_point, get_logger
 
 FILE = "transfer.json"
 

@@ -21,20 +21,8 @@ from config import RunConfig
 from evaluation import Prediction
 from methods import ALL_TOKENS, scheduled_stage, stage_shape
 from systems import distributed
-from utils import (
-    Config,
-    UserError,
-    append_jsonl,
-    check_regular,
-    fsync,
-    get_logger,
-    is_main_process,
-    replacing,
-    telling,
-    write_jsonl,
-    write_text,
-    writing,
-)
+from systems.writing import append_jsonl, fsync, replacing, write_jsonl, write_text, writing
+from utils import Config, UserError, check_regular, get_logger, is_main_process, telling
 
 METRICS = "metrics.jsonl"
 

@@ -13,11 +13,12 @@ from transformers import PreTrainedTokenizerBase
 
 from coconut import Coconut
 from config import EvalLatents, RunConfig
-from dataset import get_question_latent_dataset, question_ids
+from dataset import get_question_latent_dataset
 from generation import Details
-from systems import checkpoint
+from systems import checkpoint, sources
 from systems.files import Facts, read_facts
 from systems.models import LatentIds, build_model, latent_ids
+from systems.tokens import question_ids
 from utils import UserError
 
 
@@ -34,12 +35,12 @@ class Trained:
 def load(source: str, dtype: torch.dtype) -> Coconut:
     """See `Coconut.from_pretrained`."""
     run = RunConfig(name="python", val_path="", only_eval=True, method="coconut", model_id=source, load_model_path=source)
-    run = checkpoint.resolve_paths(run)
+    run = sources.resolve_paths(run)
     facts = read_facts(Path(str(run.load_model_path)))
     if facts is None:
         raise UserError(f"{source}: not a checkpoint of this project: it has no coconut.json")
-    run = run.model_copy(update={key: getattr(facts, key) for key in checkpoint.TRAINED_WITH})
-    tokenizer = checkpoint.load_run_tokenizer(run)
+    run = run.model_copy(update={key: getattr(facts, key) for key in sources.TRAINED_WITH})
+    tokenizer = sources.load_run_tokenizer(run)
     ids = latent_ids(tokenizer, run.method)
     model = build_model(run, tokenizer, ids, dtype).eval()
     model.trained = Trained(facts, run, tokenizer, ids)

@@ -26,7 +26,8 @@ from safetensors import SafetensorError
 
 from systems import distributed
 from systems.files import FACTS, FORMAT, MANIFEST, STATE, Manifest, read_facts, read_training_state, read_typed
-from utils import UserError, disk_problem, fsync, get_logger, write_text, writing
+from systems.writing import disk_problem, fsync, write_text, writing
+from utils import UserError, get_logger
 
 NAME = re.compile(r"checkpoint_(\d+)(?:_step(\d+))?")
 LOCK = ".lock"

@@ -32,10 +32,8 @@ def distillation(model, batch: Batch, totals: Totals) -> Loss:
     return Loss(sum(parts.values()), parts)
 
 
-METHODS["distilled"] = replace(METHODS["coconut"], label="distilled", loss=distillation, sequences=teacher)
-
-
 if __name__ == "__main__":
     import run
 
+    METHODS["distilled"] = replace(METHODS["coconut"], label="distilled", loss=distillation, sequences=teacher)
     run.main()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from systems import checkpoint
+from systems import files
 from systems.shards import SHARDS, whole_tensors
 from systems.storage import newest_whole
 from systems.weights import read_map
@@ -49,7 +49,7 @@ def differences(first: Path, second: Path) -> list[str]:
     found = []
     if not equal(weights(one), weights(two)):
         found.append("weights")
-    states = [checkpoint.read_training_state(path) for path in (one, two)]
+    states = [files.read_training_state(path) for path in (one, two)]
     for state in states:
         del state["state"]["epoch_seconds"], state["state"]["wandb_id"]
     found += [f"training state: {key}" for key in states[0] if not equal(states[0][key], states[1][key])]

@@ -18,16 +18,20 @@ ORDER = (
     "methods",
     "config",
     "systems.files",
+    "systems.writing",
     "systems.signals",
     "systems.watchdog",
     "dataset",
+    "systems.tokens",
     "systems.lora",
     "systems.shards",
     "systems.weights",
     "systems.models",
     "systems.distributed",
     "systems.storage",
+    "systems.sources",
     "systems.checkpoint",
+    "systems.convert",
     "systems.pretrained",
     "evaluation",
     "systems.metrics",
@@ -41,7 +45,7 @@ ORDER = (
     "quick_branch_test",
     "full_test",
 )
-LATER = {("coconut", "systems.pretrained")}  # imported where a method is called
+LATER = {("coconut", "systems.pretrained"), ("systems.checkpoint", "systems.convert")}  # imported where a method is called
 PACKAGES = ("systems", "preprocessing", "experiments")
 ENTRY_POINTS = ORDER[ORDER.index("run") :]
 PURE = {

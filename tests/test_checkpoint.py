@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import run
 import training
 from config import RunConfig
-from systems import checkpoint
+from systems import checkpoint, convert, files, sources
 from systems.checkpoint import CheckpointError
 from systems.storage import complete_checkpoints
 from utils import UserError
@@ -142,15 +142,15 @@ def test_a_checkpoint_loads_as_a_plain_model(run_arguments: list[str], save_dir:
     for key, value in model.state_dict().items():
         if key in weights(directory):
             assert torch.equal(value, weights(directory)[key])
-    assert tokenizer.convert_tokens_to_ids("<|latent|>") == checkpoint.read_facts(directory).latent_token_id
-    facts = checkpoint.read_facts(directory)
+    assert tokenizer.convert_tokens_to_ids("<|latent|>") == files.read_facts(directory).latent_token_id
+    facts = files.read_facts(directory)
     assert (facts.method, facts.stage, facts.epoch, facts.c_thought) == ("coconut", 2, 3, 1)
     assert torch.load(directory / "training_state.pt", weights_only=True)["state"]["global_step"] == 18
 
 
 def test_keep_last_spares_the_best(run_arguments: list[str], save_dir: Path) -> None:
     start(run_arguments, "keep_last=1")
-    state = checkpoint.read_training_state(save_dir / "run" / "checkpoint_3")["state"]
+    state = files.read_training_state(save_dir / "run" / "checkpoint_3")["state"]
     kept = {path.name for path in complete_checkpoints(save_dir / "run")}
     assert kept == {"checkpoint_3", state["best_checkpoint"]}
 
@@ -168,11 +168,11 @@ def test_best_is_not_newest(run_arguments: list[str], save_dir: Path, monkeypatc
     def found(name: str) -> str:
         start = {"name": "x", "model_id": "m", "method": "coconut", "val_path": "v", "only_eval": True}
         config = RunConfig(**start, load_model_path=str(save_dir / f"run{name}"))
-        return Path(str(checkpoint.resolve_paths(config).load_model_path)).name
+        return Path(str(sources.resolve_paths(config).load_model_path)).name
 
     monkeypatch.setattr(training.Evaluator, "evaluate", evaluate)
     start(run_arguments, "num_epochs=2", "epochs_per_stage=2", "keep_last=1")
-    steps = checkpoint.read_training_state(save_dir / "run" / "checkpoint_2")["state"]["global_step"]
+    steps = files.read_training_state(save_dir / "run" / "checkpoint_2")["state"]["global_step"]
     assert [found(""), found("@best")] == ["checkpoint_2", "checkpoint_1"]
     with pytest.MonkeyPatch.context() as patch:
         stop_after(patch, steps + 2, signal.SIGINT)
@@ -193,7 +193,7 @@ def test_best_is_not_newest(run_arguments: list[str], save_dir: Path, monkeypatc
 def test_markers_that_are_not_the_tokenizers_are_refused(run_arguments: list[str], save_dir: Path) -> None:
     start(run_arguments, "num_epochs=1")
     directory = save_dir / "run" / "checkpoint_1"
-    facts = checkpoint.read_facts(directory)
+    facts = files.read_facts(directory)
     assert facts is not None
     facts.start_latent_id, facts.end_latent_id = facts.end_latent_id, facts.start_latent_id
     write_json(directory / "coconut.json", dataclasses.asdict(facts))
@@ -247,14 +247,14 @@ def test_random_states_survive_the_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("known", [True, None])
 def test_evaluation_uses_the_chat_template_of_the_training(tmp_path: Path, known: bool | None) -> None:
-    facts = dataclasses.asdict(checkpoint.Facts("coconut", 1, 2, 3, True, 4, None, 5, 6, 7, 8, chat_template=True))
+    facts = dataclasses.asdict(files.Facts("coconut", 1, 2, 3, True, 4, None, 5, 6, 7, 8, chat_template=True))
     if known is None:  # checkpoints of version 0.1 do not say
         del facts["chat_template"]
     (tmp_path / "coconut.json").write_text(json.dumps(facts))
     asked = RunConfig(
         name="x", model_id="m", method="coconut", val_path="v", only_eval=True, load_model_path=str(tmp_path), lora_r=4
     )
-    config, stage, epoch = checkpoint.evaluation_config(asked)
+    config, stage, epoch = sources.evaluation_config(asked)
     assert (config.chat_template, stage, epoch) == (known is True, 1, 4)
     assert config.lora_r is None  # merged already
 
@@ -272,18 +272,18 @@ def published(run_arguments: list[str], save_dir: Path, model_directory: Path, t
     return tmp_path / "checkpoint_33"
 
 
-def convert(*arguments: Any) -> None:
-    checkpoint.main.__wrapped__(["convert", *map(str, arguments)])
+def run_convert(*arguments: Any) -> None:
+    convert.main.__wrapped__(["convert", *map(str, arguments)])
 
 
 def test_a_published_checkpoint_becomes_a_directory(
     run_arguments: list[str], save_dir: Path, published: Path, model_directory: Path, tmp_path: Path
 ) -> None:
     target = tmp_path / "converted"
-    convert(published, target, "--model-id", model_directory, "--stage", 2, "--max-latent-stage", 2, "--epoch", 33)
+    run_convert(published, target, "--model-id", model_directory, "--stage", 2, "--max-latent-stage", 2, "--epoch", 33)
     for key, value in weights(save_dir / "run" / "checkpoint_3").items():
         assert torch.equal(weights(target)[key], value), key
-    original, facts = (checkpoint.read_facts(path) for path in (save_dir / "run" / "checkpoint_3", target))
+    original, facts = (files.read_facts(path) for path in (save_dir / "run" / "checkpoint_3", target))
     assert facts == dataclasses.replace(original, epoch=33, accuracy=None, data={})
     start(run_arguments, "name=again", "from_scratch=false", "only_eval=true", f"load_model_path={target}", "resume=99")
     row = read_evaluation(save_dir / "again")
@@ -296,24 +296,24 @@ def test_what_cannot_be_converted_is_one_line_and_leaves_nothing(
 ) -> None:
     target = tmp_path / "converted"
     with pytest.raises(UserError, match="nowhere.pt: no such file; a state dict in one file is needed"):
-        convert(tmp_path / "nowhere.pt", target, "--stage", 1)
+        run_convert(tmp_path / "nowhere.pt", target, "--stage", 1)
     with pytest.raises(UserError, match="--stage"):
-        convert(published, target)
+        run_convert(published, target)
     with pytest.raises(UserError, match="expected a whole number that is not negative, got '-1'"):
-        convert(published, target, "--stage=-1")
+        run_convert(published, target, "--stage=-1")
     with pytest.raises(UserError, match="--stage 5: the last stage of method cot is 0"):
-        convert(published, target, "--stage", 5, "--method", "cot")
+        run_convert(published, target, "--stage", 5, "--method", "cot")
     with pytest.raises(UserError, match="--stage 5: the last stage of method coconut is 4, as max-latent-stage is 3"):
-        convert(published, target, "--stage", 5, "--max-latent-stage", 3)
+        run_convert(published, target, "--stage", 5, "--max-latent-stage", 3)
     with pytest.raises(UserError, match="--c-thought 0 leaves stage 1 of coconut without thoughts"):
-        convert(published, target, "--stage", 1, "--c-thought", 0)
+        run_convert(published, target, "--stage", 1, "--c-thought", 0)
     with pytest.raises(UserError, match="is there already: choose another directory"):
-        convert(published, model_directory, "--stage", 1)
+        run_convert(published, model_directory, "--stage", 1)
     torch.save({"a": torch.ones(1)}, tmp_path / "other.pt")
     monkeypatch.setattr("sys.argv", ["systems.checkpoint", "convert", str(tmp_path / "other.pt"), str(target), "--stage", "1"])
     monkeypatch.setattr("sys.argv", [*sys.argv, "--model-id", str(model_directory)])
     with pytest.raises(SystemExit) as caught:
-        checkpoint.main()
+        convert.main()
     assert caught.value.code == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
     assert not target.exists()

@@ -21,7 +21,6 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-import dataset as dataset_module
 from coconut import Coconut
 from dataset import (
     DataError,
@@ -32,12 +31,13 @@ from dataset import (
     epoch_groups,
     epoch_order,
     get_cot_latent_dataset,
-    get_dataset,
     get_question_latent_dataset,
     load_records,
 )
 from methods import stage_shape
+from systems import tokens as dataset_module
 from systems.signals import STOP_SIGNALS
+from systems.tokens import get_dataset
 
 GOLDEN = ROOT / "tests" / "golden"
 STAGES = json.loads((GOLDEN / "stages.json").read_text())

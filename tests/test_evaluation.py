@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from config import RunConfig
-from dataset import get_dataset
 from evaluation import Evaluator, clean_answer, written_answer
 from systems.models import build_model, latent_ids, load_tokenizer
+from systems.tokens import get_dataset
 from utils import load_config
 
 

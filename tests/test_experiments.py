@@ -15,7 +15,8 @@ from matplotlib import image
 from config import RunConfig
 from experiments import compare_methods, methods_page, quickstart
 from preprocessing.prosqa import chain_records
-from utils import UserError, append_jsonl, load_config, save_config
+from systems.writing import append_jsonl, save_config
+from utils import UserError, load_config
 
 
 def write_run(directory: Path, accuracies: list[tuple[int, float]], test_accuracy: float, fixed: float | None = None) -> None:

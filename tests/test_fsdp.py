@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from coconut import Coconut
 from config import RunConfig
-from systems import checkpoint, distributed
+from systems import convert, distributed, files
 
 # run.py several times in the same two processes; each writes the collectives of its first optimizer steps.
 SEVERAL = """
@@ -189,7 +189,7 @@ def test_shards_are_saved_resumed_from_and_made_whole(run_arguments: list[str], 
     whole = directory / "whole" / "checkpoint_2"
     for name in ("shards", "late", "again"):
         assert not list((directory / name / "checkpoint_2").glob("*.safetensors"))
-        checkpoint.consolidate(directory / name, tmp_path / name)
+        convert.consolidate(directory / name, tmp_path / name)
         assert same_files(whole, tmp_path / name), name
         assert timeless_rows(directory / name) == timeless_rows(directory / "whole")
     assert losses(directory / "alone") == pytest.approx(losses(directory / "whole"), abs=1e-5)
@@ -200,7 +200,7 @@ def test_shards_are_saved_resumed_from_and_made_whole(run_arguments: list[str], 
 
 def same_files(one: Path, two: Path) -> bool:
     """Whether weights and training state are equal bit for bit."""
-    states = [checkpoint.read_training_state(path) for path in (one, two)]
+    states = [files.read_training_state(path) for path in (one, two)]
     for state in states:
         del state["state"]["epoch_seconds"]
     weights = [

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 import run
 from config import RunConfig
-from systems import checkpoint
+from systems import sources
 from systems.checkpoint import CheckpointError
 from systems.models import build_model, latent_ids
 from utils import UserError
@@ -122,7 +122,7 @@ def gguf_arguments(directory: Path, tmp_path: Path) -> list[str]:
 
 def test_the_model_in_the_file_is_the_one_it_was_made_of(directory: Path) -> None:
     config = configuration(directory)
-    tokenizer = checkpoint.load_run_tokenizer(checkpoint.resolve_paths(config))
+    tokenizer = sources.load_run_tokenizer(sources.resolve_paths(config))
     text = "Tom has <<2+3=5>> apples.\n"
     ids = tokenizer(text)["input_ids"]
     assert tokenizer.decode(ids) == text
@@ -171,7 +171,7 @@ def test_files_that_cannot_be_read_are_one_line(directory: Path, tmp_path: Path)
     (tmp_path / "short.gguf").write_bytes(whole[:100])
 
     def resolve(**values: Any) -> RunConfig:
-        return checkpoint.resolve_paths(configuration(tmp_path, **values))
+        return sources.resolve_paths(configuration(tmp_path, **values))
 
     with pytest.raises(CheckpointError, match="nothing.gguf: no such file; .* holds cut.gguf, other.gguf, short.gguf"):
         resolve(gguf_file="nothing.gguf")
@@ -181,7 +181,7 @@ def test_files_that_cannot_be_read_are_one_line(directory: Path, tmp_path: Path)
         resolve(gguf_file=None)
     with pytest.raises(CheckpointError, match="is a GGUF file: set model_id to its directory and gguf_file: cut.gguf"):
         resolve(gguf_file=None, model_id=str(tmp_path / "cut.gguf"))
-    tokenizer = checkpoint.load_run_tokenizer(configuration(directory))
+    tokenizer = sources.load_run_tokenizer(configuration(directory))
     for name in ("cut.gguf", "short.gguf"):
         config = resolve(gguf_file=name)
         with pytest.raises(UserError) as caught:

@@ -20,7 +20,7 @@ import run
 import training
 from coconut import Coconut
 from config import RunConfig
-from systems import checkpoint
+from systems import checkpoint, files
 from systems.checkpoint import Facts, TrainingState
 from systems.lora import adapter_weights, add_adapters, load_adapter_state, merged_weights
 from utils import UserError
@@ -153,7 +153,7 @@ def test_adapters_of_a_checkpoint_are_copied_not_shared(tmp_path: Path) -> None:
     facts = Facts("coconut", 1, 1, 1, True, 1, None, 61, 62, 63, 0)
     words = AutoTokenizer.from_pretrained(Path(__file__).parents[1] / "configs" / "llama_small")
     checkpoint.save(tmp_path / "checkpoint_1", model, optimizer, words, facts, TrainingState())
-    state = checkpoint.read_training_state(tmp_path / "checkpoint_1")["adapter"]
+    state = files.read_training_state(tmp_path / "checkpoint_1")["adapter"]
     with torch.no_grad():
         for weight in adapter_weights(base).values():
             weight.add_(1)

@@ -18,14 +18,14 @@ from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, PreTrainedTokenizerFast
 
-import dataset
 from coconut import Coconut
 from config import RunConfig
-from dataset import MyCollator, get_cot_latent_dataset, get_dataset
+from dataset import MyCollator, get_cot_latent_dataset
 from methods import END_LATENT, LATENT, START_LATENT
-from systems import checkpoint, models
+from systems import checkpoint, models, sources, tokens
 from systems.checkpoint import Facts, TrainingState
 from systems.models import LatentIds, build_model, initialise_markers, latent_ids, load_tokenizer
+from systems.tokens import get_dataset
 from utils import UserError
 
 WORDS = {"<unk>": 0, "<eos>": 1, "<<": 2, "a": 3, "b": 4}
@@ -395,7 +395,7 @@ def test_a_chat_template_wraps_the_question_once(tmp_path: Path) -> None:
 def test_a_chat_template_that_fails_is_one_line_at_the_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str, message: str
 ) -> None:
-    monkeypatch.setattr(dataset, "TEMPLATE_SECONDS", 0.2)
+    monkeypatch.setattr(tokens, "TEMPLATE_SECONDS", 0.2)
     tokenizer = byte_tokenizer(CASES["DeepSeek-R1-Distill-Qwen"])
     tokenizer.chat_template = template
     with pytest.raises(UserError, match=f"chat template of .*: cannot be used for a question: {message}"):
@@ -426,7 +426,7 @@ def test_encoders_vision_models_and_others_are_one_line(tmp_path: Path) -> None:
 def test_directories_that_lack_a_part_or_bring_code_are_one_line(saved: Path, tmp_path: Path) -> None:
     make_tokenizer(WORDS).save_pretrained(tmp_path / "words")
     with pytest.raises(UserError, match="words holds neither a model .config.json. nor a whole checkpoint_<epoch>"):
-        checkpoint.resolve_paths(configuration(tmp_path / "words"))
+        sources.resolve_paths(configuration(tmp_path / "words"))
     gpt2(5).save_pretrained(tmp_path / "model")
     with pytest.raises(UserError, match="model: no tokenizer could be loaded"):
         load_tokenizer(str(tmp_path / "model"))

@@ -24,9 +24,10 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "
 STRUCK = """
 import os, pathlib, signal, sys
 sys.path.insert(0, {root!r})
-import dataset, run
+import run
+from systems import tokens
 from systems import metrics
-dataset.CACHED_FROM = 0
+tokens.CACHED_FROM = 0
 row = metrics.Reporter.row
 def struck(self, kind, values):
     row(self, kind, values)

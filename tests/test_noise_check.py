@@ -19,12 +19,13 @@ from torch import Tensor
 
 import noise
 from config import RunConfig
-from dataset import get_dataset, get_question_latent_dataset
+from dataset import get_question_latent_dataset
 from experiments import noise_check
 from experiments.checks.noise_laws import NoiseSetting, measure, measure_below_rounding, measure_zero, recommended_settings
 from noise import apply_noise_to_hidden_states
-from systems import checkpoint
+from systems import convert, sources
 from systems.models import build_model, latent_ids, load_tokenizer
+from systems.tokens import get_dataset
 from utils import UserError, load_config
 
 COARSE = [torch.float16, torch.bfloat16]
@@ -225,7 +226,7 @@ def write_checkpoint(model_directory: Path, target: Path, method: str = "coconut
     torch.save(base.state_dict(), target.with_suffix(".pt"))
     base.save_pretrained(model_directory)
     facts = {"method": method, "stage": stage, "c_thought": 2, "max_latent_stage": 2, "pad_latent_to_max": False, "epoch": 1}
-    checkpoint.convert(target.with_suffix(".pt"), target, str(model_directory), facts)
+    convert.convert(target.with_suffix(".pt"), target, str(model_directory), facts)
     return target
 
 
@@ -251,7 +252,7 @@ def test_thoughts_are_those_of_an_evaluation(trained: Path, data_file: Path):
     assert seconds.questions == list(range(7))
     assert set(seconds.passes) == {2}
     assert torch.equal(seconds.states[0], found.states[1])
-    config, stage, _ = checkpoint.evaluation_config(run_config(trained))
+    config, stage, _ = sources.evaluation_config(run_config(trained))
     dataset = get_dataset(data_file, subject.tokenizer, 7)
     prompts = get_question_latent_dataset(stage, dataset, config, subject.ids.start, subject.ids.thought, subject.ids.end)
     for index in (0, 5):  # alone, as generation feeds them back

@@ -19,7 +19,7 @@ from test_run import launch
 import coconut
 import run
 import training
-from systems import checkpoint, metrics
+from systems import files, metrics
 from systems.storage import newest_whole
 from utils import UserError
 
@@ -185,7 +185,7 @@ def test_skip_leaves_the_update_out_and_nothing_else(
     assert epochs[1]["train_loss"] == [row["train_loss"] for row in expected if row["kind"] == "epoch"][1]
     others = [row for row in timeless_rows(save_dir) if row["kind"] == "step"]
     assert others == [row for row in expected if row["kind"] == "step" and row["step"] != 2]
-    state = checkpoint.read_training_state(newest_whole(save_dir))["state"]  # type: ignore[arg-type]
+    state = files.read_training_state(newest_whole(save_dir))["state"]  # type: ignore[arg-type]
     assert (state["skipped"], state["skipped_in_a_row"], state["global_step"]) == (1, 0, 6)
 
 

@@ -27,7 +27,7 @@ from same_run import differences
 import run
 import training
 from config import RunConfig
-from systems import checkpoint, metrics, storage
+from systems import checkpoint, files, metrics, sources, storage
 from systems.checkpoint import CheckpointError
 from systems.storage import complete_checkpoints, newest_whole
 from utils import UserError, load_config
@@ -118,7 +118,7 @@ class Kills:
         newest = newest_whole(self.directory)
         name = "none" if newest is None else newest.name
         if name not in self.states:
-            self.states[name] = {} if newest is None else checkpoint.read_training_state(newest)["state"]
+            self.states[name] = {} if newest is None else files.read_training_state(newest)["state"]
         assert name == list(self.states)[-1], "back to an older checkpoint"
         self.check(**self.states[name])
         shutil.rmtree(self.copies / name, ignore_errors=True)
@@ -258,7 +258,7 @@ def test_a_checkpoint_of_an_earlier_version_goes_on(run_arguments: list[str], wh
     (directory / "manifest.json").unlink()
     facts = json.loads((directory / "coconut.json").read_text())
     write_json(directory / "coconut.json", {key: value for key, value in facts.items() if key != "data"})
-    loaded = checkpoint.read_training_state(directory)
+    loaded = files.read_training_state(directory)
     del loaded["state"]["samples_in_epoch"]
     torch.save(loaded, directory / "training_state.pt")
     start(run_arguments)
@@ -307,7 +307,7 @@ def test_load_model_path_is_checked(run_arguments: list[str], half: Path) -> Non
     (directory / "training_state.pt").unlink()  # a model that is passed on does not need it
     start(run_arguments, *evaluate, f"load_model_path={directory}")
     write_json(half / "manifest.json", {"name": "of something else"})
-    checkpoint.check_whole(half)  # no checkpoint, so no manifest of ours
+    sources.check_whole(half)  # no checkpoint, so no manifest of ours
     with (directory / "model.safetensors").open("r+b") as file:
         file.truncate(1000)
     with pytest.raises(CheckpointError, match=r"model.safetensors has 1,000 bytes; manifest.json says .* put back a copy"):
@@ -329,13 +329,13 @@ def test_the_clock_decides_nothing(run_arguments: list[str], whole: Path, half: 
 def test_changed_data_are_refused_unless_asked_for(run_arguments: list[str], half: Path, tmp_path: Path, capsys: Any) -> None:
     path = write_json(tmp_path / "train.json", chain_records(21))
     now = storage.sha256(path)
-    saved = checkpoint.read_facts(half / "checkpoint_1").data["train_path"]
+    saved = files.read_facts(half / "checkpoint_1").data["train_path"]
     message = f"train_path: {path} has changed since .*checkpoint_1 was saved: its SHA-256 is {now}, it was {saved}"
     with pytest.raises(CheckpointError, match=message):
         start(run_arguments)
     start(run_arguments, "allow_changed_data=true")
     assert re.search(message, capsys.readouterr().out)
-    assert checkpoint.read_facts(half / "checkpoint_2").data["train_path"] == now != saved
+    assert files.read_facts(half / "checkpoint_2").data["train_path"] == now != saved
     start(run_arguments)  # now it is the data of the newest checkpoint
 
 
@@ -436,7 +436,7 @@ def test_a_resume_with_other_batches_takes_the_same_samples(
     assert len(seen) == 15
     start(run_arguments, *more, f"batch_size_training={samples}")
     assert seen == training.epoch_order(22, 0, 0).tolist()
-    assert checkpoint.read_training_state(save_dir / "checkpoint_1")["state"]["epoch"] == 1
+    assert files.read_training_state(save_dir / "checkpoint_1")["state"]["epoch"] == 1
 
 
 # --- a full disk, a read-only one, a second run ---

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import run
 from config import RunConfig
 from experiments.noise.settings import BranchConfig, FullConfig, SweepConfig
-from systems import checkpoint, storage
+from systems import sources, storage
 from utils import Config, UserError, load_config
 
 
@@ -211,7 +211,7 @@ def test_safetensors_are_loaded_where_there_are_pickles_too(weights: Path, run_a
     state["model.norm.weight"] += 3
     save_file(state, weights / "model.safetensors", metadata={"format": "pt"})
     config = load_config(RunConfig, [*run_arguments, "from_scratch=false"])
-    tokenizer = checkpoint.load_run_tokenizer(config)
+    tokenizer = sources.load_run_tokenizer(config)
     from systems.models import build_model, latent_ids
 
     model = build_model(config, tokenizer, latent_ids(tokenizer, config.method))

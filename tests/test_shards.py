@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from coconut import Coconut
 from config import RunConfig
-from systems import checkpoint, shards
+from systems import checkpoint, convert, shards
 from systems.checkpoint import CheckpointError, Facts, TrainingState
 from systems.models import from_shards, load_tokenizer
 from systems.shards import read_shards, whole_tensors, write_shards
@@ -188,12 +188,12 @@ def test_the_first_process_that_fails_is_named() -> None:
 def test_consolidate_says_what_it_needs(tmp_path: Path) -> None:
     save(tmp_path / "run" / "checkpoint_1")
     with pytest.raises(UserError, match="is there already"):
-        checkpoint.consolidate(tmp_path / "run", tmp_path / "run")
+        convert.consolidate(tmp_path / "run", tmp_path / "run")
     with pytest.raises(UserError, match="not a sharded checkpoint"):
-        checkpoint.consolidate(tmp_path / "nowhere", tmp_path / "new")
+        convert.consolidate(tmp_path / "nowhere", tmp_path / "new")
     (tmp_path / "run" / "checkpoint_1" / "shards" / ".metadata").write_bytes(b"cut")
     with pytest.raises(UserError, match=r"\.metadata has 3 bytes"):
-        checkpoint.consolidate(tmp_path / "run" / "checkpoint_1", tmp_path / "new")
+        convert.consolidate(tmp_path / "run" / "checkpoint_1", tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 

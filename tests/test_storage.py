@@ -22,11 +22,11 @@ import torch
 from conftest import write_json
 from safetensors import SafetensorError
 
-import utils
-from systems import storage
+from systems import storage, writing
 from systems.files import Facts, TrainingState, read_typed_lines
 from systems.storage import CheckpointError, complete_checkpoints, newest_whole, remove_old, write_directory
-from utils import UserError, append_jsonl, write_text
+from systems.writing import append_jsonl, write_text
+from utils import UserError, entry_point
 
 IDS = {"start_latent_id": 5, "end_latent_id": 6, "latent_token_id": 7, "eos_token_id": 0}
 FACTS = asdict(Facts("coconut", 1, 2, 3, True, 4, 0.5, **IDS))
@@ -262,9 +262,9 @@ def test_a_row_is_added_whole_or_not_at_all(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_named_where_a_library_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert utils.disk_problem(RuntimeError("unexpected pos 576 vs 534\nmore"), tmp_path) == "unexpected pos 576 vs 534"
-    monkeypatch.setattr(utils.shutil, "disk_usage", lambda _: SimpleNamespace(free=4096))
-    assert utils.disk_problem(RuntimeError("unexpected pos"), tmp_path) == "unexpected pos (No space left on device)"
+    assert writing.disk_problem(RuntimeError("unexpected pos 576 vs 534\nmore"), tmp_path) == "unexpected pos 576 vs 534"
+    monkeypatch.setattr(writing.shutil, "disk_usage", lambda _: SimpleNamespace(free=4096))
+    assert writing.disk_problem(RuntimeError("unexpected pos"), tmp_path) == "unexpected pos (No space left on device)"
 
 
 @pytest.mark.parametrize(
@@ -280,7 +280,7 @@ def test_a_full_disk_is_named_where_a_library_does_not(tmp_path: Path, monkeypat
     ],
 )
 def test_entry_points_end_with_one_line(error: BaseException, code: int, line: str, capsys: Any) -> None:
-    @utils.entry_point
+    @entry_point
     def main(arguments: list[str]) -> None:
         raise error
 

@@ -20,7 +20,7 @@ from naive import naive_decode, naive_perturb, naive_sampler
 from safetensors.torch import load_file, save_file
 
 from config import RunConfig
-from dataset import get_dataset, get_question_latent_dataset
+from dataset import get_question_latent_dataset
 from experiments.answers.questions import BenchmarkQuestion, load_questions
 from experiments.compare import report
 from experiments.noise import results, sweep
@@ -35,6 +35,7 @@ from noise import noise_generator, sampling_generator
 from systems import models
 from systems.checkpoint import Facts, id_facts
 from systems.models import build_model, latent_ids, load_tokenizer
+from systems.tokens import get_dataset
 from utils import UserError
 
 CPU = torch.device("cpu")

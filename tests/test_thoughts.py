@@ -25,7 +25,7 @@ import thoughts
 from config import RunConfig
 from experiments.noise.settings import SweepConfig
 from experiments.noise.subjects import load_subject
-from systems import checkpoint
+from systems import convert, sources
 from systems.weights import THOUGHT_MAP, read_map
 from thoughts import MapKind, ThoughtMap, check_thought_map, make_thought_map
 from utils import UserError, load_config
@@ -174,7 +174,7 @@ def test_two_processes_train_the_map_of_one(run_arguments: list[str], tmp_path: 
         other = weights(runs / name / "checkpoint_2")
         for part, values in one["map"].items():
             torch.testing.assert_close(other["map"][part], values, rtol=1e-3, atol=1e-5)
-    checkpoint.consolidate(runs / "shards", tmp_path / "whole")
+    convert.consolidate(runs / "shards", tmp_path / "whole")
     for directory in (tmp_path / "whole", runs / "shards" / "checkpoint_2"):
         found, expected = read_map(directory), read_map(runs / "pass" / "checkpoint_2")
         assert found.keys() == expected.keys()
@@ -187,19 +187,19 @@ def test_two_processes_train_the_map_of_one(run_arguments: list[str], tmp_path: 
 def test_a_state_dict_of_the_whole_model_is_converted(projected: Path, tmp_path: Path) -> None:
     facts = json.loads((projected / "coconut.json").read_text())
     told = {name: facts[name] for name in ("method", "stage", "c_thought", "max_latent_stage", "pad_latent_to_max", "epoch")}
-    subject = checkpoint.evaluation_config(
+    subject = sources.evaluation_config(
         RunConfig(name="x", val_path="", only_eval=True, coconut=True, model_id=str(projected), load_model_path=str(projected))
     )[0]
-    words = checkpoint.load_run_tokenizer(subject)
+    words = sources.load_run_tokenizer(subject)
     model = run.build_model(subject, words, run.latent_ids(words, "coconut"))
     torch.save(model.state_dict(), tmp_path / "state.pt")
-    checkpoint.convert(tmp_path / "state.pt", tmp_path / "new", str(projected), {**told, "thought_map": PROJECTION})
+    convert.convert(tmp_path / "state.pt", tmp_path / "new", str(projected), {**told, "thought_map": PROJECTION})
     assert all(torch.equal(value, read_map(projected)[name]) for name, value in read_map(tmp_path / "new").items())
     with pytest.raises(UserError, match=r"thought_map identity does not fit .* unexpected keys"):
-        checkpoint.convert(tmp_path / "state.pt", tmp_path / "newer", str(projected), told)
+        convert.convert(tmp_path / "state.pt", tmp_path / "newer", str(projected), told)
     torch.save(model.base_causallm.state_dict(), tmp_path / "base.pt")
     with pytest.raises(UserError, match="missing keys"):
-        checkpoint.convert(tmp_path / "base.pt", tmp_path / "newer", str(projected), {**told, "thought_map": PROJECTION})
+        convert.convert(tmp_path / "base.pt", tmp_path / "newer", str(projected), {**told, "thought_map": PROJECTION})
 
 
 def test_a_row_from_outside_is_trained_and_evaluated(

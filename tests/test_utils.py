@@ -18,17 +18,8 @@ from experiments.checks.selfcheck import CheckConfig
 from experiments.noise.settings import BranchConfig, FullConfig, SweepConfig
 from methods import scheduled_stage
 from systems.files import read_typed
-from utils import (
-    UserError,
-    append_jsonl,
-    check_environment,
-    description,
-    entry_point,
-    load_config,
-    no_such_file,
-    read_text,
-    save_config,
-)
+from systems.writing import append_jsonl, save_config
+from utils import UserError, check_environment, description, entry_point, load_config, no_such_file, read_text
 
 PROGRAMS = {
     "run.py": RunConfig,

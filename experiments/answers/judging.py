@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from dataset import in_chat_template
 from experiments.answers.benchmarks import NO_ANSWER, OPTIONS, Same, equal, find_benchmark
 from generation import MAX_N_LATENT
 from systems.models import LatentIds
+from systems.tokens import in_chat_template
 from utils import UserError
 
 # --- prompts ---

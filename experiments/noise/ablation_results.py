@@ -21,7 +21,8 @@ from experiments.noise.summary import GREEDY, JUDGE, Outcome, Record, compare, c
 from experiments.plots import grouped, shades
 from experiments.significance import holm
 from experiments.tables import markdown, text
-from utils import get_logger, save_config, write_json, write_text
+from systems.writing import save_config, write_json, write_text
+from utils import get_logger
 
 NO_NOISE, MIXED = "none", "mixed"  # amounts of noise that are no ratio: self-consistency, and all ratios in turns
 OF_SELF_CONSISTENCY = ("branches", "aggregation")  # parts that change self-consistency, too

@@ -28,7 +28,8 @@ from experiments.noise.sweep import Sweep
 from experiments.plots import Numbers
 from experiments.significance import least_difference, questions_for_margin
 from experiments.tables import markdown, probability, text, with_interval
-from utils import get_logger, write_json, write_text
+from systems.writing import write_json, write_text
+from utils import get_logger
 
 NOISE_PARTS = {"noise": "one thought", "all_passes": "all thoughts"}
 SHOWN = ("noise/noise_types.png", "noise/controls.png", "all_passes/noise_types.png", "branching/diversity.png")

@@ -22,7 +22,8 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from noise import noise_types
 from systems import distributed
 from systems.files import read_typed, read_typed_lines
-from utils import UserError, append_jsonl, get_logger, write_json, write_jsonl
+from systems.writing import append_jsonl, write_json, write_jsonl
+from utils import UserError, get_logger
 
 Record = dict[str, Any]
 FOLDER, SETTINGS, FINISHED = "progress", "settings.json", "finished"

@@ -28,7 +28,8 @@ from experiments.noise.summary import (
 )
 from experiments.noise.sweep import Sweep
 from systems.metrics import show
-from utils import get_logger, save_config, write_json
+from systems.writing import save_config, write_json
+from utils import get_logger
 
 BASELINES = (NO_LATENTS, GREEDY, CLEAN, SELF_CONSISTENCY)
 

@@ -12,15 +12,16 @@ from transformers import PreTrainedTokenizerBase
 
 from coconut import Coconut
 from config import RunConfig
-from dataset import MyCollator, check_chat_template, question_ids
+from dataset import MyCollator
 from experiments.answers.judging import build_prompt, user_message
 from experiments.answers.questions import BenchmarkQuestion
 from experiments.noise.settings import SweepConfig
 from generation import MAX_N_LATENT, BranchPoint, branch_point
 from methods import METHODS, EvalLatents, stage_shape
-from systems import checkpoint, distributed
+from systems import distributed, files, sources
 from systems.models import LatentIds, build_model, latent_ids
 from systems.shards import SHARDS
+from systems.tokens import check_chat_template, question_ids
 from utils import UserError
 
 
@@ -108,10 +109,10 @@ def load_subject(config: SweepConfig, device: torch.device) -> Subject:
     """The model that a configuration names, in evaluation mode. Raises UserError with one line if it cannot be used."""
     run = _run_config(config)
     source = str(run.load_model_path)
-    facts = checkpoint.read_facts(Path(source))
+    facts = files.read_facts(Path(source))
     curriculum, stage = None, 0
     if facts is not None:
-        run, stage, _ = checkpoint.evaluation_config(run)
+        run, stage, _ = sources.evaluation_config(run)
         curriculum = run
         if not METHODS[str(curriculum.method)].feeds_back:
             raise UserError(f"{source} was trained with method {curriculum.method}, which has no thoughts to put noise into")
@@ -119,7 +120,7 @@ def load_subject(config: SweepConfig, device: torch.device) -> Subject:
             raise UserError(f"{source} is of stage 0, which has no thoughts yet: take a later checkpoint, or set n_latents")
     if curriculum is None and config.eval_latents != "gold":
         raise UserError(f"eval_latents: {config.eval_latents}: {source} was not trained with thoughts; set n_latents")
-    tokenizer = checkpoint.load_run_tokenizer(run)
+    tokenizer = sources.load_run_tokenizer(run)
     if tokenizer.chat_template is not None if curriculum is None else curriculum.chat_template:
         check_chat_template(tokenizer)
     ids = latent_ids(tokenizer, run.method)
@@ -155,7 +156,7 @@ def _run_config(config: SweepConfig) -> RunConfig:
         attn_implementation=config.attn_implementation,
         trust_remote_code=config.trust_remote_code,
     )
-    resolved = checkpoint.resolve_paths(run)
+    resolved = sources.resolve_paths(run)
     if config.model_id is None:
         resolved = resolved.model_copy(update={"model_id": resolved.load_model_path})
     return resolved

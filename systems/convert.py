@@ -1,0 +1,150 @@
+"""Checkpoint directories of other forms: a published state dict in one file, or a sharded checkpoint.
+
+python -m systems.checkpoint convert FILE DIRECTORY --stage 4 --c-thought 2 --max-latent-stage 3
+python -m systems.checkpoint consolidate checkpoints/NAME DIRECTORY
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import yaml
+
+from config import RunConfig
+from methods import METHODS
+from systems.checkpoint import _fill_model, check_absent, id_facts, write_model
+from systems.files import FACTS, STATE, Facts, read_facts, read_training_state
+from systems.models import build_model, from_shards, latent_ids, load_tokenizer
+from systems.shards import SHARDS, whole_tensors
+from systems.sources import check_whole, load_run_tokenizer, resolve_paths
+from systems.storage import (
+    CheckpointError,
+    newest_whole,
+    write_directory,
+)
+from systems.weights import read_map
+from utils import UserError, entry_point, get_logger
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see python -m systems.checkpoint --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m systems.checkpoint",
+        description="Checkpoints of other forms to checkpoint directories.",
+        formatter_class=argparse.RawTextHelpFormatter,
+        epilog="""examples:
+  python -m systems.checkpoint convert FILE DIRECTORY --stage 4 --c-thought 2 --max-latent-stage 3
+  python -m systems.checkpoint consolidate checkpoints/NAME DIRECTORY""",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser(
+        "convert", help="a single-file state dict (torch or safetensors) to a directory that run.py evaluates and trains"
+    )
+    command.add_argument("source", metavar="IN", type=Path)
+    command.add_argument("target", metavar="OUT", type=Path, help="a directory that does not exist yet")
+    command.add_argument("--model-id", default="openai-community/gpt2", help="the base model (default: %(default)s)")
+    command.add_argument("--method", choices=METHODS, default="coconut", help="how it was trained (default: %(default)s)")
+    command.add_argument("--stage", type=_count, required=True, help="the stage at which it was saved; 0 for cot and no_cot")
+    command.add_argument("--c-thought", type=_count, default=1, help="latent tokens per step (default: %(default)s)")
+    command.add_argument("--max-latent-stage", type=_count, help="default: the stage")
+    command.add_argument("--epoch", type=_count, default=0, help="finished epochs (default: %(default)s)")
+    command.add_argument("--no-pad-latent-to-max", dest="pad_latent_to_max", action="store_false")
+    command.add_argument(
+        "--thought-map", type=yaml.safe_load, default="identity", help="as the key thought_map (default: %(default)s)"
+    )
+    command = commands.add_parser("consolidate", help="a sharded checkpoint to a directory that transformers loads, too")
+    command.add_argument("source", metavar="IN", type=Path, help="checkpoint_<epoch>, or a run's directory for its newest one")
+    command.add_argument("target", metavar="OUT", type=Path, help="a directory that does not exist yet")
+    return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number that is not negative, got {text!r}")
+    return int(text)
+
+
+def convert(source: Path, target: Path, model_id: str, facts: dict[str, Any]) -> None:
+    """Write a single-file state dict as a checkpoint directory, without a training state.
+
+    Args:
+        facts: the entries of `Facts` that such a file does not know: method, stage, c_thought, max_latent_stage,
+            pad_latent_to_max, epoch, thought_map.
+
+    Raises:
+        UserError: no such file, not a state dict, one that does not fit the model, facts that contradict each other, or
+            `target` is there already.
+    """
+    check_absent(target)
+    method, stage = facts["method"], facts["stage"]
+    config = RunConfig(
+        name="convert",
+        val_path="",
+        only_eval=True,
+        model_id=model_id,
+        load_model_path=str(source),
+        method=method,
+        max_latent_stage=facts["max_latent_stage"],
+        thought_map=facts.get("thought_map", "identity"),
+    )
+    last = METHODS[method].schedule.last(config.curriculum)
+    if stage > last:
+        hint = f", as max-latent-stage is {last - 1}" if last else ""
+        raise UserError(f"--stage {stage}: the last stage of method {method} is {last}{hint}")
+    if METHODS[method].markers and stage and not facts["c_thought"]:
+        raise UserError(f"--c-thought 0 leaves stage {stage} of {method} without thoughts: set at least 1")
+    if not source.is_file():
+        raise CheckpointError(f"{source}: no such file; a state dict in one file is needed")
+    tokenizer = load_run_tokenizer(resolve_paths(config))
+    ids = latent_ids(tokenizer, config.method)
+    model = build_model(config, tokenizer, ids)
+    known = Facts(accuracy=None, **id_facts(ids), **facts)
+    write_model(target, model, tokenizer, known)
+    get_logger().info(f"{target}: {known.method}, stage {known.stage}; load it with load_model_path={target}")
+
+
+def consolidate(source: Path, target: Path) -> None:
+    """Write a sharded checkpoint with its weights and its optimizer's state in whole files; a run can go on from it too.
+
+    Raises UserError if there is none, it is not what was saved, or `target` is there already.
+    """
+    check_absent(target)
+    source = source if (source / FACTS).is_file() else newest_whole(source) or source
+    facts = read_facts(source)
+    if facts is None or not (source / SHARDS).is_dir():
+        raise CheckpointError(f"{source}: not a sharded checkpoint; a checkpoint_<epoch> with {SHARDS}/ is needed")
+    check_whole(source)
+    base, tokenizer = from_shards(source), load_tokenizer(str(source))
+    training = read_training_state(source) if (source / STATE).is_file() else None
+    if training is not None and training["optimizer"] is not None:
+        state: dict[str, dict[str, Any]] = {}
+        for name, value in whole_tensors(source / SHARDS, "optimizer").items():
+            parameter, _, quantity = name.rpartition(".")
+            state.setdefault(parameter, {})[quantity] = value
+        training["optimizer"]["state"] = state
+
+    def fill(partial: Path) -> None:
+        _fill_model(partial, base, None, read_map(source), tokenizer, facts)
+        if training is not None:
+            torch.save(training, partial / STATE)
+
+    write_directory(target, fill)
+    get_logger().info(f"{target}: {source} with whole files")
+
+
+@entry_point
+def main(arguments: list[str]) -> None:
+    values = vars(_parser().parse_args(arguments))
+    if values.pop("command") == "consolidate":
+        consolidate(**values)
+        return
+    if values["max_latent_stage"] is None:
+        values["max_latent_stage"] = values["stage"]
+    convert(values.pop("source"), values.pop("target"), values.pop("model_id"), values)
