@@ -142,7 +142,7 @@ def help_text(kind: type[Config], about: str | None = None, default: str | None 
     for name, field in kind.model_fields.items():
         if name in unused:
             continue
-        value = "needed" if field.is_required() else _written(field.get_default(call_default_factory=True))
+        value = "needed" if field.is_required() else written(field.get_default(call_default_factory=True))
         lines += [f"  {name} ({value})", textwrap.indent(textwrap.fill(description(kind, name), 100), " " * 6)]
     if default is not None:
         lines += ["", f"Without arguments: {default}."]
@@ -155,7 +155,7 @@ def description(kind: type[Config], key: str) -> str:
     return next((field.description for field in fields if field is not None and field.description), "")
 
 
-def _written(value: Any) -> str:
+def written(value: Any) -> str:
     """A value as one would write it in YAML."""
     return "null" if value is None else yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("...\n").strip()
 

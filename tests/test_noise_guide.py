@@ -1,4 +1,4 @@
-"""NOISE_TYPES_GUIDE.md says what the code does, and its figures can be drawn."""
+"""docs/NOISE.md says what the code does, and its figures can be drawn."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from experiments.noise.settings import SweepConfig
 from noise import DECAY, MOMENTUM, NOISES, OVERWHELMING_SNR, SCHEDULES, noise_types
 
 FIGURES = {"noise_ratio.png", "noise_vectors.png", "noise_schedules.png"}
-GUIDE = (ROOT / "NOISE_TYPES_GUIDE.md").read_text(encoding="utf-8")
+GUIDE = (ROOT / "docs/NOISE.md").read_text(encoding="utf-8")
 
 
 def table_rows(heading: str) -> list[list[str]]:
@@ -54,11 +54,11 @@ def test_keys_in_the_guide_exist():
 
 def test_links_in_the_guide_lead_somewhere():
     links = re.findall(r"\]\(([^)#]+)[^)]*\)", GUIDE)
-    assert "docs/RESULTS.md" in links
+    assert "RESULTS.md" in links
     for link in links:
-        assert link.startswith("https://") or (ROOT / link).is_file(), link
+        assert link.startswith("https://") or (ROOT / "docs" / link).is_file(), link
     for name in FIGURES:
-        assert f"assets/{name}" in links
+        assert f"../assets/{name}" in links
         assert (ROOT / "assets" / name).stat().st_size < 150_000
 
 

@@ -7,6 +7,8 @@ import re
 import pytest
 from conftest import ROOT
 
+from experiments import keys_page
+
 
 def sections_with_tables(page: str) -> dict[str, str]:
     """Text by heading; a subsection stands for itself."""
@@ -22,7 +24,16 @@ def test_every_table_of_results_says_how_and_on_what_it_was_made_and_where_its_r
             assert re.search(needed, text, re.IGNORECASE), (heading, needed)
 
 
-@pytest.mark.parametrize("page", ["README.md", "NOISE_TYPES_GUIDE.md", "docs/RESULTS.md", "docs/LOG.md", "results/README.md"])
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "results/README.md",
+    "data/README.md",
+    *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
+]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_links_between_pages_lead_somewhere(page: str) -> None:
     for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", (ROOT / page).read_text(encoding="utf-8")):
         path = (ROOT / page).parent / target if target else ROOT / page
@@ -30,3 +41,36 @@ def test_links_between_pages_lead_somewhere(page: str) -> None:
         if anchor:
             headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
             assert anchor in [re.sub(r"[^\w -]", "", one.lower()).replace(" ", "-") for one in headings], anchor
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_name_what_is_there(page: str) -> None:
+    if page == "docs/LOG.md":  # it tells of what was there
+        return
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for path in re.findall(
+        r"(?:python3?|bash|run\.py|test\.py|nproc_per_node \d+|train\.sh|sbatch) ((?:[\w]+/)*\w+\.(?:py|sh|bash|yaml|sbatch))",
+        text,
+    ):
+        assert (ROOT / path).is_file() or path in EXAMPLES, path
+    for module in re.findall(r"python -m ((?:experiments|systems|preprocessing)[\w.]*)", text):
+        assert (ROOT / (module.replace(".", "/") + ".py")).is_file(), module
+
+
+EXAMPLES = {
+    "my_map.py",
+    "my_method.py",
+    "my_noise.py",
+    "my_data.py",
+    "my_benchmark.py",
+    "my_control.py",
+}  # of docs/EXTENDING.md
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 1100
+
+
+def test_the_page_of_keys_is_what_the_configurations_say() -> None:
+    """Made anew by `python -m experiments.keys_page docs/KEYS.md`."""
+    assert (ROOT / "docs" / "KEYS.md").read_text(encoding="utf-8") == keys_page.page()
