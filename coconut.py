@@ -30,8 +30,7 @@ from generation import (
     Sampling,
     Thinking,
     branch_point,
-    check_prompt,
-    check_sampling,
+    check_generate,
     count_positions,
     decode,
     gather_branches,
@@ -41,7 +40,7 @@ from generation import (
     with_latents,
 )
 from noise import Scales, sampling_generator
-from thoughts import Intervention, Noise, ThoughtInterventions, ThoughtMap, gather_thoughts
+from thoughts import Intervention, Noise, ThoughtInterventions, ThoughtMap, gather_thoughts, published_noise
 
 IGNORE_INDEX = -100  # label of positions that carry no loss, as in torch.nn.functional.cross_entropy
 
@@ -312,21 +311,6 @@ class Coconut(nn.Module):
         return logits
 
     @torch.no_grad()
-    def verify_projection(self) -> None:
-        """Raise ValueError if `project` is not what the base model computes after its decoder."""
-        token = torch.tensor([[self.eos_token_id]], device=self.embedding.weight.device)
-        was_training = self.base_causallm.training
-        self.base_causallm.eval()  # without dropout
-        expected = self.base_causallm(input_ids=token, attention_mask=torch.ones_like(token)).logits
-        actual = self.project(self.decoder(input_ids=token, attention_mask=torch.ones_like(token)).last_hidden_state)
-        self.base_causallm.train(was_training)
-        if not torch.allclose(actual.float(), expected.float(), rtol=1e-2, atol=1e-3):
-            family = self.base_causallm.config.model_type
-            raise ValueError(
-                f"model family {family!r} changes its logits after the language-model head in a way not known here"
-            )
-
-    @torch.no_grad()
     def generate(
         self,
         input_ids: Tensor,
@@ -376,8 +360,7 @@ class Coconut(nn.Module):
         """
         ids, mask = with_latents(self, input_ids, attention_mask, inserted_latents)
         sampling = Sampling(temperature, top_p, generator)
-        check_prompt(self, mask, max_new_tokens)
-        check_sampling(sampling)
+        check_generate(self, mask, max_new_tokens, temperature, top_p)
         if noise is None:
             noise = published_noise(noise_scale, noise_type, noise_direction, apply_noise_to_all_passes)
         changes = self._with_noise(ids, noise, seed, question_index)
@@ -461,13 +444,3 @@ class Coconut(nn.Module):
         if not return_details:
             return generated.tokens.unflatten(0, shape)
         return gather_branches(generated, point.prompt.latent.sum(dim=1), noise_at_step, shape)
-
-
-def published_noise(
-    noise_scale: Scales | None, noise_type: str, noise_direction: str | None, apply_noise_to_all_passes: bool
-) -> Noise | None:
-    """The arguments of the published code as one."""
-    if noise_scale is None:
-        return None
-    schedule = "constant" if apply_noise_to_all_passes else "none"
-    return Noise(noise_scale, noise_type, noise_direction, schedule=schedule)

@@ -27,8 +27,7 @@ class Thinking(NamedTuple):
     """The state after some latent passes over T positions.
 
     hidden: (B, T, D), after the final norm. inputs_embeds: (B, T, D). cache: keys and values.
-    before: what the thought map reads at the last position, (B, 1, D) for each of its layers: a latent after it gets the map's
-    thought of them.
+    before: what the thought map reads at the last position, (B, 1, D) for each of its layers.
     """
 
     hidden: Tensor
@@ -308,12 +307,10 @@ def generate_from(
 ) -> Generated:
     """Think and decode on from a branch point, which stays as it is: all branches, of any questions, as rows of one batch.
 
-    score: also compute the log-probabilities. Raises ValueError as `Coconut.generate`, or if a thought before the branch point
-    is to be changed.
+    score: also compute the log-probabilities. Raises ValueError as `Coconut.generate`, or if an earlier thought is to change.
     """
     temperatures = [branch.temperature for branch in branches]
-    check_prompt(model, point.prompt.mask, max_new_tokens)
-    check_sampling(Sampling(min(temperatures), top_p))
+    check_generate(model, point.prompt.mask, max_new_tokens, min(temperatures), top_p)
     index = torch.tensor([branch.row for branch in branches], device=point.embeds.device)
     prompt = point.prompt.select(index)
     interventions = ThoughtInterventions(
@@ -417,18 +414,14 @@ def with_latents(model: Coconut, input_ids: Tensor, attention_mask: Tensor | Non
     return insert_latents(input_ids, mask, model.start_latent_id, model.end_latent_id, model.latent_token_id, count)
 
 
-def check_sampling(sampling: Sampling) -> None:
-    """Raise ValueError if a setting is out of range."""
-    if sampling.temperature < 0:
-        raise ValueError(f"temperature is {sampling.temperature}; it must not be negative")
-    if not 0 < sampling.top_p <= 1:
-        raise ValueError(f"top_p is {sampling.top_p}; it must be in (0, 1]")
-
-
-def check_prompt(model: Coconut, mask: Tensor, max_new_tokens: int) -> None:
-    """Raise ValueError if a prompt with this mask (B, T) cannot be decoded from."""
+def check_generate(model: Coconut, mask: Tensor, max_new_tokens: int, temperature: float, top_p: float) -> None:
+    """Raise ValueError if a setting is out of range, or a prompt with this mask (B, T) cannot be decoded from."""
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+    if temperature < 0:
+        raise ValueError(f"temperature is {temperature}; it must not be negative")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}; it must be in (0, 1]")
     if not mask[:, -1].all():
         raise ValueError("prompts must be padded on the left")
     limit = model.max_positions

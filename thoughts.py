@@ -164,6 +164,16 @@ class Noise(NamedTuple):
             raise ValueError(f"the first noisy pass is {self.first_pass}; passes are counted from 1")
 
 
+def published_noise(
+    noise_scale: Scales | None, noise_type: str, noise_direction: str | None, apply_noise_to_all_passes: bool
+) -> Noise | None:
+    """The arguments of the published code as one."""
+    if noise_scale is None:
+        return None
+    schedule = "constant" if apply_noise_to_all_passes else "none"
+    return Noise(noise_scale, noise_type, noise_direction, schedule=schedule)
+
+
 class Intervention(NamedTuple):
     """What is done to the thoughts of one row.
 

@@ -265,6 +265,20 @@ def _config_of(source: str, gguf_file: str | None = None, trust_remote_code: boo
     return found
 
 
+@torch.no_grad()
+def verify_projection(model: Coconut) -> None:
+    """Raise ValueError if `project` is not what the base model computes after its decoder."""
+    token = torch.tensor([[model.eos_token_id]], device=model.embedding.weight.device)
+    was_training = model.base_causallm.training
+    model.base_causallm.eval()  # without dropout
+    expected = model.base_causallm(input_ids=token, attention_mask=torch.ones_like(token)).logits
+    actual = model.project(model.decoder(input_ids=token, attention_mask=torch.ones_like(token)).last_hidden_state)
+    model.base_causallm.train(was_training)
+    if not torch.allclose(actual.float(), expected.float(), rtol=1e-2, atol=1e-3):
+        family = model.base_causallm.config.model_type
+        raise ValueError(f"model family {family!r} changes its logits after the language-model head in a way not known here")
+
+
 def _check_usable(model: Coconut, source: str) -> None:
     """Raise UserError if the model is not causal, or computes logits or keeps its cache in a way that Coconut does not know."""
     family = model.base_causallm.config.model_type
@@ -273,7 +287,7 @@ def _check_usable(model: Coconut, source: str) -> None:
     try:
         if not _is_causal(model):
             raise ValueError(f"family {family!r} reads in both directions (an encoder); a causal language model is needed")
-        model.verify_projection()
+        verify_projection(model)
         model.generate(torch.tensor([[model.eos_token_id]], device=model.embedding.weight.device), max_new_tokens=2)
     except ValueError as error:
         raise UserError(f"{source}: {error}") from None

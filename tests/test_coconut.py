@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from coconut import Coconut
 from generation import MAX_N_LATENT, count_positions, nucleus, sample
+from systems.models import verify_projection
 from thoughts import make_thought_map
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -682,7 +683,7 @@ def test_generate_refuses_right_padding():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_verify_projection(family):
     model = build(family)
-    model.verify_projection()
+    verify_projection(model)
     assert not model.base_causallm.training  # as it was, though the wrapper is new and so in training mode
 
 
@@ -698,7 +699,7 @@ def test_verify_projection_finds_unknown_scalings(family, monkeypatch):
 
     monkeypatch.setattr(model.base_causallm, "forward", scaled)
     with pytest.raises(ValueError, match=model.base_causallm.config.model_type):
-        model.verify_projection()
+        verify_projection(model)
 
 
 @pytest.mark.parametrize(
@@ -715,5 +716,5 @@ def test_scalings_are_at_work(family, setting):
 def test_verify_projection_of_a_model_with_dropout():
     """A model made from a configuration is in training mode; dropout must not look like an unknown scaling."""
     model = build("gpt2", resid_pdrop=0.5, embd_pdrop=0.5).train()
-    model.verify_projection()
+    verify_projection(model)
     assert model.base_causallm.training

@@ -23,6 +23,7 @@ from config import RunConfig
 from systems import checkpoint, files
 from systems.checkpoint import Facts, TrainingState
 from systems.lora import adapter_weights, add_adapters, load_adapter_state, merged_weights
+from systems.models import verify_projection
 from utils import UserError
 
 NEW = [61, 62, 63]
@@ -57,7 +58,7 @@ def test_only_adapters_and_new_rows_change_and_merging_keeps_the_logits(family: 
     add_adapters(base, configuration(), NEW)
     assert_near(base(tokens).logits, expected)  # the matrices start as zero
     model = Coconut(base, ids.latent, ids.start_latent, ids.end_latent, ids.eos)
-    model.verify_projection()
+    verify_projection(model)
     optimizer = torch.optim.AdamW(adapter_weights(base).values(), lr=0.05)
     for _ in range(3):
         loss = model(tokens, labels=torch.tensor([[-100] * 5 + [7, 8]])).loss
