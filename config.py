@@ -237,6 +237,8 @@ class RunConfig(Config):
         if self.advance_cot_match is not None and self.advance_accuracy is None:
             raise ValueError("advance_cot_match needs advance_accuracy, which turns leaving a stage early on")
         method = METHODS[str(self.method)]
+        if self.thought_map != "identity" and not method.feeds_back:
+            raise ValueError(f"thought_map: method {self.method} feeds no state back: leave it out")
         if method.markers and self.c_thought == 0:
             raise ValueError(f"c_thought: 0 leaves {self.method} without thoughts: set at least 1, or method: no_thoughts")
         if method.markers and not method.has_stages and self.max_latent_stage == 0:

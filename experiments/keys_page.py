@@ -35,7 +35,7 @@ in a YAML file, or `key=value` after it. Each command prints its own keys with `
 
 def keys(kind: type[Config]) -> dict[str, tuple[str, str]]:
     """The default and the description of each key that the command takes."""
-    unused = getattr(kind, "unused", tuple)()
+    unused: tuple[str, ...] = getattr(kind, "unused", tuple)()
     found = {}
     for name, field in kind.model_fields.items():
         if name not in unused:

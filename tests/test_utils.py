@@ -93,6 +93,7 @@ def test_published_spellings_load() -> None:
         ),
         (["method=coconut", "cot=true"], "found cot and coconut"),
         ([], "must be chosen, found none"),
+        (["method=cot", "thought_map=norm"], "thought_map: method cot feeds no state back"),
         (["method=cot", "only_eval=true"], "only_eval needs load_model_path"),
         (["method=cot", "resume=3", "num_epochs=9", "from_scratch=true"], "resume: 3 starts from a model that was trained"),
         (["method=cot", "lora_alpha=8"], "lora_alpha needs lora_r"),
