@@ -42,7 +42,7 @@ def train(config: RunConfig, device: torch.device, stop: StopRequest) -> None:
     model = build_model(source, tokenizer, ids)
     check_lengths([train_set, valid_set], config.curriculum, config.max_new_tokens, model.max_positions, config.eval_latents)
     check_passes(len(train_set), config.examples_per_epoch)
-    wrapped = distributed.wrap(model, config, device)
+    wrapped = distributed.wrap(model, config.part(distributed.Parallelism), device)
     set_seed(config.seed + distributed.rank())  # other dropout masks on each
     watchdog = Watchdog(config.hang_timeout)
     evaluator = InterruptibleEvaluator(config, valid_set, tokenizer, ids, device, watchdog.beat, stop)
@@ -76,7 +76,7 @@ def evaluate(config: RunConfig, device: torch.device) -> None:
     model = build_model(config, tokenizer, ids)
     most = "max" if config.eval_latents == "gold" else config.eval_latents
     check_lengths([valid_set], config.curriculum, config.max_new_tokens, model.max_positions, most)
-    wrapped = distributed.wrap(model, config, device)
+    wrapped = distributed.wrap(model, config.part(distributed.Parallelism), device)
     watchdog = Watchdog(config.hang_timeout)
     evaluator = Evaluator(config, valid_set, tokenizer, ids, device, watchdog.beat)
     keep_config(config)

@@ -32,6 +32,22 @@ TOKENS, EXAMPLES = "tokens", "examples"  # of an optimizer step, beside the labe
 SKIPPED_IN_A_ROW = 20  # with nonfinite_loss: skip; after so many steps it is not the data
 
 
+@dataclass(frozen=True)
+class Optimization:
+    """The part of a configuration about the optimizer; `RunConfig` explains the keys."""
+
+    lr: float
+    adam_beta2: float
+    weight_decay: float
+
+
+def new_optimizer(model: nn.Module, config: Optimization) -> torch.optim.Optimizer:
+    """AdamW over the parameters that are trained."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    betas = (0.9, config.adam_beta2)
+    return torch.optim.AdamW(parameters, lr=config.lr, betas=betas, weight_decay=config.weight_decay, fused=True)
+
+
 class EvaluationStopped(Exception):
     """A signal asked to stop in the middle of an evaluation."""
 
@@ -103,14 +119,7 @@ class Trainer:
         get_logger().info(f"resuming from {directory}: epoch {state.epoch + 1}, after step {state.global_step}")
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
-        config = self.config
-        return torch.optim.AdamW(
-            [parameter for parameter in self.model.parameters() if parameter.requires_grad],
-            lr=config.lr,
-            betas=(0.9, config.adam_beta2),
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
+        return new_optimizer(self.model, self.config.part(Optimization))
 
     # --- the loop ---
 

@@ -14,6 +14,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
@@ -22,7 +23,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from coconut import Coconut
-from config import RunConfig
 from methods import METHODS, Objective
 from systems.activation_checkpointing import recompute_activations
 from utils import UserError, get_logger
@@ -162,7 +162,19 @@ def run_on_main(action: Callable[[], Any]) -> Any:
     return outcome[0]
 
 
-def wrap(model: Coconut, config: RunConfig, device: torch.device) -> nn.Module:
+@dataclass(frozen=True)
+class Parallelism:
+    """The part of a configuration that says how a model is spread and computed; `RunConfig` explains the keys."""
+
+    method: str
+    parallel: ParallelName
+    fsdp_gather: GatherName
+    bf16: bool | Literal["pure"]
+    activation_checkpointing: bool
+    compile: bool
+
+
+def wrap(model: Coconut, config: Parallelism, device: torch.device) -> nn.Module:
     """The method's objective around the model, ready for training on all processes: with DDP, FSDP2, or alone.
 
     bf16: True computes in bfloat16 from float32 weights; under FSDP2 that is its own mixed precision, else see `autocast`.
@@ -174,7 +186,7 @@ def wrap(model: Coconut, config: RunConfig, device: torch.device) -> nn.Module:
     if config.compile:
         for block in transformer_blocks(model):
             block.compile(dynamic=True)
-    objective = Objective(model, METHODS[str(config.method)].loss)
+    objective = Objective(model, METHODS[config.method].loss)
     if config.parallel == "fsdp":
         shard(model, config, device)
     if config.parallel == "fsdp" or world_size() == 1:
@@ -186,7 +198,7 @@ def wrap(model: Coconut, config: RunConfig, device: torch.device) -> nn.Module:
     return DistributedDataParallel(objective, device_ids=ids, gradient_as_bucket_view=True, **buffers)
 
 
-def shard(model: Coconut, config: RunConfig, device: torch.device) -> None:
+def shard(model: Coconut, config: Parallelism, device: torch.device) -> None:
     """FSDP2: each transformer block is a shard group; embeddings, final norm and head belong to the root.
 
     fsdp_gather: "pass" gathers a block's parameters for each latent pass, forward and backward, and reduces its gradients

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from coconut import Coconut
 from config import RunConfig
 from methods import END_LATENT, LATENT, METHODS, PAUSE, START_LATENT
-from systems.lora import add_adapters
+from systems.lora import Lora, add_adapters
 from systems.shards import SHARDS, read_shards
 from systems.weights import check_weights, embedding_weight, first_line, load_state_dict_file, thought_map_of
 from utils import UserError, get_logger
@@ -116,7 +116,7 @@ def build_model(
     initialise_markers(base, tokenizer, markers)
     model = Coconut(base, ids.latent, ids.start, ids.end, ids.eos, thought_map_of(config, base))
     if config.lora_r is not None:
-        add_adapters(base, config, [cast("int", tokenizer.convert_tokens_to_ids(marker)) for marker in markers])
+        add_adapters(base, config.part(Lora), [cast("int", tokenizer.convert_tokens_to_ids(marker)) for marker in markers])
     _check_usable(model, source)
     if config.bf16 == "pure":
         model.to(torch.bfloat16)

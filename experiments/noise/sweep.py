@@ -2,8 +2,8 @@
 
 A condition is one way to treat the thoughts; its key is written as in `summary`. K branches, N thoughts, D width.
 
-Questions are cut into chunks that depend on the configuration alone; a chunk is what is computed at once, saved at once and
-given to a process. So a run that was killed, or is split over other processes, computes every number in the same way.
+Questions are cut into chunks that depend on the configuration alone. A chunk is computed, saved and given to a process as one,
+so a run that was killed, or is split over other processes, computes every number in the same way.
 """
 
 from __future__ import annotations
@@ -88,9 +88,6 @@ def conditions(config: SweepConfig) -> list[Condition]:
     for control in config.controls:
         found += [Condition(control_key(control, place), 1, 0.0, None, control, place) for place in PLACES]
     return found
-
-
-# --- the thoughts that controls displace ---
 
 
 def _paths(subject: Subject, questions: Sequence[BenchmarkQuestion]) -> dict[int, Tensor]:
