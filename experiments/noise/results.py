@@ -10,6 +10,7 @@ from rich.table import Table
 
 from experiments.answers.benchmarks import find_benchmark
 from experiments.noise import figures
+from experiments.noise.settings import SweepConfig
 from experiments.noise.summary import (
     CLEAN,
     GREEDY,
@@ -26,8 +27,10 @@ from experiments.noise.summary import (
     summarise,
     summary_table,
 )
-from experiments.noise.sweep import Sweep
-from systems.metrics import show
+from experiments.noise.sweep import Sweep, run_sweep
+from systems import distributed
+from systems.metrics import print_config, show
+from systems.signals import StopRequest
 from systems.writing import save_config, write_json
 from utils import get_logger
 
@@ -37,6 +40,16 @@ BASELINES = (NO_LATENTS, GREEDY, CLEAN, SELF_CONSISTENCY)
 def chance(benchmark: str) -> float | None:
     """Accuracy in % of a guess among the options; None where the answer is free."""
     return find_benchmark(benchmark).kind.chance
+
+
+def answer_and_write(config: SweepConfig) -> None:
+    """A whole experiment, as test.py and run_noisy_experiment.py run it: all questions, then the files."""
+    with distributed.process_group() as device:
+        print_config(config)
+        sweep = run_sweep(config, device)
+        if sweep is not None:
+            with StopRequest().listening():  # all is answered: the files are finished first
+                distributed.run_on_main(lambda: write_results(sweep))
 
 
 def write_results(sweep: Sweep) -> dict[str, dict[str, Any]]:

@@ -61,7 +61,7 @@ def model_with_early_ends(family: str):
 
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_branching_matches_naive(family, name):
+def test_generation_matches_naive(family, name):
     base, ids = model_with_early_ends(family)
     how = SETTINGS[name]
     result, batch = branches(wrap(base, ids), **how), draw(PROMPTS)
@@ -111,7 +111,7 @@ def test_sliding_windows_and_layers():
 
 
 @pytest.mark.parametrize("name", ["sampled", "adaptive", "scales"])
-def test_branching_does_not_depend_on_the_batch(name):
+def test_generation_does_not_depend_on_the_batch(name):
     base, ids = model_with_early_ends("llama")
     model, batch = wrap(base, ids), draw(PROMPTS)
     together = branches(model, **SETTINGS[name])
@@ -236,7 +236,7 @@ def test_finished_branches_are_dropped():
 
 
 @pytest.mark.parametrize("at", [1, 4, 50])
-def test_branching_beside_a_rank_with_more_latents(at):
+def test_generation_beside_a_rank_with_more_latents(at):
     """As many passes as there, with the same result."""
     base = tiny_model("llama", tie_word_embeddings=False)[0]
     expected = branches(wrap(base, IDS._replace(eos=-1)), noise_scale=1.0, noise_at_step=at)
@@ -285,6 +285,6 @@ def test_tokens_alone():
     ],
     ids=str,
 )
-def test_branching_refuses(arguments, message):
+def test_generation_refuses(arguments, message):
     with pytest.raises(ValueError, match=message):
         branches(build("gpt2"), **arguments)
