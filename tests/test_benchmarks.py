@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -118,3 +119,13 @@ def test_sharded_step(load, tmp_path, monkeypatch, capsys):
     assert found["gathers"] == 3  # two blocks and the root, once
     assert found["milliseconds"] > 0
     assert "pass / step: 1.00 in time" in capsys.readouterr().out
+
+
+def test_two_checkouts(load, capsys):
+    """This checkout against itself."""
+    load("two_checkouts").main([str(FOLDER.parent), "--rounds", "1", "--repeats", "1"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6
+    assert all(
+        re.fullmatch(r"(llama_quick|gpt2_small), [a-z ]+: [\d.]+ s, by the other [\d.]+ \([\d.]+\)", line) for line in lines
+    )
