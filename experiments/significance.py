@@ -1,7 +1,6 @@
-"""Accuracies with intervals, paired comparisons, and how accuracy decays with noise. Accuracies are fractions 0..1.
+"""Paired comparisons, and how accuracy decays with noise. Accuracies are fractions 0..1.
 
-The 95% interval of one accuracy is `evaluation.interval`. Run modules of this package with `python -m`: a script started by its
-path would put this file in the place of the standard library's statistics.
+The 95% interval of one accuracy is `evaluation.interval`.
 """
 
 from __future__ import annotations
@@ -10,7 +9,8 @@ import itertools
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.optimize import OptimizeWarning, curve_fit
@@ -50,7 +50,7 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> McNemar:
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """p-values of a family of tests, corrected step by step (Holm 1979); in the order given."""
-    return [float(value) for value in multipletests(p_values, method="holm")[1]] if p_values else []
+    return multipletests(p_values, method="holm")[1].tolist() if p_values else []
 
 
 class Difference(NamedTuple):
@@ -112,19 +112,27 @@ class Decay(NamedTuple):
 
     def at(self, scales: Sequence[float]) -> list[float]:
         """Accuracies that the curve gives at these scales."""
-        return [float(value) for value in CURVES[self.formula](np.asarray(scales, dtype=float), *self.parameters)]
+        return CURVES[self.formula].values(np.asarray(scales, dtype=float), *self.parameters).tolist()
+
+
+@dataclass(frozen=True)
+class Curve:
+    """values: accuracies at scales x. start: parameters from the highest accuracy and the scale where half is lost."""
+
+    values: Callable[..., np.ndarray]
+    start: Callable[[float, float], list[float]]
+    bounds: Any
 
 
 EXPONENTIAL, HYPERBOLIC, LINEAR = "a exp(-b x)", "a / (1 + b x^c)", "a - b x"
-CURVES: dict[str, Callable[..., np.ndarray]] = {
-    EXPONENTIAL: lambda x, a, b: a * np.exp(-b * x),
-    HYPERBOLIC: lambda x, a, b, c: a / (1 + b * x**c),
-    LINEAR: lambda x, a, b: a - b * x,
-}
-_BOUNDS: dict[str, tuple[list[float], list[float]]] = {
-    EXPONENTIAL: ([0, 0], [np.inf, np.inf]),
-    HYPERBOLIC: ([0, 0, 0.05], [np.inf, np.inf, 20]),
-    LINEAR: ([-np.inf, -np.inf], [np.inf, np.inf]),
+CURVES = {
+    EXPONENTIAL: Curve(lambda x, a, b: a * np.exp(-b * x), lambda top, half: [max(top, 1e-3), math.log(2) / half], (0, np.inf)),
+    HYPERBOLIC: Curve(
+        lambda x, a, b, c: a / (1 + b * x**c),
+        lambda top, half: [max(top, 1e-3), 1 / half, 1],
+        ([0, 0, 0.05], [np.inf, np.inf, 20]),
+    ),
+    LINEAR: Curve(lambda x, a, b: a - b * x, lambda top, half: [top, 0], (-np.inf, np.inf)),
 }
 
 
@@ -136,46 +144,32 @@ def fit_decays(scales: Sequence[float], accuracies: Sequence[float]) -> dict[str
 def fit_decay(formula: str, scales: Sequence[float], accuracies: Sequence[float]) -> Decay | None:
     """One of CURVES by least squares. None: fewer different scales than parameters, a value that is not finite, or no fit.
 
-    Larger scales must mean more noise: for `snr` give 1 / scale.
-    ValueError: not one accuracy for each scale, or a negative scale.
+    scales: at least 0; larger ones must mean more noise: for `snr` give 1 / scale. ValueError: not one accuracy for each scale.
     """
-    x, y = _points(scales, accuracies)
-    if len(np.unique(x)) < len(_BOUNDS[formula][0]) or not np.isfinite([*x, *y]).all():
+    half = half_scale(scales, accuracies) or max(scales, default=0)
+    x, y = np.asarray(scales, dtype=float), np.asarray(accuracies, dtype=float)
+    if not half or not np.isfinite([x, y]).all():
         return None
-    half = half_scale(scales, accuracies) or float(x.max())
-    start = {
-        EXPONENTIAL: [max(y.max(), 1e-3), np.log(2) / half],
-        HYPERBOLIC: [max(y.max(), 1e-3), 1 / half, 1],
-        LINEAR: [y.max(), 0],
-    }
+    curve = CURVES[formula]
+    start = curve.start(y.max(), half)
+    if len(np.unique(x)) < len(start):
+        return None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", OptimizeWarning)  # of the covariance, which is not used
-            found, _ = curve_fit(CURVES[formula], x, y, p0=start[formula], bounds=_BOUNDS[formula], method="trf", max_nfev=2000)
+            found, _ = curve_fit(curve.values, x, y, p0=start, bounds=curve.bounds, method="trf", max_nfev=2000)
     except (RuntimeError, ValueError, FloatingPointError):
         return None
-    return Decay(formula, tuple(float(value) for value in found), _r_squared(y, CURVES[formula](x, *found)))
-
-
-def _points(scales: Sequence[float], accuracies: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    if len(scales) != len(accuracies):
-        raise ValueError(f"{len(scales)} scales, but {len(accuracies)} accuracies")
-    if any(scale < 0 for scale in scales):
-        raise ValueError("scales must be at least 0")
-    return np.asarray(scales, dtype=float), np.asarray(accuracies, dtype=float)
-
-
-def _r_squared(y: np.ndarray, fitted: np.ndarray) -> float | None:
     total = float(((y - y.mean()) ** 2).sum())
-    return 1 - float(((y - fitted) ** 2).sum()) / total if total > 1e-15 else None
+    r_squared = 1 - float(((y - curve.values(x, *found)) ** 2).sum()) / total if total > 1e-15 else None
+    return Decay(formula, tuple(found.tolist()), r_squared)
 
 
 def half_scale(scales: Sequence[float], accuracies: Sequence[float]) -> float | None:
     """The scale where accuracy first falls below half of that at the smallest scale, interpolated linearly.
 
-    None: it never does. ValueError: as `fit_decay`.
+    None: it never does. ValueError: not one accuracy for each scale.
     """
-    _points(scales, accuracies)
     points = sorted(zip(scales, accuracies, strict=True))
     half = points[0][1] / 2 if points else 0.0
     for (x, y), (next_x, next_y) in itertools.pairwise(points):
