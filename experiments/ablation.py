@@ -17,30 +17,27 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from pydantic import BeforeValidator, Field, model_validator
 
 from experiments.answers.benchmarks import same_answer
-from experiments.answers.questions import BenchmarkQuestion, load_questions
-from experiments.noise.ablation_results import MIXED, NO_NOISE, Cells, Part, judged_by, ratio_name, vote, write_results
-from experiments.noise.settings import BranchConfig, NoiseName, Setting, Voters
-from experiments.noise.subjects import Subject, load_subject
+from experiments.answers.questions import load_questions
+from experiments.noise.ablation_results import MIXED, NO_NOISE, Cells, Part, judged_by, vote, write_results
+from experiments.noise.settings import BranchConfig, NoiseNames, Setting, Voters, listed
+from experiments.noise.subjects import load_subject
 from experiments.noise.summary import AGGREGATIONS, CLEAN, JUDGE, SELF_CONSISTENCY, Outcome, condition_key, setting_name
 from experiments.noise.sweep import Sweep, clean_thoughts, run_sweep
-from noise import NOISES, SCHEDULES, noise_rows
+from noise import NOISES, SCHEDULES, find_noise, noise_rows
 from systems import distributed
 from systems.metrics import print_config
 from systems.writing import write_jsonl
-from utils import Positive, UserError, entry_point, get_logger, load_config
+from utils import Positive, UserError, entry_point, get_logger, load_config, one_of
 
-PartName = Literal["injection_step", "branches", "noise_type", "aggregation", "shared_noise", "schedule"]
-PARTS: tuple[PartName, ...] = get_args(PartName)
-ABSOLUTE = ("gaussian", "uniform")  # types whose scale does not follow the thought's norm
 BASE, TYPES = "base", "noise_type"  # runs: the one that all parts share, and all other noise types together
 VECTORS = {"own": False, "shared": True}
 ELSEWHERE = {  # inherited keys that an ablation sets itself or has no use for, and what to do instead
@@ -49,30 +46,23 @@ ELSEWHERE = {  # inherited keys that an ablation sets itself or has no use for, 
     "apply_noise_to_all_passes": "set schedule: constant",
 }
 
-
-def _listed(value: Any) -> Any:
-    if value in (None, "None"):
-        return None
-    return value if isinstance(value, list) else [value]
-
-
-def _parts(value: Any) -> Any:
-    return list(PARTS) if value == "all" else _listed(value)
+Ratio = Annotated[float, Field(gt=0)]
+PartName = Annotated[str, one_of(lambda: list(PARTS))]
 
 
 class AblationConfig(BranchConfig):
     """The keys of run_noisy_experiment.py, which describe the setting that is varied, and what is varied around it."""
 
     results_path: str = "ablation/results"
-    noise_type: Annotated[list[NoiseName], Field(min_length=1), BeforeValidator(_listed)] = Field(default=["gaussian_scaled"])
+    noise_type: NoiseNames = Field(default=["gaussian_scaled"])
     num_branches: Voters = 5
-    noise_ratios: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1), BeforeValidator(_listed)] = Field(
-        default=[0.5, 1.0, 2.0]
-    )
+    noise_ratios: Annotated[list[Ratio], Field(min_length=1), BeforeValidator(listed)] = Field(default=[0.5, 1.0, 2.0])
     """Norms of the noise by the norm of the thought; every noise type gets the scales that add as much."""
-    injection_steps: Annotated[list[Positive] | None, Field(min_length=1), BeforeValidator(_listed)] = None
+    injection_steps: Annotated[list[Positive] | None, Field(min_length=1), BeforeValidator(listed)] = None
     """Which thoughts get the noise, one at a time, from 1; null: every thought there is."""
-    parts: Annotated[list[PartName], Field(min_length=1), BeforeValidator(_parts)] = Field(default=list(PARTS))
+    parts: Annotated[
+        list[PartName], Field(min_length=1), BeforeValidator(lambda value: list(PARTS) if value == "all" else listed(value))
+    ] = Field(default_factory=lambda: list(PARTS))
     """What is varied: all or some of injection_step, branches, noise_type, aggregation, shared_noise, schedule."""
 
     @model_validator(mode="after")
@@ -85,10 +75,6 @@ class AblationConfig(BranchConfig):
             raise ValueError(f"noise_type: an ablation varies one noise setting, found {found}; targeted needs noise_direction")
         if not self.scales_by_ratio(self.setting, 1.0):
             raise ValueError(f"noise_ratios: dropout removes at most the whole thought: at most 1, found {self.noise_ratios}")
-        for key in ("noise_ratios", "injection_steps", "parts"):
-            values = getattr(self, key) or []
-            if len(set(values)) < len(values):
-                raise ValueError(f"{key}: {values} holds something twice")
         return self
 
     @property
@@ -151,26 +137,22 @@ def survey(config: AblationConfig, device: torch.device) -> Survey:
     questions = load_questions(
         config.benchmark, config.data_path, config.subset, config.split, config.num_questions, config.seed
     )
-    counts = {question.index: _thoughts(subject, question) for question in questions}
-    most = max(counts.values())
-    asked = {"noise_at_step": [config.noise_at_step], "injection_steps": config.injection_steps or []}
-    for key, steps in asked.items():
+    most, reached = 0, []
+    for question in questions:
+        with contextlib.suppress(UserError, ValueError):  # said when the question is answered
+            thoughts = subject.prompt(question).count(subject.ids.latent)
+            most = max(most, thoughts)
+            if thoughts >= config.noise_at_step:
+                reached.append(question)
+    for key, steps in {"noise_at_step": [config.noise_at_step], "injection_steps": config.injection_steps or []}.items():
         if max(steps, default=0) > most > 0:
             raise UserError(f"{key}: {max(steps)} is beyond the thoughts: no question has more than {most}")
-    absolute = "noise_type" in config.parts or config.setting[0] in ABSOLUTE
-    reached = [question for question in questions if counts[question.index] >= config.noise_at_step]
-    if not absolute or not reached:
+    if not reached or ("noise_type" not in config.parts and find_noise(*config.setting).relative):
         return Survey(subject.source, most, 1.0)
     paths = clean_thoughts(subject, reached, config.batch_size, config.seed).paths
     perturbed = [path[config.noise_at_step - 1] for path in paths.values()]
     norm = fmean(float(thought.norm()) for thought in perturbed)
     return Survey(subject.source, most, norm / math.sqrt(len(perturbed[0])))
-
-
-def _thoughts(subject: Subject, question: BenchmarkQuestion) -> int:
-    with contextlib.suppress(UserError, ValueError):  # said when the question is answered
-        return subject.prompt(question).count(subject.ids.latent)
-    return 0
 
 
 # --- the runs ---
@@ -206,65 +188,36 @@ def run_ablation(config: AblationConfig, device: torch.device) -> Ablation | Non
 
 def plan_runs(ablation: Ablation) -> dict[str, Run]:
     """The runs that the chosen parts need, the shared one first."""
-    config = ablation.config.model_copy()
+    config, thoughts = ablation.config, ablation.survey.thoughts
+    kept = config.model_dump(include=set(BranchConfig.model_fields))
     if config.load_model_path is not None:
-        config.load_model_path = ablation.survey.source  # all of one checkpoint, even if a newer one appears meanwhile
-    base = {setting_name(*config.setting): list(ablation.scales(config.setting).values())}
-    runs = {BASE: _run(config, BASE, base)}
+        kept["load_model_path"] = ablation.survey.source  # all of one checkpoint, even if a newer one appears meanwhile
+    scales = {setting_name(*one): list(ablation.scales(one).values()) for one in all_settings()}
+    base = {name: scales.pop(name) for name in [setting_name(*config.setting)]}
+    changed: dict[str, dict[str, Any]] = {BASE: {}}
     for part in config.parts:
-        for value, changes in run_changes(config, part, ablation.survey.thoughts).items():
-            name = run_name(config, part, value, changes)
-            runs.setdefault(name, _run(config, name, base, **changes))
+        for value, changes in PARTS[part].runs(config, thoughts).items():
+            changed.setdefault(run_name(config, part, value, changes), changes)
     if "noise_type" in config.parts:
-        others = {setting_name(*one): list(ablation.scales(one).values()) for one in all_settings() if one != config.setting}
-        runs[TYPES] = _run(config, TYPES, others, noise_type="all", noise_direction=None)
-    return runs
-
-
-def run_changes(config: AblationConfig, part: str, thoughts: int) -> dict[str, dict[str, Any]]:
-    """The values of a part that need runs of their own, and the keys that each sets."""
-    steps = config.injection_steps or range(1, thoughts + 1)
-    changes: dict[str, dict[str, dict[str, Any]]] = {
-        "injection_step": {str(step): {"noise_at_step": step} for step in steps},
-        "shared_noise": {name: {"shared_noise": shared} for name, shared in VECTORS.items()},
-        "schedule": {name: {"schedule": name} for name in SCHEDULES},
+        changed[TYPES] = {"noise_type": "all", "noise_direction": None, "scales_of": scales}
+    return {
+        name: Run.model_validate({**kept, "name": f"{config.name}/{name}", "scales_of": base, **changes})
+        for name, changes in changed.items()
     }
-    return changes.get(part, {})
 
 
-def run_name(config: AblationConfig, part: str, value: str, changes: Mapping[str, Any]) -> str:
+def run_name(config: AblationConfig, part: str, value: str, changes: dict[str, Any]) -> str:
     same = all(getattr(config, key) == wanted for key, wanted in changes.items())
     return BASE if same else f"{part}_{value}"
 
 
-def _run(config: AblationConfig, name: str, scales_of: dict[str, list[float]], **changes: Any) -> Run:
-    kept = config.model_dump(include=set(BranchConfig.model_fields))
-    return Run.model_validate({**kept, "name": f"{config.name}/{name}", "scales_of": scales_of, **changes})
-
-
-# --- the parts ---
-
-
-def part_of(ablation: Ablation, name: PartName) -> Part:
-    """What every question got under every value of a part and every amount of noise."""
-    config = ablation.config
-    makers = {"branches": branch_cells, "aggregation": aggregation_cells, "noise_type": type_cells}
-    cells = makers[name](ablation) if name in makers else run_cells(ablation, name)
-    default = {
-        "branches": str(config.num_branches),
-        "aggregation": JUDGE,
-        "noise_type": setting_name(*config.setting),
-        "injection_step": str(config.noise_at_step),
-        "shared_noise": next(value for value, shared in VECTORS.items() if shared == config.shared_noise),
-        "schedule": config.schedule,
-    }[name]
-    return Part(name, default, cells)
+# --- what the questions got in them ---
 
 
 def outcomes(ablation: Ablation, run: str, setting: Setting) -> dict[str, dict[int, Outcome]]:
     """By the amount of noise, the least first, what a run made of each question; NO_NOISE is self-consistency."""
     keys = {NO_NOISE: ablation.config.baseline}
-    keys |= {ratio_name(ratio): condition_key(*setting, scale) for ratio, scale in ablation.scales(setting).items()}
+    keys |= {f"{ratio:g}": condition_key(*setting, scale) for ratio, scale in ablation.scales(setting).items()}
     answered = [record for record in ablation.sweeps[run].records if record["error"] is None]
     return {noise: {record["index"]: record["conditions"][key] for record in answered} for noise, key in keys.items()}
 
@@ -272,7 +225,7 @@ def outcomes(ablation: Ablation, run: str, setting: Setting) -> dict[str, dict[i
 def run_cells(ablation: Ablation, part: str) -> Cells:
     """One run for each value. Questions that have fewer thoughts than the noisy one are left out: they got no noise."""
     config, cells = ablation.config, {}
-    for value, changes in run_changes(config, part, ablation.survey.thoughts).items():
+    for value, changes in PARTS[part].runs(config, ablation.survey.thoughts).items():
         found = outcomes(ablation, run_name(config, part, value, changes), config.setting)
         reached = {index for noise, cell in found.items() if noise != NO_NOISE for index in cell if cell[index]["noise_ratio"]}
         for noise, cell in found.items():
@@ -280,7 +233,7 @@ def run_cells(ablation: Ablation, part: str) -> Cells:
     return cells
 
 
-def type_cells(ablation: Ablation) -> Cells:
+def type_cells(ablation: Ablation, part: str) -> Cells:
     """Every noise type at scales that add about as much."""
     cells = {}
     for setting in all_settings():
@@ -290,7 +243,7 @@ def type_cells(ablation: Ablation) -> Cells:
     return cells
 
 
-def branch_cells(ablation: Ablation) -> Cells:
+def branch_cells(ablation: Ablation, part: str) -> Cells:
     """The first k branches of every K: a branch's noise and samples do not depend on how many there are."""
     base = outcomes(ablation, BASE, ablation.config.setting)
     return {
@@ -305,7 +258,7 @@ def first_branches(ablation: Ablation, outcome: Outcome, k: int) -> Outcome:
     return vote(outcome["branches"][:k], outcome["noise_ratio"], same)
 
 
-def aggregation_cells(ablation: Ablation) -> Cells:
+def aggregation_cells(ablation: Ablation, part: str) -> Cells:
     """Every aggregation of the same branches; and of branches with different amounts of noise, which weigh differently."""
     base = outcomes(ablation, BASE, ablation.config.setting)
     if len(base) > 2:  # more than self-consistency and one ratio
@@ -321,14 +274,65 @@ def aggregation_cells(ablation: Ablation) -> Cells:
 
 def mixed_branches(ablation: Ablation, cells: list[dict[int, Outcome]]) -> dict[int, Outcome]:
     """K branches that take turns in the amount of noise: branch i is branch i of the ratio whose turn it is."""
-    same = functools.partial(same_answer, ablation.config.benchmark)
     turns = [cells[branch % len(cells)] for branch in range(ablation.config.num_branches)]
     mixed = {}
     for index in cells[0]:
         branches = [cell[index]["branches"][branch] for branch, cell in enumerate(turns)]
         ratios = [(cell[index]["noise_ratio"] or [0.0] * len(turns))[branch] for branch, cell in enumerate(turns)]
-        mixed[index] = vote(branches, ratios, same)
+        mixed[index] = {"branches": branches, "noise_ratio": ratios}
     return mixed
+
+
+# --- the parts ---
+
+
+@dataclass(frozen=True)
+class Varied:
+    """One part; see `ablation_results.Part`. runs: the values that need runs of their own, and the keys that each sets."""
+
+    about: str
+    default: Callable[[AblationConfig], str]
+    cells: Callable[[Ablation, str], Cells] = run_cells
+    runs: Callable[[AblationConfig, int], dict[str, dict[str, Any]]] = lambda config, thoughts: {}
+    ordered: bool = False
+    of_self_consistency: bool = False
+
+
+def _steps(config: AblationConfig, thoughts: int) -> dict[str, dict[str, Any]]:
+    return {str(step): {"noise_at_step": step} for step in config.injection_steps or range(1, thoughts + 1)}
+
+
+PARTS = {
+    "injection_step": Varied(
+        "thought that gets the noise", lambda config: str(config.noise_at_step), runs=_steps, ordered=True
+    ),
+    "branches": Varied(
+        "branches that vote",
+        lambda config: str(config.num_branches),
+        branch_cells,
+        ordered=True,
+        of_self_consistency=True,
+    ),
+    "noise_type": Varied("noise type", lambda config: setting_name(*config.setting), type_cells),
+    "aggregation": Varied("from branches to an answer", lambda config: JUDGE, aggregation_cells, of_self_consistency=True),
+    "shared_noise": Varied(
+        "noise vectors of the branches",
+        lambda config: next(value for value, shared in VECTORS.items() if shared == config.shared_noise),
+        runs=lambda config, thoughts: {name: {"shared_noise": shared} for name, shared in VECTORS.items()},
+    ),
+    "schedule": Varied(
+        "schedule of the noise in later thoughts",
+        lambda config: config.schedule,
+        runs=lambda config, thoughts: {name: {"schedule": name} for name in SCHEDULES},
+    ),
+}
+
+
+def part_of(ablation: Ablation, name: str) -> Part:
+    """What every question got under every value of a part and every amount of noise."""
+    row = PARTS[name]
+    default, cells = row.default(ablation.config), row.cells(ablation, name)
+    return Part(name, default, cells, row.about, row.ordered, row.of_self_consistency)
 
 
 @entry_point

@@ -16,8 +16,10 @@ from matplotlib.axes import Axes
 from matplotlib.container import Container
 from matplotlib.figure import Figure
 
+from systems.writing import replacing
+
 Numbers = Mapping[str, Any]  # one condition: accuracy, low, high (of its 95% interval), ...
-Point = tuple[float, float, float, float]  # place on the x axis, accuracy, and the bounds of its 95% interval
+Point = tuple[float, Numbers]  # a place on the x axis and what was measured there
 ACCURACY = "accuracy in %"
 REFERENCES = {"clean": ("black", "-"), "greedy": ("#4a78b5", "--"), "chance": ("grey", ":")}
 STAGE_COLOURS = ("#e8eef7", "#cddcee", "#b2cae6", "#97b8dd", "#7ca6d4")
@@ -39,7 +41,7 @@ def epoch_curves(runs: dict[str, list[dict[str, Any]]], path: Path, title: str) 
         above.plot(epochs, [row["train_loss"] for row in rows], colour, label=f"{name}, training")
         above.plot(epochs, [row["val_loss"] for row in rows], colour, linestyle="--", label=f"{name}, validation")
         below.plot(epochs, [100 * row["accuracy"] for row in rows], colour, marker=".", label=name)
-    below.axhline(50, color="grey", linestyle=":", label="chance")
+    references(below, chance=50)
     above.set(ylabel="cross entropy per labelled token", title=title)
     above.set_ylim(bottom=0)
     below.set(ylabel="validation accuracy in %", xlabel="epochs trained", ylim=(0, 108))
@@ -49,11 +51,12 @@ def epoch_curves(runs: dict[str, list[dict[str, Any]]], path: Path, title: str) 
 
 
 def _shade_stages(axes: Axes, rows: list[dict[str, Any]]) -> None:
-    for stage in sorted({row["stage"] for row in rows}):
-        epochs = [number for number, row in enumerate(rows, start=1) if row["stage"] == stage]
-        axes.axvspan(epochs[0] - 0.5, epochs[-1] + 0.5, color=STAGE_COLOURS[stage % len(STAGE_COLOURS)], zorder=0, linewidth=0)
-        middle = (epochs[0] + epochs[-1]) / 2
-        axes.text(middle, 0.985, f"stage {stage}", transform=axes.get_xaxis_transform(), ha="center", va="top", fontsize=8)
+    stages = [row["stage"] for row in rows]
+    for stage in sorted(set(stages)):
+        first, last = stages.index(stage) + 1, len(stages) - stages[::-1].index(stage)
+        axes.axvspan(first - 0.5, last + 0.5, color=STAGE_COLOURS[stage % len(STAGE_COLOURS)], zorder=0, linewidth=0)
+        place = ((first + last) / 2, 0.985)
+        axes.text(*place, f"stage {stage}", transform=axes.get_xaxis_transform(), ha="center", va="top", fontsize=8)
 
 
 def grouped(
@@ -61,17 +64,15 @@ def grouped(
     path: Path,
     title: str,
     xlabel: str = "",
-    names: Mapping[str, str] | None = None,
-    colours: Sequence[Any] = (),
-    points: Mapping[str, Any] | None = None,
-    baseline: Numbers | None = None,
     legend: str = "",
+    points: Mapping[str, Mapping[str, Any]] | None = None,
+    baseline: Numbers | None = None,
     **lines: float | None,
 ) -> Axes:
     """Accuracy with its 95% interval: label -> group -> numbers. A group has one bar of each label that has numbers for it.
 
-    names: what stands below a group instead of its own name. points: the style of points that stand for bars. baseline: the
-    model's own, drawn as a line with its interval. lines: accuracies by their names in REFERENCES.
+    points: the style of each label's points, which then stand for bars. baseline: the model's own, drawn as a line with its
+    interval. lines: accuracies by their names in REFERENCES.
     """
     groups = list(dict.fromkeys(group for members in series.values() for group in members))
     with drawing(path, (8.5, 4.6), legend, xlabel=xlabel, ylabel=ACCURACY, title=title) as axes:
@@ -79,20 +80,19 @@ def grouped(
         width = 0.8 / max(1, len(series))
         for number, (label, members) in enumerate(series.items()):
             shift = width * (number - (len(series) - 1) / 2)
-            drawn = [point(groups.index(group) + shift, one) for group, one in members.items()]
-            colour = colours[number] if len(colours) else f"C{number}"
+            drawn = [(groups.index(group) + shift, one) for group, one in members.items()]
             if points is None:
-                places, heights = [one[0] for one in drawn], [one[1] for one in drawn]
-                axes.bar(places, heights, 0.95 * width, color=colour, alpha=0.75, label=label)
+                heights = [one["accuracy"] for _, one in drawn]
+                axes.bar([x for x, _ in drawn], heights, 0.95 * width, color=f"C{number}", alpha=0.75, label=label)
                 with_intervals(axes, drawn, color="black", linestyle="none", elinewidth=1)
             else:
-                with_intervals(axes, drawn, color=colour, label=label, **points)
+                with_intervals(axes, drawn, label=label, **points[label])
         if baseline is not None and baseline["accuracy"] is not None:
             axes.axhspan(baseline["low"], baseline["high"], color="black", alpha=0.1, linewidth=0)
             axes.axhline(baseline["accuracy"], color="black", linewidth=1, label="none: the model's own")
         references(axes, **lines)
-        shown = [(names or {}).get(group, group) for group in groups]
-        axes.set_xticks(range(len(groups)), shown, rotation=20 if max(map(len, groups), default=0) > 12 else 0)
+        longest = max((len(group.split("\n")[0]) for group in groups), default=0)
+        axes.set_xticks(range(len(groups)), groups, rotation=20 if longest > 12 else 0)
     return axes
 
 
@@ -123,23 +123,17 @@ def drawing(path: Path, size: tuple[float, float], legend: str = "", **labels: A
     axes.set_ylim(-2, 105)
     yield axes
     axes.set(**labels)
-    entries = list(zip(*axes.get_legend_handles_labels(), strict=True))
-    entries.sort(key=lambda entry: not isinstance(entry[0], Container))
+    entries = sorted(zip(*axes.get_legend_handles_labels(), strict=True), key=lambda entry: not isinstance(entry[0], Container))
     if entries:
         place: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
         axes.legend(*zip(*entries, strict=True), fontsize=8, title_fontsize=8, title=legend or None, **place)
     save_figure(figure, path)
 
 
-def point(place: float, numbers: Numbers) -> Point:
-    return place, numbers["accuracy"], numbers["low"], numbers["high"]
-
-
 def with_intervals(axes: Axes, points: Sequence[Point], **style: Any) -> None:
-    x, values = [one[0] for one in points], [one[1] for one in points]
-    below = [max(0, value - low) for _, value, low, _ in points]
-    above = [max(0, high - value) for _, value, _, high in points]
-    axes.errorbar(x, values, yerr=[below, above], **{"capsize": 3, "markersize": 5, "elinewidth": 0.8, **style})
+    accuracy, low, high = (np.array([one[key] for _, one in points]) for key in ("accuracy", "low", "high"))
+    errors = np.maximum(0, [accuracy - low, high - accuracy])
+    axes.errorbar([x for x, _ in points], accuracy, yerr=errors, **{"capsize": 3, "markersize": 5, "elinewidth": 0.8, **style})
 
 
 def references(axes: Axes, **accuracies: float | None) -> None:
@@ -155,10 +149,9 @@ def shades(names: Sequence[str]) -> dict[str, Any]:
 
 
 def save_figure(figure: Figure, path: Path) -> Figure:
-    """Write a figure to a file, whose directory is made, and close it. Another name first, then renamed."""
+    """Write a figure whole to a file, whose directory is made, and close it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial-{path.name}")
-    figure.savefig(partial, dpi=150)
-    partial.replace(path)
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=150, format=path.suffix[1:])
     plt.close(figure)
     return figure

@@ -37,6 +37,6 @@ def probability(value: float | None) -> str:
     return "<0.001" if value is not None and value < 0.001 else text(value, "{:.3f}")
 
 
-def with_interval(numbers: Mapping[str, Any]) -> str:
-    """Accuracy and the bounds of its interval, all in percent."""
-    return "{accuracy:.1f}% ({low:.1f} to {high:.1f})".format(**numbers)
+def with_interval(numbers: Mapping[str, Any], key: str = "accuracy") -> str:
+    """A share and the bounds of its interval, all in percent."""
+    return f"{numbers[key]:.1f}% ({numbers['low']:.1f} to {numbers['high']:.1f})"

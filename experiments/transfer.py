@@ -13,42 +13,37 @@ from typing import Any
 
 from evaluation import interval
 from experiments.noise.progress import Record, finished_records
+from experiments.tables import with_interval
 from systems.writing import write_json
 from utils import UserError, entry_point, get_logger
-
-FILE = "transfer.json"
 
 
 def transfer(records: list[Record]) -> dict[str, dict[str, Any]]:
     """For each place of the control: questions, and in percent with 95% intervals the answers of the other and of its own."""
     known = {record["index"]: record for record in records if record["error"] is None}
-    places = sorted({key for record in known.values() for key in record["conditions"] if key.startswith("other/")})
-    return {place: _place(known, place) for place in places}
-
-
-def _place(known: dict[int, Record], place: str) -> dict[str, Any]:
-    others, own = [], []
+    found: dict[str, list[tuple[bool, bool]]] = {}
     for record in known.values():
-        outcome = record["conditions"].get(place)
-        if outcome is None or outcome["displaced_by"] not in known:
-            continue
-        golds = [_last_word(known[index]["gold"]) for index in (outcome["displaced_by"], record["index"])]
-        if golds[0] != golds[1]:
-            said = _last_word(outcome["branches"][0]["answer"])
-            others.append(said == golds[0])
-            own.append(said == golds[1])
-    return {"questions": len(own), "answer_of_the_other": _percent(others), "own_answer": _percent(own)}
+        for key, outcome in record["conditions"].items():
+            if "displaced_by" in outcome:
+                counted = found.setdefault(key, [])
+                other = known.get(outcome["displaced_by"], record)  # one that failed is left out as one with the same gold
+                said = outcome["branches"][0]["answer"]
+                said, theirs, own = map(_last_word, (said, other["gold"], record["gold"]))
+                if theirs != own:
+                    counted.append((said == theirs, said == own))
+    return {place: _shares(found[place]) for place in sorted(found)}
 
 
 def _last_word(answer: str) -> str:
     return answer.rstrip(".").rsplit(" ", 1)[-1]
 
 
-def _percent(which: list[bool]) -> dict[str, float] | None:
-    if not which:
-        return None
-    low, high = interval(sum(which), len(which))
-    return {"percent": 100 * sum(which) / len(which), "low": 100 * low, "high": 100 * high}
+def _shares(counted: list[tuple[bool, bool]]) -> dict[str, Any]:
+    shares: dict[str, Any] = {"questions": len(counted), "answer_of_the_other": None, "own_answer": None}
+    for name, which in zip(("answer_of_the_other", "own_answer"), zip(*counted, strict=True), strict=False):
+        low, high = interval(sum(which), len(which))
+        shares[name] = {"percent": 100 * sum(which) / len(which), "low": 100 * low, "high": 100 * high}
+    return shares
 
 
 def report(directory: Path) -> str:
@@ -56,16 +51,13 @@ def report(directory: Path) -> str:
     found = transfer(finished_records(directory))
     if not found:
         raise UserError(f"{directory}: no experiment with the control `other` there (controls=[other])")
-    write_json(directory / FILE, found)
+    write_json(directory / "transfer.json", found)
     lines = []
     for place, one in found.items():
-        parts = [f"{name.replace('_', ' ')} {_text(one[name])}" for name in ("answer_of_the_other", "own_answer")]
-        lines.append(f"{place}: {one['questions']} questions, {', '.join(parts)}")
+        shares = {name.replace("_", " "): one[name] for name in ("answer_of_the_other", "own_answer")}
+        said = [f"{name} {with_interval(share, 'percent') if share else '-'}" for name, share in shares.items()]
+        lines.append(f"{place}: {one['questions']} questions, {', '.join(said)}")
     return "\n".join(lines)
-
-
-def _text(share: dict[str, float] | None) -> str:
-    return "-" if share is None else f"{share['percent']:.1f}% ({share['low']:.1f} to {share['high']:.1f})"
 
 
 @entry_point

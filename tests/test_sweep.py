@@ -502,8 +502,7 @@ def finish(arguments: dict[str, Any], **changes: Any) -> dict[str, str]:
     finished = run_sweep(config, CPU)
     assert finished is not None
     with pytest.MonkeyPatch.context() as patch:
-        for figures in ("_figures", "_setting_figures"):
-            patch.setattr(results, figures, lambda *_: None)
+        patch.setattr(results, "_draw", lambda *_: None)
         write_results(finished)
     return result_files(config.directory)
 

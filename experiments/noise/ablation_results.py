@@ -1,8 +1,4 @@
-"""The numbers, tables and figures of an ablation: accuracy of every value of each part, paired with self-consistency.
-
-A part varies one thing. Its cells hold, for a value of that thing and an amount of noise, the outcome of each question; an
-outcome is what `sweep` records of a question under one condition.
-"""
+"""The numbers, tables and figures of an ablation: accuracy of every value of each part, paired with self-consistency."""
 
 from __future__ import annotations
 
@@ -14,45 +10,35 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from experiments.answers.benchmarks import Same
-from experiments.answers.judging import majority_vote, noise_weighted_vote, probability_vote
 from experiments.noise.results import chance
 from experiments.noise.settings import BranchConfig
-from experiments.noise.summary import GREEDY, JUDGE, Outcome, Record, compare, condition_summary
-from experiments.plots import grouped, shades
-from experiments.significance import holm
+from experiments.noise.summary import GREEDY, JUDGE, Outcome, Record, compare, condition_summary, correct, votes
+from experiments.plots import Numbers, grouped, shades
 from experiments.tables import markdown, text
 from systems.writing import save_config, write_json, write_text
 from utils import get_logger
 
 NO_NOISE, MIXED = "none", "mixed"  # amounts of noise that are no ratio: self-consistency, and all ratios in turns
-OF_SELF_CONSISTENCY = ("branches", "aggregation")  # parts that change self-consistency, too
-ORDERED = ("injection_step", "branches")  # parts whose values are numbers
-VARIED = {
-    "injection_step": "thought that gets the noise",
-    "branches": "branches that vote",
-    "noise_type": "noise type",
-    "aggregation": "from branches to an answer",
-    "shared_noise": "noise vectors of the branches",
-    "schedule": "schedule of the noise in later thoughts",
-}
 LEGEND = "noise by the norm\nof the thought"
+COLUMNS = ("noise", "measured", "questions", "accuracy", "agreement")
+COMPARED = ("minus self-consistency", "p", "p (Holm)", "minus {}", "p", "p (Holm)")
 Cells = dict[tuple[str, str], dict[int, Outcome]]  # (value, amount of noise) -> outcomes by the question's index
 
 
 @dataclass
 class Part:
-    """name: a key of VARIED. default: the value that the other parts have."""
+    """What every question got under every value of one thing, and every amount of noise.
+
+    default: the value that the other parts have. about: what is varied. ordered: its values are numbers. of_self_consistency:
+    it changes self-consistency, too.
+    """
 
     name: str
     default: str
     cells: Cells
-
-
-def ratio_name(ratio: float) -> str:
-    return f"{ratio:g}"
-
-
-# --- outcomes ---
+    about: str = ""
+    ordered: bool = False
+    of_self_consistency: bool = False
 
 
 def vote(branches: Sequence[dict[str, Any]], ratios: Sequence[float] | None, same: Same) -> Outcome:
@@ -60,29 +46,11 @@ def vote(branches: Sequence[dict[str, Any]], ratios: Sequence[float] | None, sam
 
     How far their thoughts are apart is not known (None).
     """
-    answers = [branch["answer"] for branch in branches]
     noise = [0.0] * len(branches) if ratios is None else list(ratios[: len(branches)])
-    sums = [[branch["log_probability"]] for branch in branches]
-    means = [[branch["log_probability"] / branch["new_tokens"]] for branch in branches]
-    votes = {
-        "majority": majority_vote(answers, same),
-        "probability": probability_vote(answers, means, same=same),
-        "probability_sum": probability_vote(answers, sums, same=same),
-        "noise_weighted": noise_weighted_vote(answers, noise, same),
-    }
-    judged = {branch["answer"]: branch["correct"] for branch in branches}
     return {
         "branches": list(branches),
-        **{
-            name: {
-                "answer": one.answer,
-                "votes": one.votes,
-                "confidence": one.confidence,
-                "correct": judged.get(one.answer, False),
-            }
-            for name, one in votes.items()
-        },
-        "noise_ratio": ratios and noise,
+        **votes(branches, noise, same),
+        "noise_ratio": None if ratios is None else noise,
         "diversity": None,
     }
 
@@ -90,9 +58,6 @@ def vote(branches: Sequence[dict[str, Any]], ratios: Sequence[float] | None, sam
 def judged_by(outcome: Outcome, aggregation: str) -> Outcome:
     """The outcome with the answer of another aggregation where the majority's stands, which is what is counted."""
     return {**outcome, JUDGE: outcome[aggregation]}
-
-
-# --- numbers ---
 
 
 def rows(part: Part, seed: int = 0) -> list[dict[str, Any]]:
@@ -105,42 +70,32 @@ def rows(part: Part, seed: int = 0) -> list[dict[str, Any]]:
     records = _records(part.cells)
     found = []
     for (value, noise), cell in part.cells.items():
-        if cell:
-            row = {"value": value, "noise": noise, **condition_summary(records, _key(value, noise))}
-            for kind, other in _references(part, value, noise).items():
-                row[kind] = compare(records, _key(*other), _key(value, noise), seed) if other in part.cells else None
-            found.append(row)
+        if not cell:
+            continue
+        others = {"versus_baseline": (value, NO_NOISE)} if noise != NO_NOISE else {}
+        if value != part.default and (noise != NO_NOISE or part.of_self_consistency):
+            others["versus_default"] = (part.default, noise)
+        key = _key(value, noise)
+        compared = {
+            kind: compare(records, _key(*other), key, seed) if other in part.cells else None for kind, other in others.items()
+        }
+        found.append({"value": value, "noise": noise, **condition_summary(records, key), **compared})
     for kind in ("versus_baseline", "versus_default"):
-        tested = [row[kind] for row in found if row.get(kind) and row[kind]["p_value"] is not None]
-        for comparison, corrected in zip(tested, holm([one["p_value"] for one in tested]), strict=True):
-            comparison["p_holm"] = corrected
+        correct([row[kind] for row in found if row.get(kind)])
     return found
 
 
 def _records(cells: Cells) -> list[Record]:
-    indices = sorted({index for cell in cells.values() for index in cell})
-    return [
-        {
-            "index": index,
-            "error": None,
-            "conditions": {_key(*place): cell[index] for place, cell in cells.items() if index in cell},
-        }
-        for index in indices
-    ]
+    records: dict[int, Record] = {}
+    for place, cell in cells.items():
+        for index, outcome in cell.items():
+            record = records.setdefault(index, {"index": index, "error": None, "conditions": {}})
+            record["conditions"][_key(*place)] = outcome
+    return [records[index] for index in sorted(records)]
 
 
 def _key(value: str, noise: str) -> str:
     return f"{value}, noise {noise}"
-
-
-def _references(part: Part, value: str, noise: str) -> dict[str, tuple[str, str]]:
-    """The cells that a cell is compared with."""
-    found = {}
-    if noise != NO_NOISE:
-        found["versus_baseline"] = (value, NO_NOISE)
-    if value != part.default and (noise != NO_NOISE or part.name in OF_SELF_CONSISTENCY):
-        found["versus_default"] = (part.default, noise)
-    return found
 
 
 # --- files ---
@@ -157,21 +112,19 @@ def write_results(config: BranchConfig, info: dict[str, Any], parts: Sequence[Pa
     tables = [_heading(config, info, greedy)]
     for part in parts:
         measured = rows(part, config.seed)
-        content = {
-            "experiment_info": {**info, "part": part.name, "default": part.default},
-            "greedy": greedy,
-            "results": measured,
-        }
+        about = {**info, "part": part.name, "default": part.default}
+        content = {"experiment_info": about, "greedy": greedy, "results": measured}
         write_json(directory / f"{part.name}_{info['timestamp']}.json", content)
-        title = f"{VARIED[part.name].capitalize()}: {config.benchmark}, {greedy['total']} questions"
-        plot(part, measured, directory / f"{part.name}.png", title, greedy["accuracy"], chance(config.benchmark))
+        title = f"{part.about.capitalize()}: {config.benchmark}, {greedy['total']} questions"
+        lines = {"greedy": greedy["accuracy"], "chance": chance(config.benchmark)}
+        plot(part, measured, directory / f"{part.name}.png", title, **lines)
         tables.append(table(part, measured))
-    write_text(directory / "table.md", "\n".join(tables))
-    get_logger().info("\n".join(tables))
-    get_logger().info(f"results, figures and table.md: {directory}")
+    page = "\n".join(tables)
+    write_text(directory / "table.md", page)
+    get_logger().info(f"{page}\nresults, figures and table.md: {directory}")
 
 
-def _heading(config: BranchConfig, info: dict[str, Any], greedy: dict[str, Any]) -> str:
+def _heading(config: BranchConfig, info: dict[str, Any], greedy: Numbers) -> str:
     failed = f", {info['errors']} more failed and are not counted" if info["errors"] else ""
     return (
         f"# {config.name}: {config.benchmark}, {greedy['total']} questions{failed}\n\n"
@@ -184,63 +137,51 @@ def _heading(config: BranchConfig, info: dict[str, Any], greedy: dict[str, Any])
     )
 
 
-COLUMNS = ("noise", "measured", "questions", "accuracy", "agreement")
-COMPARED = ("minus self-consistency", "p", "p (Holm)", "minus {}", "p", "p (Holm)")
-
-
-def table(part: Part, measured: Sequence[dict[str, Any]]) -> str:
-    """Markdown with a heading."""
-    compared = [column.format(part.default) for column in COMPARED]
-    columns = [VARIED[part.name], *COLUMNS, *compared]
-    shown = [row for row in measured if part.name in OF_SELF_CONSISTENCY or row["noise"] != NO_NOISE or row is measured[0]]
+def table(part: Part, measured: Sequence[Numbers]) -> str:
+    """Markdown with a heading. Self-consistency is shown once, if it is the same for all values."""
+    columns = [part.about, *COLUMNS, *(column.format(part.default) for column in COMPARED)]
+    shown = [row for row in measured if part.of_self_consistency or row["noise"] != NO_NOISE or row is measured[0]]
     return f"## {part.name}\n\n{markdown(columns, (_row_cells(part, row) for row in shown))}\n"
 
 
-def _row_cells(part: Part, row: dict[str, Any]) -> list[str]:
+def _row_cells(part: Part, row: Numbers) -> list[str]:
     clean = row["noise"] == NO_NOISE
-    return [
-        "" if clean and part.name not in OF_SELF_CONSISTENCY else row["value"],
+    cells = [
+        "" if clean and not part.of_self_consistency else row["value"],
         "self-consistency" if clean else row["noise"],
         text(row["noise_ratio"], "{:.2f}"),
         str(row["total"]),
         f"{row['accuracy']:.1f} ({row['low']:.1f} to {row['high']:.1f})",
         f"{row['agreement']:.2f}",
-        *_compared_cells(row.get("versus_baseline")),
-        *_compared_cells(row.get("versus_default")),
     ]
+    for comparison in (row.get("versus_baseline"), row.get("versus_default")):
+        if comparison is None or comparison["p_value"] is None:
+            cells += [""] * 3
+        else:
+            points = "{difference:+.1f} ({low:+.1f} to {high:+.1f})".format(**comparison)
+            cells += [points, f"{comparison['p_value']:.2g}", f"{comparison['p_holm']:.2g}"]
+    return cells
 
 
-def _compared_cells(comparison: dict[str, Any] | None) -> list[str]:
-    if comparison is None or comparison["p_value"] is None:
-        return [""] * 3
-    points = "{difference:+.1f} ({low:+.1f} to {high:+.1f})".format(**comparison)
-    return [points, f"{comparison['p_value']:.2g}", f"{comparison['p_holm']:.2g}"]
-
-
-def plot(
-    part: Part, measured: Sequence[dict[str, Any]], path: Path, title: str, greedy: float | None, guess: float | None
-) -> Axes:
+def plot(part: Part, measured: Sequence[Numbers], path: Path, title: str, **lines: float | None) -> Axes:
     """Accuracy with its 95% interval of each value, side by side for the amounts of noise; black is self-consistency.
 
-    greedy, guess: accuracies drawn as lines.
+    A value's mark says whether it is the default, and how many questions it has if not all. lines: see `grouped`.
     """
-    amounts = list(dict.fromkeys(row["noise"] for row in measured))
-    series = {
-        "self-consistency" if noise == NO_NOISE else f"noise {noise}": {
-            row["value"]: row for row in measured if row["noise"] == noise
-        }
-        for noise in amounts
+    totals: dict[str, int] = {}
+    for row in measured:
+        totals[row["value"]] = max(row["total"], totals.get(row["value"], 0))
+    marks = {
+        value: value + "\n(default)" * (value == part.default) + f"\n({total} questions)" * (total < max(totals.values()))
+        for value, total in totals.items()
     }
-    names = {row["value"]: _tick(part, row["value"], measured) for row in measured}
-    ratios = shades([noise for noise in amounts if noise not in (NO_NOISE, MIXED)])
-    colours = [{NO_NOISE: "black", MIXED: "C3"}.get(noise, ratios.get(noise)) for noise in amounts]
-    style = {"marker": "o", "linestyle": ":" if part.name in ORDERED else "none", "linewidth": 1.2}
-    xlabel = VARIED[part.name]
-    return grouped(series, path, title, xlabel, names, colours, style, legend=LEGEND, greedy=greedy, chance=guess)
-
-
-def _tick(part: Part, value: str, measured: Sequence[dict[str, Any]]) -> str:
-    """A value, whether it is the default, and how many questions it has if not all."""
-    questions = max(row["total"] for row in measured if row["value"] == value)
-    fewer = questions < max(row["total"] for row in measured)
-    return value + "\n(default)" * (value == part.default) + f"\n({questions} questions)" * fewer
+    amounts = list(dict.fromkeys(row["noise"] for row in measured))
+    colours = {NO_NOISE: "black", MIXED: "C3"} | shades([noise for noise in amounts if noise not in (NO_NOISE, MIXED)])
+    series: dict[str, dict[str, Numbers]] = {}
+    styles = {}
+    for noise in amounts:
+        label = "self-consistency" if noise == NO_NOISE else f"noise {noise}"
+        series[label] = {marks[row["value"]]: row for row in measured if row["noise"] == noise}
+        line = ":" if part.ordered else "none"
+        styles[label] = {"color": colours[noise], "marker": "o", "linestyle": line, "linewidth": 1.2}
+    return grouped(series, path, title, part.about, LEGEND, styles, **lines)

@@ -15,7 +15,11 @@ from torch import Tensor
 
 from utils import UserError
 
-PLACES = ("all", "first", "after")
+PLACES = {  # as figures call them
+    "all": "all thoughts",
+    "first": "the first, later ones\nrecomputed from it",
+    "after": "the first, later ones\nleft as they were",
+}
 
 
 @dataclass

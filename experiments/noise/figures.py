@@ -1,6 +1,7 @@
-"""Figures of noise experiments, from the numbers of `experiments.summary`: accuracies in percent, None where there is none.
+"""Figures of noise experiments, from the numbers of `summary`: accuracies in percent, None where there is none.
 
-Every function writes one figure to a path, whose ending chooses the format, and returns its axes.
+Every function writes one figure to a path, whose ending chooses the format, and returns its axes. lines: accuracies by their
+names in `plots.REFERENCES`. clean: the clean condition, drawn at 0 where the scales have none without noise.
 """
 
 from __future__ import annotations
@@ -14,55 +15,61 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullLocator
 
+from experiments.noise.controls import PLACES
 from experiments.noise.summary import CLEAN, control_of, noise_axis
-from experiments.plots import ACCURACY, Numbers, Point, drawing, grouped, point, references, shades, with_intervals
+from experiments.plots import ACCURACY, Numbers, Point, drawing, grouped, references, shades, with_intervals
 from experiments.significance import Decay
 from noise import noise_rows
 
+Setting = Mapping[str, Any]  # a `summary.setting_result`
 WIDE_RANGE = 20  # positive values further apart than this are drawn on a logarithmic axis
 MARKERS = "osD^vP*X"
 FIT_STYLES = ("-", "--", ":")
 HALF = "#b04a4a"
+NOTE: dict[str, Any] = {"textcoords": "offset points", "xytext": (4, 5), "fontsize": 7}
 
 
 # --- accuracy against noise ---
 
 
 def accuracy_by_scale(
-    setting: Mapping[str, Any], noise_type: str, path: Path, title: str, clean: Numbers | None = None, **lines: float | None
+    setting: Setting, noise_type: str, path: Path, title: str, clean: Numbers | None = None, **lines: float | None
 ) -> Axes:
-    """Accuracy at each scale with its 95% interval, the fitted decays with R², half of the clean accuracy and where it is lost.
-
-    setting: a `summary.setting_result`. clean: the clean condition, drawn at 0 where the scales have none without noise.
-    lines: accuracies by their names in `plots.REFERENCES`.
-    """
-    labels = {"xlabel": _scale_label(noise_type), "ylabel": ACCURACY, "title": title}
-    with drawing(path, (8, 4.6), **labels) as axes:
+    """Accuracy at each scale with its 95% interval, the fitted decays with R², and where half of the clean accuracy is lost."""
+    by_norm = "1 / noise scale (norm of the noise by norm of the thought)"
+    xlabel = by_norm if noise_rows(noise_type)[0].reciprocal else "noise scale"
+    with drawing(path, (8, 4.6), xlabel=xlabel, ylabel=ACCURACY, title=title) as axes:
         points = _points(setting["results"], "noise_axis", clean)
-        places = [one[0] for one in points]
+        places = [x for x, _ in points]
         if _noise_axis(axes, places):
             axes.set_xticks(places)
         with_intervals(axes, points, color="black", linestyle="none", marker="o", label="measured, 95% interval")
-        _draw_fits(axes, places, setting["fits"])
-        _draw_half(axes, points, setting["half_scale"], noise_type)
+        for number, (formula, fit) in enumerate(setting["fits"].items()):
+            if fit is not None:
+                quality = "" if fit["r_squared"] is None else f", R² = {fit['r_squared']:.2f}"
+                curve = Decay(formula, fit["parameters"], None).at(_grid(places))
+                axes.plot(_grid(places), curve, FIT_STYLES[number % 3], color=f"C{number}", label=f"{formula}{quality}")
+        if points and points[0][0] == 0:
+            half = points[0][1]["accuracy"] / 2
+            axes.axhline(half, color=HALF, linewidth=1, linestyle="-.", label="half of the clean accuracy")
+        if (scale := setting["half_scale"]) is not None:
+            place, label = noise_axis(noise_type, scale), f"half is lost at scale {scale:.3g}"
+            axes.axvline(place, color=HALF, linewidth=1, linestyle=":", label=label)
         references(axes, **lines)
     return axes
 
 
 def noise_types(
-    settings: Mapping[str, Mapping[str, Any]], path: Path, title: str, clean: Numbers | None = None, **lines: float | None
+    settings: Mapping[str, Setting], path: Path, title: str, clean: Numbers | None = None, **lines: float | None
 ) -> Axes:
-    """Several noise settings in one figure, against the noise that was measured: norm of the noise by norm of the thought.
-
-    settings: name -> `summary.setting_result`. clean, lines: as in `accuracy_by_scale`.
-    """
+    """Several noise settings in one figure, against the noise that was measured: norm of the noise by norm of the thought."""
     labels = {"xlabel": "measured norm of the noise by norm of the thought", "ylabel": ACCURACY, "title": title}
     with drawing(path, (8.5, 4.8), **labels) as axes:
         curves = {name: _points(setting["results"], "noise_ratio", clean) for name, setting in settings.items()}
-        _noise_axis(axes, [one[0] for curve in curves.values() for one in curve])
+        _noise_axis(axes, [x for curve in curves.values() for x, _ in curve])
         for number, (name, curve) in enumerate(curves.items()):
             with_intervals(axes, curve, label=name, linewidth=1.2, **_style(number))
-        references(axes, clean=None if clean is None else clean["accuracy"], **lines)
+        references(axes, clean=clean and clean["accuracy"], **lines)
     return axes
 
 
@@ -71,8 +78,8 @@ def _points(results: Mapping[str, Numbers], measure: str, clean: Numbers | None)
     places = [(0.0 if one["noise_axis"] == 0 else one[measure], one) for one in results.values()]
     if clean is not None and all(place != 0 for place, _ in places):
         places.append((0.0, clean))
-    known = [(place, one) for place, one in places if place is not None and one["accuracy"] is not None]
-    return sorted(point(place, one) for place, one in known)
+    known = [(place, one) for place, one in places if None not in (place, one["accuracy"])]
+    return sorted(known, key=lambda point: point[0])
 
 
 def _noise_axis(axes: Axes, places: Sequence[float]) -> bool:
@@ -88,22 +95,8 @@ def _noise_axis(axes: Axes, places: Sequence[float]) -> bool:
     return True
 
 
-def _scale_label(noise_type: str) -> str:
-    reciprocal = noise_rows(noise_type)[0].reciprocal
-    return "1 / noise scale (norm of the noise by norm of the thought)" if reciprocal else "noise scale"
-
-
 def _style(number: int) -> dict[str, Any]:
     return {"marker": MARKERS[number % len(MARKERS)], "color": f"C{number % 10}"}
-
-
-def _draw_fits(axes: Axes, places: Sequence[float], fits: Mapping[str, Any]) -> None:
-    grid = _grid(places)
-    for number, (formula, fit) in enumerate(fits.items()):
-        if fit is not None:
-            curve = Decay(formula, tuple(fit["parameters"]), fit["r_squared"])
-            quality = "" if curve.r_squared is None else f", R² = {curve.r_squared:.2f}"
-            axes.plot(grid, curve.at(grid), FIT_STYLES[number % 3], color=f"C{number}", label=f"{formula}{quality}")
 
 
 def _grid(places: Sequence[float]) -> list[float]:
@@ -111,25 +104,15 @@ def _grid(places: Sequence[float]) -> list[float]:
     positive = [place for place in places if place > 0]
     if not positive:
         return list(places)
-    even = np.linspace(min(places), max(places), 150)
-    return np.unique(
-        [*even, *np.linspace(min(places), min(positive), 20), *np.geomspace(min(positive), max(positive), 150)]
-    ).tolist()
-
-
-def _draw_half(axes: Axes, points: Sequence[Point], half_scale: float | None, noise_type: str) -> None:
-    if points and points[0][0] == 0:
-        axes.axhline(points[0][1] / 2, color=HALF, linewidth=1, linestyle="-.", label="half of the clean accuracy")
-    if half_scale is not None:
-        label = f"half is lost at scale {half_scale:.3g}"
-        axes.axvline(noise_axis(noise_type, half_scale), color=HALF, linewidth=1, linestyle=":", label=label)
+    even, near_zero = np.linspace(min(places), max(places), 150), np.linspace(min(places), min(positive), 20)
+    return np.unique([*even, *near_zero, *np.geomspace(min(positive), max(positive), 150)]).tolist()
 
 
 # --- branches ---
 
 
 def coverage_curves(
-    curves: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, title: str, emphasised: Sequence[str] = (CLEAN,)
+    curves: Mapping[str, Sequence[Numbers]], path: Path, title: str, emphasised: Sequence[str] = (CLEAN,)
 ) -> Axes:
     """Accuracy of the answered questions against their share, one point for each number of branches that must agree.
 
@@ -141,65 +124,49 @@ def coverage_curves(
     legend = "points from the right:\nat least 1, 2, ... branches agree"
     with drawing(path, (8, 4.8), legend, xlim=(-2, 104), ylim=(-2, 107), **labels) as axes:
         for number, (name, points) in enumerate(curves.items()):
-            answered = [(one["coverage"], one["accuracy"], one["threshold"]) for one in points if one["accuracy"] is not None]
-            x, y = [one[0] for one in answered], [one[1] for one in answered]
+            answered = [one for one in points if one["accuracy"] is not None]
+            x, y = ([one[key] for one in answered] for key in ("coverage", "accuracy"))
+            style: dict[str, Any] = {"color": colours.get(name), "marker": MARKERS[number % len(MARKERS)], "markersize": 5}
             if name in emphasised:
-                dashes = FIT_STYLES[list(emphasised).index(name) % 3]
-                axes.plot(x, y, dashes, color="black", marker="o", linewidth=2.2, zorder=3, label=name)
+                style = {"color": "black", "marker": "o", "linewidth": 2.2, "zorder": 3}
+                style["linestyle"] = FIT_STYLES[list(emphasised).index(name) % 3]
                 _write_thresholds(axes, answered)
-            else:
-                axes.plot(x, y, color=colours[name], marker=MARKERS[number % len(MARKERS)], markersize=5, label=name)
+            axes.plot(x, y, label=name, **style)
     return axes
 
 
-def _write_thresholds(axes: Axes, points: Sequence[tuple[float, float, int]]) -> None:
+def _write_thresholds(axes: Axes, points: Sequence[Numbers]) -> None:
     """Not where the last one stands in the way."""
     last = (math.inf, math.inf)
-    for coverage, accuracy, threshold in reversed(points):
-        if math.dist(last, (coverage, accuracy)) > 4:
-            last = (coverage, accuracy)
-            _write_at(axes, *last, f"≥ {threshold}", "black")
+    for one in reversed(points):
+        place = (one["coverage"], one["accuracy"])
+        if math.dist(last, place) > 4:
+            axes.annotate(f"≥ {one['threshold']}", place, color="black", **NOTE)
+            last = place
 
 
-def _write_at(axes: Axes, x: float, y: float, text: str, colour: str) -> None:
-    axes.annotate(text, (x, y), textcoords="offset points", xytext=(4, 5), fontsize=7, color=colour)
-
-
-def diversity_scatter(
-    settings: Mapping[str, Mapping[str, Any]], path: Path, title: str, measure: str = "diversity", chance: float | None = None
-) -> Axes:
-    """Accuracy against the mean path diversity, one point with its 95% interval for each scale, which is written beside it.
-
-    settings: name -> `summary.setting_result`. measure: diversity (distance of thoughts), all_steps, late_half or normalised.
-    """
-    unit = "by the thoughts' mean norm" if measure == "normalised" else "mean distance of two branches' thoughts"
-    labels = {"xlabel": f"path diversity ({unit}); numbers: noise scale", "ylabel": ACCURACY, "title": title}
-    with drawing(path, (8.5, 4.8), **labels) as axes:
+def diversity_scatter(settings: Mapping[str, Setting], path: Path, title: str, **lines: float | None) -> Axes:
+    """Accuracy against the mean path diversity, one point with its 95% interval for each scale, which is written beside it."""
+    xlabel = "path diversity (mean distance of two branches' thoughts); numbers: noise scale"
+    with drawing(path, (8.5, 4.8), xlabel=xlabel, ylabel=ACCURACY, title=title) as axes:
         places: list[float] = []
         for number, (name, setting) in enumerate(settings.items()):
-            known = {scale: one for scale, one in setting["results"].items() if None not in (one["accuracy"], one[measure])}
-            points = [point(one[measure], one) for one in known.values()]
+            known = {scale: one for scale, one in setting["results"].items() if None not in (one["accuracy"], one["diversity"])}
+            points = [(one["diversity"], one) for one in known.values()]
             with_intervals(axes, points, label=name, linewidth=0.5, **_style(number))
-            for scale, (x, y, *_) in zip(known, points, strict=True):
-                _write_at(axes, x, y, f"{float(scale):g}", f"C{number % 10}")
-            places += [one[0] for one in points]
+            for scale, (x, one) in zip(known, points, strict=True):
+                axes.annotate(f"{float(scale):g}", (x, one["accuracy"]), color=f"C{number % 10}", **NOTE)
+            places += [x for x, _ in points]
         _noise_axis(axes, places)
-        references(axes, chance=chance)
+        references(axes, **lines)
     return axes
 
 
 # --- controls ---
 
 
-PARTS = {
-    "all": "all thoughts",
-    "first": "the first, later ones\nrecomputed from it",
-    "after": "the first, later ones\nleft as they were",
-}
-
-
 def control_bars(
-    controls: Mapping[str, Numbers], path: Path, title: str, baseline: Numbers | None = None, chance: float | None = None
+    controls: Mapping[str, Numbers], path: Path, title: str, baseline: Numbers | None = None, **lines: float | None
 ) -> Axes:
     """Accuracy with 95% interval of each control, "zero/all" and so on: a group for what stands in place of the thoughts.
 
@@ -207,8 +174,7 @@ def control_bars(
     """
     series: dict[str, dict[str, Numbers]] = {}
     for key, one in controls.items():
-        kind, part = control_of(key) or (key, "")
+        control, place = control_of(key) or (key, "")
         if one["accuracy"] is not None:
-            series.setdefault(PARTS.get(part, part), {})[kind] = one
-    xlabel = "what stands in place of thoughts"
-    return grouped(series, path, title, xlabel, baseline=baseline, legend="replaced:", chance=chance)
+            series.setdefault(PLACES[place], {})[control] = one
+    return grouped(series, path, title, "what stands in place of thoughts", "replaced:", baseline=baseline, **lines)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from experiments.noise.controls import PLACES
-from experiments.noise.figures import PARTS
 from experiments.noise.results import chance
 from experiments.noise.settings import FullConfig, Setting
 from experiments.noise.summary import (
@@ -212,7 +211,7 @@ def noise_notes(content: Mapping[str, Any]) -> str:
 def controls_table(content: Mapping[str, Any]) -> str:
     controls = content["controls"]
     kinds = dict.fromkeys(found[0] for found in map(control_of, controls) if found)
-    columns = ["in their stead", *(PARTS[place].replace("\n", " ") for place in PLACES)]
+    columns = ["in their stead", *(PLACES[place].replace("\n", " ") for place in PLACES)]
     rows = ([kind, *(control_cell(controls[control_key(kind, place)]) for place in PLACES)] for kind in kinds)
     said = "Accuracy, and questions lost and gained against clean; p after Holm's correction."
     return f"{markdown(columns, rows)}\n\n{said}"
@@ -253,7 +252,7 @@ def shown_conditions(branching: Mapping[str, Any]) -> dict[str, Numbers]:
 
 def branching_cells(branching: Mapping[str, Any], one: Numbers) -> list[str]:
     versus, diversity = one["versus_self_consistency"], one["normalised"]
-    others = [f"{one['aggregation'][name]['accuracy']:.1f}%" for name in AGGREGATIONS[1:]]
+    others = [f"{one['aggregation'][name]['accuracy']:.1f}%" for name in [*AGGREGATIONS][1:]]
     return [
         with_interval(one),
         *others,

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Collection
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from experiments.answers.benchmarks import find_benchmark
 from experiments.noise import figures
@@ -35,6 +34,7 @@ from systems.writing import save_config, write_json
 from utils import get_logger
 
 BASELINES = (NO_LATENTS, GREEDY, CLEAN, SELF_CONSISTENCY)
+Conditions = dict[str, dict[str, Any]]
 
 
 def chance(benchmark: str) -> float | None:
@@ -52,38 +52,33 @@ def answer_and_write(config: SweepConfig) -> None:
                 distributed.run_on_main(lambda: write_results(sweep))
 
 
-def write_results(sweep: Sweep) -> dict[str, dict[str, Any]]:
+def write_results(sweep: Sweep) -> Conditions:
     """Write everything into the experiment's directory, show the tables, and return the summary of every condition."""
-    directory, records = sweep.config.directory, sweep.records
-    save_config(sweep.config, directory / "config.yaml")
+    config, info, records = sweep
+    save_config(config, config.directory / "config.yaml")
     present = condition_keys(records)
     baselines = {key: condition_summary(records, key) for key in BASELINES if key in present}
-    settings: dict[str, dict[str, Any]] = {}
-    for noise_type, direction in sweep.config.settings():
-        scales = sweep.config.scales(noise_type, direction)
-        name = setting_name(noise_type, direction)
-        settings[name] = setting_result(records, noise_type, direction, scales)
-        info = {**sweep.info, "noise_type": noise_type, "noise_direction": direction, "scales": [*settings[name]["results"]]}
-        keys = [
-            key for key in present if key in BASELINES or key in {condition_key(noise_type, direction, one) for one in scales}
-        ]
-        _write(sweep, name, {"experiment_info": info, **settings[name], "baselines": baselines}, keys)
-        _setting_figures(sweep, name, noise_type, settings[name], baselines)
+    settings: Conditions = {}
+    for setting in config.settings():
+        scales, name = config.scales(*setting), setting_name(*setting)
+        settings[name] = setting_result(records, *setting, scales)
+        about = {"noise_type": setting[0], "noise_direction": setting[1], "scales": [*settings[name]["results"]]}
+        content = {"experiment_info": {**info, **about}, **settings[name], "baselines": baselines}
+        _write(sweep, name, content, {*BASELINES, *(condition_key(*setting, scale) for scale in scales)})
     controls = {key: condition_result(records, key) for key in present if control_of(key)}
     if controls:
-        _write(
-            sweep, "controls", {"experiment_info": sweep.info, "results": controls, "baselines": baselines}, [*controls, GREEDY]
-        )
+        content = {"experiment_info": info, "results": controls, "baselines": baselines}
+        _write(sweep, "controls", content, {*controls, GREEDY})
     summary = summarise(records)
-    _write(sweep, "summary", {"experiment_info": sweep.info, "conditions": summary})
-    _figures(sweep, settings, controls, baselines)
-    _tables(sweep, summary)
+    _write(sweep, "summary", {"experiment_info": info, "conditions": summary})
+    _draw(sweep, settings, controls, baselines)
+    _show(sweep, summary)
     return summary
 
 
-def _write(sweep: Sweep, name: str, content: dict[str, Any], keys: list[str] | None = None) -> None:
-    """One JSON file, whole or not at all; with keys also the records, with these conditions of each."""
-    if keys is not None:
+def _write(sweep: Sweep, name: str, content: dict[str, Any], keys: Collection[str] = ()) -> None:
+    """One JSON file; with keys also the records, with these conditions of each."""
+    if keys:
         content["questions"] = [
             {**record, "conditions": {key: one for key, one in record.get("conditions", {}).items() if key in keys}}
             for record in sweep.records
@@ -96,27 +91,22 @@ def _title(sweep: Sweep, what: str) -> str:
     return f"{what}: {sweep.config.benchmark}, {answered} questions"
 
 
-def _setting_figures(
-    sweep: Sweep, name: str, noise_type: str, setting: dict[str, Any], baselines: dict[str, dict[str, Any]]
-) -> None:
-    path = sweep.config.directory / f"{name}.png"
-    guess = chance(sweep.config.benchmark)
-    greedy = baselines[GREEDY]["accuracy"] if sweep.config.temperature else None  # without samples it is the clean one
-    figures.accuracy_by_scale(setting, noise_type, path, _title(sweep, name), baselines[CLEAN], greedy=greedy, chance=guess)
-    if sweep.config.num_branches > 1:
-        emphasised = [key for key in (CLEAN, SELF_CONSISTENCY) if key in baselines]
-        curves = {key: baselines[key]["coverage"] for key in emphasised}
-        curves |= {f"scale {scale}": one["coverage"] for scale, one in setting["results"].items() if one["noise_ratio"]}
-        title = _title(sweep, f"Branches that agree, {name}")
-        figures.coverage_curves(curves, path.with_name(f"coverage_{path.name}"), title, emphasised)
-
-
-def _figures(sweep: Sweep, settings: dict[str, Any], controls: dict[str, Any], baselines: dict[str, dict[str, Any]]) -> None:
-    directory, guess = sweep.config.directory, chance(sweep.config.benchmark)
+def _draw(sweep: Sweep, settings: Conditions, controls: Conditions, baselines: Conditions) -> None:
+    config = sweep.config
+    directory, guess, branching = config.directory, chance(config.benchmark), config.num_branches > 1
+    greedy = baselines[GREEDY]["accuracy"] if config.temperature else None  # without samples it is the clean one
+    for (noise_type, _), (name, setting) in zip(config.settings(), settings.items(), strict=True):
+        path, title = directory / f"{name}.png", _title(sweep, name)
+        figures.accuracy_by_scale(setting, noise_type, path, title, baselines[CLEAN], greedy=greedy, chance=guess)
+        if branching:
+            several = {key: baselines[key]["coverage"] for key in (CLEAN, SELF_CONSISTENCY) if key in baselines}
+            noisy = {f"scale {scale}": one["coverage"] for scale, one in setting["results"].items() if one["noise_ratio"]}
+            title = _title(sweep, f"Branches that agree, {name}")
+            figures.coverage_curves(several | noisy, directory / f"coverage_{name}.png", title, [*several])
     if len(settings) > 1:
         title = _title(sweep, "Noise types by what they add")
         figures.noise_types(settings, directory / "noise_types.png", title, baselines[CLEAN], chance=guess)
-    if sweep.config.num_branches > 1:
+    if branching:
         title = _title(sweep, "How far branches part, and accuracy")
         figures.diversity_scatter(settings, directory / "diversity.png", title, chance=guess)
     if controls:
@@ -124,21 +114,15 @@ def _figures(sweep: Sweep, settings: dict[str, Any], controls: dict[str, Any], b
         figures.control_bars(controls, directory / "controls.png", title, baselines[GREEDY], chance=guess)
 
 
-def _tables(sweep: Sweep, summary: dict[str, dict[str, Any]]) -> None:
+def _show(sweep: Sweep, summary: Conditions) -> None:
     """On the terminal, and as text in table.txt."""
     tables = [summary_table(summary, _title(sweep, sweep.config.name))]
     if sweep.config.num_branches > 1:
         tables.append(coverage_table(summary, "Answered only where so many branches agree"))
-    for table in tables:
-        show(table)
-    _write_tables(sweep.config.directory / "table.txt", tables)
+    with (sweep.config.directory / "table.txt").open("w", encoding="utf-8") as file:
+        for table in tables:
+            show(table)
+            Console(file=file, width=140, highlight=False).print(table)
     if errors := sweep.info["errors"]:
         get_logger().warning(f"{errors} questions failed and are counted nowhere; the same command tries them again")
     get_logger().info(f"results and figures: {sweep.config.directory}")
-
-
-def _write_tables(path: Path, tables: list[Table]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        console = Console(file=file, width=140, highlight=False)
-        for table in tables:
-            console.print(table)

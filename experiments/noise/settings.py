@@ -28,13 +28,16 @@ def _null(value: Any) -> Any:
     return None if value == "None" else value
 
 
-def _listed(value: Any) -> Any:
+def listed(value: Any) -> Any:
     """One value stands for a list of it; "None" and "all" as in the other configurations."""
     if value == "None":
         return None
     if value == "all":
         return noise_types()
     return value if isinstance(value, list) or value is None else [value]
+
+
+NoiseNames = Annotated[list[NoiseName], Field(min_length=1), BeforeValidator(listed)]
 
 
 class SweepConfig(Config):
@@ -86,11 +89,11 @@ class SweepConfig(Config):
     num_questions: Annotated[int | None, Field(ge=1), BeforeValidator(_null)] = None
     """So many: of a file the first ones, of the hub drawn with the seed; null: all."""
     # noise
-    noise_type: Annotated[list[NoiseName], Field(min_length=1), BeforeValidator(_listed)] = Field(default=["gaussian"])
+    noise_type: NoiseNames = Field(default=["gaussian"])
     """One, a list, or all: gaussian, gaussian_scaled, snr, orthogonal, uniform, dropout, targeted."""
     noise_direction: Annotated[Literal["same", "opposite"] | None, BeforeValidator(_null)] = None
     """Of targeted noise: same or opposite; null: both."""
-    noise_scales: Annotated[list[float] | None, Field(min_length=1), BeforeValidator(_listed)] = None
+    noise_scales: Annotated[list[float] | None, Field(min_length=1), BeforeValidator(listed)] = None
     """A scale or a list; null: the recommended ones of each type."""
     noise_at_step: Positive = 1
     """The thought that is perturbed, from 1."""
@@ -102,7 +105,7 @@ class SweepConfig(Config):
     """Decay per thought of the schedules exponential and adaptive."""
     shared_noise: bool = False
     """One noise vector for all branches of a question."""
-    controls: Annotated[list[ControlName], BeforeValidator(lambda value: _listed(value) or [])] = Field(default=[])
+    controls: Annotated[list[ControlName], BeforeValidator(lambda value: listed(value) or [])] = Field(default=[])
     """What stands in place of thoughts: one, a list or none of zero, mean, other, pause."""
     # branches
     num_branches: Branches = 1
@@ -128,10 +131,9 @@ class SweepConfig(Config):
             raise ValueError("apply_noise_to_all_passes and schedule contradict each other: set one of them")
         check_folder_name(self.name, "results_path")
         check_kernel(self.attn_implementation, self.trust_remote_code)
-        for key in ("noise_type", "noise_scales", "controls"):
-            values = getattr(self, key) or []
-            if len(set(values)) < len(values):
-                raise ValueError(f"{key}: {values} holds something twice")
+        for key, value in self:
+            if isinstance(value, list) and len(set(value)) < len(value):
+                raise ValueError(f"{key}: {value} holds something twice")
         self._check_effects()
         for noise_type, direction in self.settings():
             for scale in self.scales(noise_type, direction):
@@ -193,9 +195,9 @@ class BranchConfig(SweepConfig):
 class FullConfig(SweepConfig):
     """The same keys for full_test.py: all noise types and controls greedily, then branches with the keys about branches."""
 
-    noise_type: Annotated[list[NoiseName], Field(min_length=1), BeforeValidator(_listed)] = Field(default_factory=noise_types)
+    noise_type: NoiseNames = Field(default_factory=noise_types)
     """One, a list, or all."""
-    controls: Annotated[list[ControlName], BeforeValidator(lambda value: _listed(value) or [])] = Field(
+    controls: Annotated[list[ControlName], BeforeValidator(lambda value: listed(value) or [])] = Field(
         default_factory=lambda: list(CONTROLS)
     )
     """One, a list, or none."""

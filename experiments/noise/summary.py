@@ -14,15 +14,20 @@ from typing import Any
 from rich.table import Table
 
 from evaluation import interval, wrote_steps
-from experiments.answers.benchmarks import NO_ANSWER
-from experiments.answers.judging import Vote, coverage_curve
+from experiments.answers.benchmarks import NO_ANSWER, Same
+from experiments.answers.judging import Vote, coverage_curve, majority_vote, noise_weighted_vote, probability_vote
 from experiments.significance import fit_decays, half_scale, holm, mcnemar, paired_difference, status
 from experiments.tables import probability, terminal, text
 from noise import find_noise, noise_rows
 
 NO_LATENTS, GREEDY, CLEAN, SELF_CONSISTENCY = "no_latents", "greedy", "clean", "self_consistency"
-AGGREGATIONS = ("majority", "probability", "probability_sum", "noise_weighted")
 JUDGE = "majority"  # whose answers are a condition's accuracy
+AGGREGATIONS: dict[str, Callable[..., Vote]] = {  # of answers, their log-probabilities, a token's mean one, noise, and `same`
+    "majority": lambda answers, sums, means, noise, same: majority_vote(answers, same),
+    "probability": lambda answers, sums, means, noise, same: probability_vote(answers, means, same=same),
+    "probability_sum": lambda answers, sums, means, noise, same: probability_vote(answers, sums, same=same),
+    "noise_weighted": lambda answers, sums, means, noise, same: noise_weighted_vote(answers, noise, same),
+}
 DIVERSITY = ("diversity", "all_steps", "late_half", "normalised")
 
 Record = dict[str, Any]
@@ -81,6 +86,26 @@ def condition_keys(records: Iterable[Record]) -> list[str]:
 def _conditions(record: Record) -> dict[str, Outcome]:
     """None of a question that failed: what it left, if anything, is not whole."""
     return {} if record["error"] is not None else record["conditions"]
+
+
+# --- one question ---
+
+
+def votes(branches: Sequence[dict[str, Any]], noise: Sequence[float], same: Same) -> Outcome:
+    """What branches say together: by aggregation the answer, its votes and confidence, and whether it is correct.
+
+    noise: of each branch by the thought's norm. same: when two answers count as one.
+    """
+    answers = [one["answer"] for one in branches]
+    sums = [[one["log_probability"]] for one in branches]
+    means = [[one["log_probability"] / one["new_tokens"]] for one in branches]
+    right = {one["answer"]: one["correct"] for one in branches}
+    found = {}
+    for name, aggregate in AGGREGATIONS.items():
+        vote = aggregate(answers, sums, means, noise, same)
+        said = {"answer": vote.answer, "votes": vote.votes, "confidence": vote.confidence}
+        found[name] = {**said, "correct": right.get(vote.answer, False)}
+    return found
 
 
 # --- one condition ---
