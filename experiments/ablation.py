@@ -302,7 +302,7 @@ def _steps(config: AblationConfig, thoughts: int) -> dict[str, dict[str, Any]]:
     return {str(step): {"noise_at_step": step} for step in config.injection_steps or range(1, thoughts + 1)}
 
 
-PARTS = {
+PARTS: dict[str, Varied] = {
     "injection_step": Varied(
         "thought that gets the noise", lambda config: str(config.noise_at_step), runs=_steps, ordered=True
     ),

@@ -41,7 +41,7 @@ def epoch_curves(runs: dict[str, list[dict[str, Any]]], path: Path, title: str) 
         above.plot(epochs, [row["train_loss"] for row in rows], colour, label=f"{name}, training")
         above.plot(epochs, [row["val_loss"] for row in rows], colour, linestyle="--", label=f"{name}, validation")
         below.plot(epochs, [100 * row["accuracy"] for row in rows], colour, marker=".", label=name)
-    references(below, chance=50)
+    references(below, {"chance": 50})
     above.set(ylabel="cross entropy per labelled token", title=title)
     above.set_ylim(bottom=0)
     below.set(ylabel="validation accuracy in %", xlabel="epochs trained", ylim=(0, 108))
@@ -67,7 +67,7 @@ def grouped(
     legend: str = "",
     points: Mapping[str, Mapping[str, Any]] | None = None,
     baseline: Numbers | None = None,
-    **lines: float | None,
+    lines: Mapping[str, float | None] | None = None,
 ) -> Axes:
     """Accuracy with its 95% interval: label -> group -> numbers. A group has one bar of each label that has numbers for it.
 
@@ -90,7 +90,7 @@ def grouped(
         if baseline is not None and baseline["accuracy"] is not None:
             axes.axhspan(baseline["low"], baseline["high"], color="black", alpha=0.1, linewidth=0)
             axes.axhline(baseline["accuracy"], color="black", linewidth=1, label="none: the model's own")
-        references(axes, **lines)
+        references(axes, lines or {})
         longest = max((len(group.split("\n")[0]) for group in groups), default=0)
         axes.set_xticks(range(len(groups)), groups, rotation=20 if longest > 12 else 0)
     return axes
@@ -104,7 +104,7 @@ def method_bars(accuracies: dict[str, list[float]], chance: float, path: Path, t
         for place, values in enumerate(accuracies.values()):
             offsets = [place + 0.12 * (number - (len(values) - 1) / 2) for number in range(len(values))]
             axes.plot(offsets, [100 * value for value in values], "o", color="#1f3d66", markersize=4)
-        references(axes, chance=100 * chance)
+        references(axes, {"chance": 100 * chance})
         axes.tick_params(axis="x", rotation=25)
 
 
@@ -136,7 +136,7 @@ def with_intervals(axes: Axes, points: Sequence[Point], **style: Any) -> None:
     axes.errorbar([x for x, _ in points], accuracy, yerr=errors, **{"capsize": 3, "markersize": 5, "elinewidth": 0.8, **style})
 
 
-def references(axes: Axes, **accuracies: float | None) -> None:
+def references(axes: Axes, accuracies: Mapping[str, float | None]) -> None:
     for name, accuracy in accuracies.items():
         if accuracy is not None:
             colour, style = REFERENCES[name]

@@ -107,7 +107,7 @@ def write_results(summary: dict[str, Any], save_path: Path, test_file: Path, out
     bars["depth shortcut"] = [shortcut, low, high]
     drawn = {name: {key: 100 * value for key, value in zip(SCORES, bar, strict=False)} for name, bar in bars.items()}
     title = "Quick start: test questions of 2 to 3 hops"
-    grouped({"test questions": drawn}, out / "accuracy.png", title, chance=100 * CHANCE)
+    grouped({"test questions": drawn}, out / "accuracy.png", title, lines={"chance": 100 * CHANCE})
     for method, name in METHODS.items():
         shutil.copyfile(save_path / name / METRICS, out / f"metrics_{method}.jsonl")
         predictions = evaluation_of(save_path / name).glob("*predictions_*.jsonl")

@@ -184,4 +184,4 @@ def plot(part: Part, measured: Sequence[Numbers], path: Path, title: str, **line
         series[label] = {marks[row["value"]]: row for row in measured if row["noise"] == noise}
         line = ":" if part.ordered else "none"
         styles[label] = {"color": colours[noise], "marker": "o", "linestyle": line, "linewidth": 1.2}
-    return grouped(series, path, title, part.about, LEGEND, styles, **lines)
+    return grouped(series, path, title, part.about, LEGEND, styles, lines=lines)

@@ -55,7 +55,7 @@ def accuracy_by_scale(
         if (scale := setting["half_scale"]) is not None:
             place, label = noise_axis(noise_type, scale), f"half is lost at scale {scale:.3g}"
             axes.axvline(place, color=HALF, linewidth=1, linestyle=":", label=label)
-        references(axes, **lines)
+        references(axes, lines)
     return axes
 
 
@@ -69,7 +69,7 @@ def noise_types(
         _noise_axis(axes, [x for curve in curves.values() for x, _ in curve])
         for number, (name, curve) in enumerate(curves.items()):
             with_intervals(axes, curve, label=name, linewidth=1.2, **_style(number))
-        references(axes, clean=clean and clean["accuracy"], **lines)
+        references(axes, {"clean": clean["accuracy"] if clean else None} | lines)
     return axes
 
 
@@ -158,7 +158,7 @@ def diversity_scatter(settings: Mapping[str, Setting], path: Path, title: str, *
                 axes.annotate(f"{float(scale):g}", (x, one["accuracy"]), color=f"C{number % 10}", **NOTE)
             places += [x for x, _ in points]
         _noise_axis(axes, places)
-        references(axes, **lines)
+        references(axes, lines)
     return axes
 
 
@@ -177,4 +177,4 @@ def control_bars(
         control, place = control_of(key) or (key, "")
         if one["accuracy"] is not None:
             series.setdefault(PLACES[place], {})[control] = one
-    return grouped(series, path, title, "what stands in place of thoughts", "replaced:", baseline=baseline, **lines)
+    return grouped(series, path, title, "what stands in place of thoughts", "replaced:", baseline=baseline, lines=lines)
