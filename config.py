@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar, cast
 from pydantic import BeforeValidator, Field, model_validator
 
 from methods import ALL_TOKENS, METHODS, MOST_THOUGHTS, Curriculum, EvalLatents
+from systems.optimization import LEARNING_RATES
 from thoughts import ThoughtMapSetting
 from utils import (
     LARGEST,
@@ -88,7 +89,10 @@ class RunConfig(Config):
     num_epochs: Annotated[int, Field(ge=1, le=MOST_EPOCHS)] = 1
     """Epochs of the whole training."""
     lr: Annotated[float, Field(gt=0)] = 1e-4
-    """Learning rate of AdamW, constant after the warm-up."""
+    """Learning rate of AdamW after the warm-up."""
+    lr_schedule: Annotated[str, one_of(LEARNING_RATES)] = "constant"
+    """Learning rate in the last stage: constant, or falling to 0 over its epochs (linear, cosine). Earlier stages have lr; a
+    method without stages has one stage, the last."""
     warmup_steps: NonNegative = 0
     """Steps in which the learning rate grows from 0."""
     adam_beta2: Annotated[float, Field(gt=0, lt=1)] = 0.999

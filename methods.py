@@ -372,6 +372,13 @@ def first_epoch(curriculum: Curriculum, stage: int) -> int:
     return sum(each[:stage]) + each[-1] * max(0, stage - len(each))
 
 
+def last_stage_share(curriculum: Curriculum, epochs: float, num_epochs: int) -> float:
+    """The share (0 to 1) of the last stage of a training of num_epochs that is done after so many epochs."""
+    last = scheduled_stage(curriculum, num_epochs - 1)
+    begin = bisect.bisect_left(range(num_epochs), last, key=lambda epoch: scheduled_stage(curriculum, epoch))
+    return max(0.0, (epochs - begin) / (num_epochs - begin))
+
+
 def stage_shape(curriculum: Curriculum, stage: int, number_of_steps: int, latents: EvalLatents = "gold") -> StageShape:
     """How a question with so many steps looks at a stage, in training and evaluation alike.
 

@@ -19,33 +19,29 @@ from transformers import PreTrainedTokenizerBase
 from config import RunConfig
 from dataset import IGNORE_INDEX, MicroBatch, MyCollator, batch_loader, epoch_groups, epoch_order, get_cot_latent_dataset
 from evaluation import Evaluation, Evaluator
-from methods import MAIN, Loss, Totals, first_epoch, scheduled_stage, sequence_key, sequence_name, stage_at, stage_shape
+from methods import (
+    MAIN,
+    Loss,
+    Totals,
+    first_epoch,
+    last_stage_share,
+    scheduled_stage,
+    sequence_key,
+    sequence_name,
+    stage_at,
+    stage_shape,
+)
 from systems import checkpoint, distributed
 from systems.files import Facts, TrainingState, read_training_state
 from systems.metrics import Reporter, epoch_table, save_nonfinite, save_predictions, show, strict
 from systems.models import LatentIds
+from systems.optimization import Optimization, learning_rate, new_optimizer
 from systems.signals import StopRequest
 from utils import UserError, get_logger, is_main_process
 
 Batch = dict[str, torch.Tensor]
 TOKENS, EXAMPLES = "tokens", "examples"  # of an optimizer step, beside the labelled tokens of each sequence
 SKIPPED_IN_A_ROW = 20  # with nonfinite_loss: skip; after so many steps it is not the data
-
-
-@dataclass(frozen=True)
-class Optimization:
-    """The part of a configuration about the optimizer; `RunConfig` explains the keys."""
-
-    lr: float
-    adam_beta2: float
-    weight_decay: float
-
-
-def new_optimizer(model: nn.Module, config: Optimization) -> torch.optim.Optimizer:
-    """AdamW over the parameters that are trained."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    betas = (0.9, config.adam_beta2)
-    return torch.optim.AdamW(parameters, lr=config.lr, betas=betas, weight_decay=config.weight_decay, fused=True)
 
 
 class EvaluationStopped(Exception):
@@ -90,6 +86,7 @@ class Trainer:
         """data: the hashes that checkpoints remember, as `sources.data_hashes` gives them."""
         self.config = config
         self.curriculum = config.curriculum
+        self.optimization = config.part(Optimization)
         self.model = model
         self.tokenizer = tokenizer
         self.ids = ids
@@ -119,7 +116,7 @@ class Trainer:
         get_logger().info(f"resuming from {directory}: epoch {state.epoch + 1}, after step {state.global_step}")
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
-        return new_optimizer(self.model, self.config.part(Optimization))
+        return new_optimizer(self.model, self.optimization)
 
     # --- the loop ---
 
@@ -193,6 +190,7 @@ class Trainer:
             batches = [next(loader) for _ in group]
             if self.state.step_in_epoch == 0:
                 self.reporter.first_batch(batches[0], self.tokenizer, self.state.epoch + 1, self.state.global_step)
+            self._set_learning_rate(steps_in_epoch)
             losses, stop = self._optimizer_step(batches)
             self.progress(f"step {self.state.global_step}")
             self.state.epoch_seconds += time.perf_counter() - began
@@ -224,6 +222,13 @@ class Trainer:
         micro_batches = [micro_batch for group in groups for micro_batch in group]
         return batch_loader(examples, micro_batches, MyCollator(self.tokenizer, ids.latent), self.config.num_workers)
 
+    def _set_learning_rate(self, steps_in_epoch: int) -> None:
+        state = self.state
+        epochs = state.epoch + state.step_in_epoch / steps_in_epoch
+        share = last_stage_share(self.curriculum, epochs, self.config.num_epochs)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.optimization, state.global_step, share)
+
     def _optimizer_step(self, batches: list[Batch]) -> tuple[dict[str, float], bool]:
         """One update from all micro-batches of all processes, as if they were one batch.
 
@@ -236,8 +241,6 @@ class Trainer:
         own = [float(sum(count[key] for count in counts)) for key in keys]
         *sums, stop = distributed.all_reduce([*own, float(self._must_stop)], self.device)
         counted = dict(zip(keys, sums, strict=True))
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr * min(1.0, (self.state.global_step + 1) / max(1, self.config.warmup_steps))
         labels = {name: counted[name] / distributed.world_size() for name in keys if name not in (TOKENS, EXAMPLES)}
         losses = self._accumulate_gradients(batches, Totals(labels, counted[EXAMPLES] / distributed.world_size()))
         norm = distributed.clip_gradients(self.model, self.config.grad_clip)

@@ -16,6 +16,7 @@ ORDER = (
     "systems.activation_checkpointing",
     "coconut",
     "methods",
+    "systems.optimization",
     "config",
     "systems.files",
     "systems.writing",

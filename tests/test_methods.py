@@ -19,7 +19,7 @@ from test_run import launch, start
 import run
 from config import RunConfig
 from dataset import IGNORE_INDEX, check_lengths, get_cot_latent_dataset, get_question_latent_dataset
-from methods import ALL_TOKENS, END_LATENT, LATENT, METHODS, PAUSE, START_LATENT, scheduled_stage, stage_at
+from methods import ALL_TOKENS, END_LATENT, LATENT, METHODS, PAUSE, START_LATENT, last_stage_share, scheduled_stage, stage_at
 from systems.metrics import epoch_table
 from systems.models import build_model, latent_ids, load_tokenizer
 from training import Trainer
@@ -313,3 +313,18 @@ def test_a_loss_of_parts_resumes_inside_an_epoch(
         start(run_arguments, *distilled, "name=stopped")
     start(run_arguments, *distilled, "name=stopped")
     assert differences(tmp_path / "checkpoints" / "run", tmp_path / "checkpoints" / "stopped") == []
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "expected"),
+    [
+        ("coconut", ["epochs_per_stage=2", "num_epochs=8"], [0, 0, 0, 0, 0, 0, 0, 0.5]),  # stages 0, 1, 2, 3
+        ("coconut", ["epochs_per_stage=2", "num_epochs=3"], [0, 0, 0]),  # ends as stage 1 begins
+        ("cot", ["num_epochs=4"], [0, 0.25, 0.5, 0.75]),
+        ("no_curriculum", ["num_epochs=2"], [0, 0.5]),
+    ],
+)
+def test_how_much_of_the_last_stage_is_done(method: str, settings: list[str], expected: list[float]) -> None:
+    config = configuration(method, *settings)
+    done = [last_stage_share(config.curriculum, epoch, config.num_epochs) for epoch in range(config.num_epochs)]
+    assert done == expected

@@ -43,3 +43,13 @@ def test_the_learning_rate_grows_over_the_warm_up(run_arguments: list[str], tmp_
     rows = read_rows(tmp_path / "checkpoints" / "run" / "metrics.jsonl", "step")
     assert [row["lr"] for row in rows] == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3, 1e-3])
     assert [row["examples"] for row in rows] == [4, 8, 12, 16, 20, 22]
+
+
+def test_the_learning_rate_falls_in_the_last_stage_alone(run_arguments: list[str], tmp_path: Path, monkeypatch: Any) -> None:
+    """Stage 0 for one epoch of six steps, then stage 1 for two."""
+    settings = ["num_epochs=3", "max_latent_stage=1", "lr=1e-3", "lr_schedule=linear"]
+    monkeypatch.setattr("sys.argv", ["run.py", *run_arguments, *settings, "epochs_per_stage=[1, 2]"])
+    run.main()
+    rows = read_rows(tmp_path / "checkpoints" / "run" / "metrics.jsonl", "step")
+    falling = [1e-3 * (1 - step / 12) for step in range(12)]
+    assert [row["lr"] for row in rows] == pytest.approx([1e-3] * 6 + falling)
