@@ -53,7 +53,14 @@ LLAMA = COMMON | {
     "max_position_embeddings": POSITIONS,
     "rope_theta": 10000.0,
 }
-QUICK = LLAMA | {"intermediate_size": 256, "initializer_range": 0.08}
+QUICK = LLAMA | {
+    "num_hidden_layers": 2,
+    "intermediate_size": 256,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "rope_theta": 100.0,  # questions are 20 tokens long
+    "initializer_range": 0.08,
+}
 # Two layers, eight heads, width 768 (arXiv 2505.12514, section on the experiments).
 SYMBOLIC = GPT2 | {"n_layer": 2, "n_embd": 768, "n_head": 8}
 WORD_MODELS = {"gpt2_small": GPT2, "llama_small": LLAMA}

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From nothing to a trained Coconut: environment, data, staged training from scratch, a control, evaluation, noise in the
 # thoughts, summary, figures.
-# Two CPU cores are enough. A rerun goes on where the last one stopped; FRESH=1 starts over.
+# Two CPU cores are enough. A rerun goes on where the last one stopped; FRESH=1 starts over. SEED=1 trains another model.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
@@ -10,9 +10,10 @@ began=$(date +%s)
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
 processes=${PROCESSES:-2}
-save_path=checkpoints data=data/prosqa_quick out=results/quickstart
-if [ -n "${FRESH:-}" ]; then rm -rf "$save_path"/quick-* "$data"_*.json "$out"; fi
-run() { .venv/bin/torchrun --standalone --nproc_per_node "$processes" run.py "$@"; }
+seed=${SEED:-0} save_path=checkpoints data=data/prosqa_quick out=results/quickstart
+if [ "$seed" != 0 ]; then save_path=checkpoints/seed$seed out=results/quickstart-seed$seed; fi
+if [ -n "${FRESH:-}" ]; then rm -rf "$save_path"/quick-* "$out"; [ "$seed" != 0 ] || rm -f "$data"_*.json; fi
+run() { .venv/bin/torchrun --standalone --nproc_per_node "$processes" run.py "$@" seed="$seed" save_path="$save_path"; }
 
 echo "== 1/6 data: questions over two chains, made from a seed"
 if [ ! -e "${data}_test.json" ]; then
@@ -37,7 +38,7 @@ for method in coconut no-cot; do
 done
 
 echo "== 5/6 noise in the thoughts, and other thoughts in their place"
-.venv/bin/torchrun --standalone --nproc_per_node "$processes" test.py args/noise_sweep.yaml name=quickstart/noise \
+.venv/bin/torchrun --standalone --nproc_per_node "$processes" test.py args/noise_sweep.yaml name="${out#results/}/noise" \
     load_model_path="$save_path/quick-coconut" data_path="${data}_test.json" num_questions=200 noise_type=gaussian_scaled \
     controls="[zero, mean, other, pause]"
 

@@ -132,9 +132,7 @@ def _base_model(
 ) -> PreTrainedModel:
     path = config.load_model_path
     if config.from_scratch:
-        base = _random_model(config, len(tokenizer))
-        base.config.coconut_markers = list(markers)  # random like all other rows
-        return base
+        return _random_model(config, len(tokenizer))
     if path is None:
         if config.resume:
             get_logger().info(f"starts at epoch {config.resume + 1} with the weights of {config.model_id} itself")
