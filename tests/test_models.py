@@ -220,7 +220,7 @@ def test_from_scratch_is_seeded_and_has_rows_for_the_markers(model_directory: Pa
     first = weights()
     assert torch.equal(first, weights())
     assert first.shape[0] == 100
-    assert len({tuple(row.tolist()) for row in first}) == 100  # the markers are random too, not copies
+    assert len({tuple(row.tolist()) for row in first}) == 98  # the three markers start alike, as in a pretrained model
 
 
 def test_pure_bfloat16_casts_the_weights(saved: Path) -> None:
