@@ -20,6 +20,12 @@ from utils import UserError, entry_point, get_logger
 
 def transfer(records: list[Record]) -> dict[str, dict[str, Any]]:
     """For each place of the control: questions, and in percent with 95% intervals the answers of the other and of its own."""
+    found = transferred(records)
+    return {place: _shares(found[place]) for place in sorted(found)}
+
+
+def transferred(records: list[Record]) -> dict[str, list[tuple[bool, bool]]]:
+    """For each place of the control and question: whether the answer is the other question's, and whether it is its own."""
     known = {record["index"]: record for record in records if record["error"] is None}
     found: dict[str, list[tuple[bool, bool]]] = {}
     for record in known.values():
@@ -31,7 +37,7 @@ def transfer(records: list[Record]) -> dict[str, dict[str, Any]]:
                 said, theirs, own = map(_last_word, (said, other["gold"], record["gold"]))
                 if theirs != own:
                     counted.append((said == theirs, said == own))
-    return {place: _shares(found[place]) for place in sorted(found)}
+    return found
 
 
 def _last_word(answer: str) -> str:

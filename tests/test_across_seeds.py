@@ -1,0 +1,83 @@
+"""Intervals over seeds and questions, and the table of an experiment on several checkpoints."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from experiments import across_seeds
+from experiments.across_seeds import interval_over_seeds, write_results
+from utils import UserError
+
+
+def test_seeds_and_questions_both_widen_the_interval() -> None:
+    alike = np.tile(np.arange(400) % 4 != 0, (5, 1)).astype(float)  # every seed answers the same 75% of the questions
+    low, high = interval_over_seeds(alike)
+    assert (low, high) == pytest.approx((0.7075, 0.7925), abs=0.006)  # that of 400 questions, not of 2,000
+    apart = np.repeat([[1.0], [1.0], [1.0], [0.0]], 400, axis=1)  # one seed of four fails, on every question
+    low, high = interval_over_seeds(apart)
+    assert low <= 0.26
+    assert high == 1.0
+    assert interval_over_seeds(np.ones((3, 7))) == (1.0, 1.0)
+    with pytest.raises(ValueError, match="at least one seed"):
+        interval_over_seeds(np.ones((3, 0)))
+
+
+def outcome(answer: str, gold: str, **more: Any) -> dict[str, Any]:
+    return {
+        "branches": [{"answer": answer}],
+        "majority": {"correct": answer == gold},
+        "noise_ratio": None,
+        **more,
+    }
+
+
+def experiment(directory: Path, zeroed: int, failed: int) -> Path:
+    """Four questions; without thoughts so many of them are right; the thoughts of the next question give its answer."""
+    rows = []
+    for index in range(4):
+        gold, other = f"Tom is a {'abcd'[index]}.", f"Tom is a {'bcda'[index]}."
+        conditions = {
+            "greedy": outcome(gold, gold),
+            "clean": outcome(gold, gold),
+            "gaussian@1.0": outcome(gold if index else "no", gold),
+            "zero/all": outcome(gold if index < zeroed else "no", gold),
+            "other/all": outcome(other, gold, displaced_by=(index + 1) % 4),
+        }
+        error = "boom" if index == failed else None
+        rows.append({"index": index, "gold": gold, "n_latents": 2, "seconds": 0.1, "error": error, "conditions": conditions})
+    path = directory / "progress" / "part-0.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return directory
+
+
+def test_table_over_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(across_seeds, "RESAMPLES", 200)
+    directories = [experiment(tmp_path / "a", zeroed=4, failed=9), experiment(tmp_path / "b", zeroed=0, failed=3)]
+    found = write_results(directories, tmp_path / "out")
+    assert found["clean"]["seeds"] == [100, 100]
+    assert found["zero/all"]["seeds"] == [100, 0]
+    assert found["zero/all"]["questions"] == 3  # the question that failed for one seed is left out for both
+    assert found["zero/all"]["difference"]["mean"] == -50
+    assert found["gaussian@1.0"]["mean"] == pytest.approx(200 / 3)
+    written = json.loads((tmp_path / "out" / "across_seeds.json").read_text())
+    assert written["conditions"] == found
+    assert "| zero/all | 2 | 3 | 50.0 (0.0 to 100.0) | 0.0 to 100.0 |" in (tmp_path / "out" / "across_seeds.md").read_text()
+    assert (tmp_path / "out" / "gaussian.png").exists()
+
+
+def test_answers_of_the_other_question_are_counted(tmp_path: Path) -> None:
+    directories = [experiment(tmp_path / name, zeroed=1, failed=9) for name in "ab"]
+    found = write_results(directories, tmp_path / "out")
+    assert found["other/all, answers of the other"]["mean"] == 100
+
+
+def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
+    one = experiment(tmp_path / "a", zeroed=1, failed=9)
+    with pytest.raises(UserError, match="at least two"):
+        write_results([one], tmp_path / "out")
+    with pytest.raises(UserError, match="no questions of an experiment there"):
+        write_results([one, tmp_path / "none"], tmp_path / "out")
