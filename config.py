@@ -125,6 +125,9 @@ class RunConfig(Config):
     """Epochs that count as done. Without load_model_path a pretrained model so skips the first stages."""
     from_scratch: bool = False
     """Random weights from the configuration of model_id."""
+    marker_init: Annotated[str | None, BeforeValidator(null)] = None
+    """The token from whose embedding the markers start, best one after which a step begins; null: "<<", as published, or the
+    mean embedding where the tokenizer has no such token."""
     thought_map: ThoughtMapSetting = "identity"
     """What is fed back as a thought: a name (identity, layer, norm, projection), or a mapping with it and options, such as
     {name: layer, layer: 6}."""

@@ -30,7 +30,10 @@ from methods import METHODS, EvalLatents, remaining_steps, sequence, stage_shape
 from systems import distributed
 from systems.distributed import unwrap
 from systems.models import LatentIds
+from thoughts import gather_thoughts, thought_health
 from utils import UserError, is_main_process
+
+HEALTH_QUESTIONS = 300  # of an evaluation: enough for its numbers, little memory for large models
 
 
 @dataclass
@@ -57,6 +60,7 @@ class Evaluation:
 
     low, high: the 95% interval of accuracy. accuracy_at_once: of the answers that were given at once, None if there are none.
     seconds_per_question: answering time of all processes together, divided by the questions.
+    health: as `thoughts.thought_health` gives it, of at most HEALTH_QUESTIONS questions; empty where there are no thoughts.
     """
 
     loss: float
@@ -70,9 +74,10 @@ class Evaluation:
     new_tokens: float
     seconds_per_question: float
     predictions: list[Prediction]
+    health: dict[str, float]
 
     def metrics(self) -> dict[str, Any]:
-        return {key: value for key, value in asdict(self).items() if key != "predictions"}
+        return {**{key: value for key, value in asdict(self).items() if key not in ("predictions", "health")}, **self.health}
 
 
 @dataclass
@@ -101,7 +106,7 @@ class Evaluator:
         The loss is the cross entropy of what is written after the prompt; its latents are always those of the gold steps.
         """
         with self._evaluating(model):
-            loss = self._loss(model, stage)
+            loss, health = self._loss(model, stage)
             began = time.perf_counter()
             predictions = self._predict(model, stage, self.config.eval_latents)
             seconds = time.perf_counter() - began
@@ -114,6 +119,7 @@ class Evaluator:
             new_tokens=sum(one.new_tokens for one in predictions) / count,
             seconds_per_question=seconds / count,
             predictions=predictions,
+            health=health,
         )
 
     def answers_with_fixed_latents(self, model: nn.Module, stage: int) -> list[Prediction] | None:
@@ -134,19 +140,27 @@ class Evaluator:
         distributed.reshard(model)
         model.train(was_training)
 
-    def _loss(self, model: nn.Module, stage: int) -> float:
+    def _loss(self, model: nn.Module, stage: int) -> tuple[float, dict[str, float]]:
+        """The loss, and the health of the thoughts that it was computed with."""
         # Every question at the stage that is evaluated.
         curriculum = replace(self.curriculum, uniform_prob=0.0, earlier_stage_prob=0.0, icot_smoothing=None)
         examples = get_cot_latent_dataset(stage, self.dataset, curriculum, self.ids.start, self.ids.thought, self.ids.end)
         collator = MyCollator(self.tokenizer, self.ids.latent)
         total, count = 0.0, 0.0
+        share = -(-HEALTH_QUESTIONS // distributed.world_size())
+        kept: list[torch.Tensor] = []
         for batch, filler in self._batches(examples, collator, "validation loss"):
             items = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
-            loss = unwrap(model)(**sequence(batch), labelled_only=True).loss
-            if not filler:
-                total, count = total + float(loss) * items, count + items
+            inputs = sequence(batch)
+            outputs = unwrap(model)(**inputs, labelled_only=True)
+            if filler:
+                continue
+            total, count = total + float(outputs.loss) * items, count + items
+            if len(kept) < share:
+                kept += _thoughts(outputs.inputs_embeds, inputs, self.ids.latent)
         total, count = distributed.all_reduce([total, count], self.device)
-        return total / count
+        every = [one for part in distributed.gather_objects(kept[:share]) for one in part]
+        return total / count, thought_health(every) if every else {}
 
     def _predict(self, model: nn.Module, stage: int, latents: EvalLatents) -> list[Prediction]:
         markers = (self.ids.start, self.ids.thought, self.ids.end)
@@ -206,6 +220,17 @@ class Evaluator:
         for number, (batch, (_, filler)) in enumerate(zip(bar, mine, strict=True), start=1):
             yield {key: value.to(self.device) for key, value in batch.items()}, filler
             self.progress(f"{title}, batch {number} of {len(mine)}")
+
+
+def _thoughts(embeds: torch.Tensor, inputs: dict[str, torch.Tensor], latent_id: int) -> list[torch.Tensor]:
+    """Of each row with latents its thoughts (N, D), by the mean norm of its other embeddings; float32 on the CPU."""
+    latent = inputs["input_ids"] == latent_id
+    if not latent.any():
+        return []
+    text = (inputs["attention_mask"] > 0) & ~latent
+    norms = (embeds.float().norm(dim=-1) * text).sum(dim=1) / text.sum(dim=1)
+    thoughts = (gather_thoughts(embeds, latent).float() / norms[:, None, None]).cpu()
+    return [own[:count] for own, count in zip(thoughts, latent.sum(dim=1).tolist(), strict=True) if count]
 
 
 def answer_scores(predictions: Sequence[Prediction]) -> dict[str, Any]:

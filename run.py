@@ -15,6 +15,7 @@ from config import DEBUG_TRAIN, DEBUG_VALID, RunConfig
 from dataset import check_lengths, check_passes
 from evaluation import Evaluator, answer_scores
 from systems import distributed, sources
+from systems.machine import machine
 from systems.metrics import Reporter, print_config, save_predictions, schedule_table, show
 from systems.models import build_model, latent_ids
 from systems.signals import PREEMPTION, StopRequest
@@ -84,7 +85,7 @@ def evaluate(config: RunConfig, device: torch.device) -> None:
         result = evaluator.evaluate(wrapped, stage)
         fixed = evaluator.answers_with_fixed_latents(wrapped, stage)
     asked = {"val_path": config.val_path, "model": config.load_model_path, "eval_latents": config.eval_latents}
-    facts = {"step": 0, "epoch": epoch, "stage": stage, **asked}
+    facts = {"step": 0, "epoch": epoch, "stage": stage, **asked, "machine": machine(device)}
     fixed_scores = answer_scores(fixed or result.predictions)
     reporter = Reporter(config, keep_rows=None)
     reporter.row("evaluation", {**facts, **result.metrics(), **{f"{key}_fixed": fixed_scores[key] for key in fixed_scores}})

@@ -345,6 +345,49 @@ def path_diversity(thoughts: Tensor, branch_pass: int) -> PathDiversity:
     )
 
 
+def thought_health(thoughts: Sequence[Tensor]) -> dict[str, float]:
+    """Whether thoughts still say different things: numbers that show a collapse while accuracy may not yet.
+
+    thoughts: of each question (N, D), N of at least 1, in units of the mean norm of the text's token embeddings.
+
+    Returns, as means over questions:
+        thought_norm: norm of a thought.
+        thought_distance, thought_cosine: of two thoughts of a question.
+        thought_change: distance of a thought from the one before it, by the norm of the latter.
+        question_cosine: of the same thought of two questions; 1 where thoughts do not depend on the question.
+        effective_rank: exp of the entropy of the shares of the singular values of all thoughts, their mean taken away
+            (Roy and Vetterli 2007).
+    Those that nobody can tell, for example from one thought a question, are left out.
+    """
+    values: dict[str, list[float]] = {
+        name: [] for name in ("thought_norm", "thought_distance", "thought_cosine", "thought_change")
+    }
+    for own in thoughts:
+        states, norms = own.double(), own.double().norm(dim=-1)
+        values["thought_norm"].append(_mean(norms))
+        if len(states) > 1:
+            first, second = torch.triu_indices(len(states), len(states), offset=1)
+            values["thought_distance"].append(_mean((states[first] - states[second]).norm(dim=-1)))
+            values["thought_cosine"].append(_mean(F.cosine_similarity(states[first], states[second], dim=-1)))
+            values["thought_change"].append(_mean((states[1:] - states[:-1]).norm(dim=-1) / norms[:-1]))
+    directions = [F.normalize(own.double(), dim=-1) for own in thoughts]
+    steps = [torch.stack([own[step] for own in directions if len(own) > step]) for step in range(max(map(len, directions)))]
+    between = [_mean_cosine(step) for step in steps if len(step) > 1]
+    every = torch.cat([own.double() for own in thoughts])
+    shares = torch.linalg.svdvals(every - every.mean(dim=0))
+    shares = shares[shares > 0] / shares.sum()
+    means = {name: sum(found) / len(found) for name, found in values.items() if found}
+    if between:
+        means["question_cosine"] = sum(between) / len(between)
+    return {**means, "effective_rank": (-shares * shares.log()).sum().exp().item()}
+
+
+def _mean_cosine(directions: Tensor) -> float:
+    """Of all pairs of different unit vectors (M, D)."""
+    count = len(directions)
+    return ((directions.sum(dim=0).square().sum() - count) / (count * (count - 1))).item()
+
+
 def _mean(values: Tensor) -> float:
     """0 where there is nothing to average."""
     return values.mean().item() if values.numel() else 0.0

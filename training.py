@@ -33,6 +33,7 @@ from methods import (
 )
 from systems import checkpoint, distributed
 from systems.files import Facts, TrainingState, read_training_state
+from systems.machine import machine
 from systems.metrics import Reporter, epoch_table, save_nonfinite, save_predictions, show, strict
 from systems.models import LatentIds
 from systems.optimization import Optimization, learning_rate, new_optimizer
@@ -94,6 +95,7 @@ class Trainer:
         self.evaluator = evaluator
         self.device = device
         self.data = data or {}
+        self.machine = machine(device)
         self.history: list[dict[str, Any]] = []
         self.stop = evaluator.stop
         self.progress = evaluator.progress
@@ -361,6 +363,7 @@ class Trainer:
             "skipped": state.skipped,
             "seconds": state.epoch_seconds,
             "tokens_per_second": state.epoch_tokens / max(state.epoch_seconds, 1e-9),
+            "machine": self.machine,
         }
 
     def _next_epoch(self, stage: int, evaluation: Evaluation) -> int:

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -27,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # a script sees only its own folder; the naive reference is in tests
 
 from coconut import Coconut  # noqa: E402
+from systems.machine import machine  # noqa: E402
 
 MIB = 2**20
 T = TypeVar("T")
@@ -167,17 +167,6 @@ def peak_memories(script: str, argv: Sequence[str], variants: Sequence[str]) -> 
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         peaks[variant] = json.loads(output.splitlines()[-1])["peak_memory_mib"]
     return peaks
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    return {
-        "device": gpu or f"{platform.machine()} CPU",
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def describe(setting: Setting, arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:

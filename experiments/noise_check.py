@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import transformers
 from rich.table import Table
 from torch import Tensor
 
@@ -29,6 +28,7 @@ from experiments.noise.settings import SweepConfig
 from experiments.noise.subjects import Subject, load_subject
 from experiments.tables import terminal, text
 from noise import noise_generator
+from systems.machine import machine
 from systems.metrics import show
 from systems.models import embedding_weight
 from systems.writing import write_json
@@ -158,8 +158,7 @@ def check(subject: Subject, questions: Sequence[BenchmarkQuestion], seed: int) -
         "questions": len(set(thoughts.questions)),
         "seed": seed,
         "smallest_p": SMALLEST_P,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "machine": machine(subject.device),
         "norms": norms(thoughts) | {"embedding": embedding_weight(subject.model.base_causallm).norm(dim=-1).mean().item()},
         **checks,
         "p_values": sum(one["p_value"] is not None for row in all_rows(checks) for one in row["checks"].values()),

@@ -1,13 +1,15 @@
 """The quick start's summary: `python -m experiments.quickstart SAVE_PATH TEST_FILE OUT --seconds TOTAL`.
 
-Reads what run.py left in SAVE_PATH/quick-{coconut,no-cot}, of training and, in eval/, of the evaluation.
+Reads what run.py left in SAVE_PATH/quick-{cot,coconut,no-cot}, of training and, in eval/, of the evaluation.
 Writes OUT/summary.json, figures, and copies of the metrics and predictions.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,12 @@ from systems.metrics import METRICS, show
 from systems.writing import write_json
 from utils import UserError, entry_point
 
-METHODS = {"coconut": "quick-coconut", "no_cot": "quick-no-cot"}
+# Of each method its runs in their order: Coconut goes on from chain of thought. The last one is evaluated.
+METHODS = {"coconut": ("quick-cot", "quick-coconut"), "cot": ("quick-cot",), "no_cot": ("quick-no-cot",)}
 ROWS = (
     ("Coconut, gold thoughts", "coconut", ""),
     ("Coconut, fixed thoughts", "coconut", "_fixed"),
+    ("chain of thought, where it began", "cot", ""),
     ("no-CoT control", "no_cot", ""),
 )
 MEANING = (
@@ -71,16 +75,19 @@ def summarise(save_path: Path, test_file: Path, seconds_total: float) -> dict[st
     """
     records = load_records(test_file)
     summary: dict[str, Any] = {}
-    for method, name in METHODS.items():
-        result = read_evaluation(save_path / name)
+    for method, runs in METHODS.items():
+        result = read_evaluation(save_path / runs[-1])
         summary[method] = {key: result[key] for key in ("questions", "stage", *SCORES, *(f"{key}_fixed" for key in SCORES))}
-        epochs = read_metrics(save_path / name, "epoch")
-        summary[method] |= {"examples": epochs[-1]["examples"], "seconds_training": sum(row["seconds"] for row in epochs)}
+        epochs = [read_metrics(save_path / run, "epoch") for run in runs]
+        summary[method]["examples"] = sum(rows[-1]["examples"] for rows in epochs)
+        summary[method]["seconds_training"] = sum(row["seconds"] for rows in epochs for row in rows)
+        summary[method]["epochs_by_stage"] = Counter(row["stage"] for row in itertools.chain(*epochs))
+        summary["machine"] = result["machine"]
     summary["depth_shortcut"] = sum(depth_shortcut(record) for record in records) / len(records)
     summary["first_option"] = sum(shortcuts(record)["first option"] for record in records) / len(records)
     summary["chance"] = CHANCE
     summary["seconds_total"] = seconds_total
-    summary["seconds_training"] = sum(summary[method]["seconds_training"] for method in METHODS)
+    summary["seconds_training"] = sum(summary[method]["seconds_training"] for method in ("coconut", "no_cot"))
     return summary
 
 
@@ -99,7 +106,10 @@ def summary_table(summary: dict[str, Any]) -> Table:
 
 def write_results(summary: dict[str, Any], save_path: Path, test_file: Path, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    curves = {method: read_metrics(save_path / name, "epoch") for method, name in METHODS.items()}
+    curves = {
+        method: [row for run in METHODS[method] for row in read_metrics(save_path / run, "epoch")]
+        for method in ("coconut", "no_cot")
+    }
     epoch_curves(curves, out / "curves.png", "Quick start: small ProsQA, from scratch")
     shortcut, total = summary["depth_shortcut"], len(load_records(test_file))
     low, high = interval(round(shortcut * total), total)
@@ -108,9 +118,9 @@ def write_results(summary: dict[str, Any], save_path: Path, test_file: Path, out
     drawn = {name: {key: 100 * value for key, value in zip(SCORES, bar, strict=False)} for name, bar in bars.items()}
     title = "Quick start: test questions of 2 to 3 hops"
     grouped({"test questions": drawn}, out / "accuracy.png", title, lines={"chance": 100 * CHANCE})
-    for method, name in METHODS.items():
-        shutil.copyfile(save_path / name / METRICS, out / f"metrics_{method}.jsonl")
-        predictions = evaluation_of(save_path / name).glob("*predictions_*.jsonl")
+    for method, runs in METHODS.items():
+        shutil.copyfile(save_path / runs[-1] / METRICS, out / f"metrics_{method}.jsonl")
+        predictions = evaluation_of(save_path / runs[-1]).glob("*predictions_*.jsonl")
         for path in sorted(predictions, key=lambda path: path.stat().st_mtime):  # the newest of a kind stays
             shutil.copyfile(path, out / f"{path.stem.rpartition('_')[0]}_{method}.jsonl")
     write_json(out / "summary.json", summary)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# From nothing to a trained Coconut: environment, data, staged training from scratch, a control, evaluation, noise in the
-# thoughts, summary, figures.
+# From nothing to a trained Coconut: environment, data, chain of thought, its stages as thoughts, a control, evaluation, noise
+# in the thoughts, summary, figures.
 # Two CPU cores are enough. A rerun goes on where the last one stopped; FRESH=1 starts over. SEED=1 trains another model.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -21,17 +21,16 @@ if [ ! -e "${data}_test.json" ]; then
         --hops 2 3 --train-hops 1 2 2 3 3 3 --concepts 12 --names 8
 fi
 
-echo "== 2/6 Coconut: all stages, from scratch, $processes processes"
-run args/prosqa_quick_coconut.yaml
+echo "== 2/6 chain of thought from scratch, and from it Coconut stage by stage, $processes processes"
+run args/prosqa_quick_cot.yaml
+run args/prosqa_quick_coconut.yaml load_model_path="$save_path/quick-cot"
 
-epochs=$(.venv/bin/python -c "
-import json
-print(sum(json.loads(line)['kind'] == 'epoch' for line in open('$save_path/quick-coconut/metrics.jsonl')))")
+epochs=$(cat "$save_path"/quick-{cot,coconut}/metrics.jsonl | grep -c '"kind": "epoch"')
 echo "== 3/6 control: no chain of thought, the same examples ($epochs epochs)"
 run args/prosqa_quick_no_cot.yaml num_epochs="$epochs"
 
 echo "== 4/6 evaluation on the test set"
-for method in coconut no-cot; do
+for method in cot coconut no-cot; do
     rm -rf "$save_path/quick-$method/eval"
     run "args/prosqa_quick_${method/-/_}.yaml" only_eval=true from_scratch=false \
         load_model_path="$save_path/quick-$method" val_path="${data}_test.json" batch_size_eval=250

@@ -113,7 +113,7 @@ def build_model(
     base = _base_model(config, tokenizer, markers, dtype, device_map)
     _check_finite(base, source)
     _warn_of_scaled_thoughts(base)
-    initialise_markers(base, tokenizer, markers)
+    initialise_markers(base, tokenizer, markers, config.marker_init)
     model = Coconut(base, ids.latent, ids.start, ids.end, ids.eos, thought_map_of(config, base))
     if config.lora_r is not None:
         add_adapters(base, config.part(Lora), [cast("int", tokenizer.convert_tokens_to_ids(marker)) for marker in markers])
@@ -333,11 +333,15 @@ def check_same_family(config: RunConfig, checkpoint: str) -> None:
 
 
 @torch.no_grad()
-def initialise_markers(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, markers: Sequence[str]) -> None:
-    """Make room for the markers and start their rows from the embedding of "<<", or from the mean embedding.
+def initialise_markers(
+    base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, markers: Sequence[str], like: str | None = None
+) -> None:
+    """Make room for the markers and start their rows from the embedding of the token `like`.
 
-    Rows of markers that a checkpoint already has stay as they are. Embeddings that are padded beyond the tokenizer are
-    never shrunk. Raises UserError if the tokenizer has other tokens for text.
+    like: None is "<<", or the mean embedding where that is no token. Rows of markers that a checkpoint already has stay as
+    they are. Embeddings that are padded beyond the tokenizer are never shrunk.
+
+    Raises UserError if the tokenizer has other tokens for text, or no token `like`.
     """
     there = getattr(base.config, "coconut_markers", None) or []
     there = [START_LATENT, END_LATENT, LATENT] if there is True else there  # as checkpoints of version 0.1 say it
@@ -355,10 +359,13 @@ def initialise_markers(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
         base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     if not new:
         return
-    like = tokenizer.encode("<<", add_special_tokens=False)
-    one_token = len(like) == 1 and like[0] != tokenizer.unk_token_id
+    tokens = tokenizer.encode(like or "<<", add_special_tokens=False)
+    one_token = len(tokens) == 1 and tokens[0] != tokenizer.unk_token_id
+    if like is not None and not one_token:
+        raise UserError(f"marker_init: {like!r} is {len(tokens)} tokens of this tokenizer, or an unknown one; name one token")
     for weight in (embedding_weight(base), cast("nn.Linear", base.get_output_embeddings()).weight):
         known = weight[: min(rows, min(new))]
-        weight[new] = (known[like[0]] if one_token else known.mean(dim=0)).clone()
+        weight[new] = (known[tokens[0]] if one_token else known.mean(dim=0)).clone()
     base.config.coconut_markers = [*there, *(marker for marker in markers if marker not in there)]
-    get_logger().info(f"embeddings of the new tokens start from {'the embedding of <<' if one_token else 'the mean embedding'}")
+    source = f"the embedding of {like or '<<'!r}" if one_token else "the mean embedding"
+    get_logger().info(f"embeddings of the new tokens start from {source}")

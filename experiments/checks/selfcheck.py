@@ -11,14 +11,12 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
-import transformers
 from rich.table import Table
 from torch import Tensor
 
@@ -34,6 +32,7 @@ from experiments.tables import terminal
 from generation import Branch, Branches, Details, generate_from
 from noise import NOISES, apply_noise_to_hidden_states, derived_generator, find_noise
 from systems import distributed
+from systems.machine import described, machine
 from systems.metrics import show
 from thoughts import Intervention, Noise, ThoughtInterventions
 from utils import Positive, UserError, get_logger
@@ -396,9 +395,7 @@ def run_checks(config: CheckConfig, device: torch.device) -> bool:
 
 def result_table(bench: Bench, checks: Sequence[Check]) -> Table:
     subject, where = bench.subject, bench.subject.device
-    device = platform.processor() or platform.machine() if where.type == "cpu" else torch.cuda.get_device_name(where)
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    title = f"{subject.source} on {where} ({device}), {bench.config.dtype}; {versions}"
+    title = f"{subject.source}, {bench.config.dtype}; {described(machine(where))}"
     dtypes = " / ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
     words = {True: "ok", False: "FAILED", None: "-"}
     rows = ([check.name, words[check.passed], check.number] for check in checks)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -22,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from noise import noise_types
 from systems import distributed
 from systems.files import read_typed, read_typed_lines
+from systems.machine import git_commit
 from systems.writing import append_jsonl, write_json, write_jsonl
 from utils import UserError, get_logger
 
@@ -168,19 +168,6 @@ def _gather_parts(progress: Progress) -> None:
     if others:
         commits = ", ".join(sorted(one or "a commit that is not known" for one in others))
         get_logger().warning(f"{progress.directory}: questions answered by other code: {commits}; now {progress.commit}")
-
-
-def git_commit() -> str | None:
-    """The commit of the code, with "+" where files differ from it; None outside a repository."""
-    root = Path(__file__).resolve().parents[2]
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", "-C", root, *arguments], capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def finished_records(directory: Path) -> list[Record]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import importlib.metadata
 import math
 import signal
 import time
@@ -36,6 +35,7 @@ from experiments.noise.summary import CLEAN, GREEDY, NO_LATENTS, SELF_CONSISTENC
 from generation import Branch, BranchPoint, generate_from
 from noise import find_noise
 from systems import distributed
+from systems.machine import machine
 from systems.storage import alone
 from thoughts import Intervention, path_diversity
 from utils import UserError, get_logger, is_main_process
@@ -440,8 +440,7 @@ def _information(config: SweepConfig, subject: Subject, records: list[Record], p
         "shared_noise": config.shared_noise,
         "passes": "all" if config.apply_noise_to_all_passes else config.noise_at_step,
         "dtype": config.dtype,
-        "device": str(subject.device) if subject.device.type == "cpu" else torch.cuda.get_device_name(subject.device),
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy")},
+        **machine(subject.device),
         "git_commit": progress.commit,
         "git_commits": sorted({str(record.get("git_commit")) for record in records}),  # of the code that answered
         "seconds": round(sum(record["seconds"] for record in records), 1),

@@ -1,0 +1,60 @@
+"""Where a result was made: processor, threads, versions and commit. The same seed gives the same bits only there."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from systems import distributed
+
+PACKAGES = ("torch", "transformers", "numpy")
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """What a result row says of the machine, all JSON.
+
+    device: the name of the GPU, or of the CPU's model. processes, and threads of each. versions: of torch, transformers, numpy.
+    commit: as `git_commit` gives it.
+    """
+    return {
+        "device": processor() if torch.device(device).type == "cpu" else torch.cuda.get_device_name(device),
+        "processes": distributed.world_size(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "commit": git_commit(),
+    }
+
+
+def described(where: dict[str, Any]) -> str:
+    """What `machine` gives, in words."""
+    threads = "1 thread" if where["threads"] == 1 else f"{where['threads']} threads"
+    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
+    processes = f"{where['processes']} processes of " if where["processes"] > 1 else ""
+    return f"{where['device']}, {processes}{threads}; {versions}; commit {(where['commit'] or 'unknown')[:7]}"
+
+
+def processor() -> str:
+    """The CPU's model as Linux names it, elsewhere its architecture."""
+    listing = Path("/proc/cpuinfo")
+    lines = listing.read_text(encoding="utf-8").splitlines() if listing.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def git_commit() -> str | None:
+    """The commit of the code, with "+" where files differ from it; None outside a repository."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
