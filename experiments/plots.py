@@ -22,17 +22,25 @@ Numbers = Mapping[str, Any]  # one condition: accuracy, low, high (of its 95% in
 Point = tuple[float, Numbers]  # a place on the x axis and what was measured there
 ACCURACY = "accuracy in %"
 REFERENCES = {"clean": ("black", "-"), "greedy": ("#4a78b5", "--"), "chance": ("grey", ":")}
+HEALTH = (
+    "thought_norm",
+    "thought_distance",
+    "thought_cosine",
+    "thought_change",
+    "question_cosine",
+)  # not the rank: its scale is another
 STAGE_COLOURS = ("#e8eef7", "#cddcee", "#b2cae6", "#97b8dd", "#7ca6d4")
 
 
 def epoch_curves(runs: dict[str, list[dict[str, Any]]], path: Path, title: str) -> None:
-    """Loss (above) and answer accuracy (below) by epoch; the stages of the first run are shaded.
+    """Loss, answer accuracy and the health of the first run's thoughts by epoch; the stages of the first run are shaded.
 
     Epochs are counted as they were trained: a stage that was left early leaves no gap.
     runs: name -> rows of kind "epoch" of metrics.jsonl. The last stage's accuracy is the one that needs no written steps.
     """
-    figure, (above, below) = plt.subplots(2, 1, figsize=(8, 6.5), sharex=True, layout="constrained")
-    for axes in (above, below):
+    figure, panels = plt.subplots(3, 1, figsize=(8, 9), sharex=True, layout="constrained")
+    above, below, health = panels
+    for axes in panels:
         _shade_stages(axes, next(iter(runs.values())))
         axes.grid(alpha=0.3)
     for number, (name, rows) in enumerate(runs.items()):
@@ -41,12 +49,19 @@ def epoch_curves(runs: dict[str, list[dict[str, Any]]], path: Path, title: str) 
         above.plot(epochs, [row["train_loss"] for row in rows], colour, label=f"{name}, training")
         above.plot(epochs, [row["val_loss"] for row in rows], colour, linestyle="--", label=f"{name}, validation")
         below.plot(epochs, [100 * row["accuracy"] for row in rows], colour, marker=".", label=name)
+    first = next(iter(runs.values()))
+    for name in HEALTH:
+        health.plot(
+            range(1, len(first) + 1), [row.get(name, np.nan) for row in first], marker=".", label=name.replace("_", " ")
+        )
     references(below, {"chance": 50})
     above.set(ylabel="cross entropy per labelled token", title=title)
     above.set_ylim(bottom=0)
-    below.set(ylabel="validation accuracy in %", xlabel="epochs trained", ylim=(0, 108))
+    below.set(ylabel="validation accuracy in %", ylim=(0, 108))
+    health.set(ylabel=f"thoughts of {next(iter(runs))}", xlabel="epochs trained")
     above.legend(fontsize=8)
     below.legend(fontsize=8, loc="lower right")
+    health.legend(fontsize=8, loc="upper left")
     save_figure(figure, path)
 
 

@@ -30,7 +30,7 @@ METHODS = {"coconut": ("quick-cot", "quick-coconut"), "cot": ("quick-cot",), "no
 ROWS = (
     ("Coconut, gold thoughts", "coconut", ""),
     ("Coconut, fixed thoughts", "coconut", "_fixed"),
-    ("chain of thought, where it began", "cot", ""),
+    ("chain of thought", "cot", ""),
     ("no-CoT control", "no_cot", ""),
 )
 MEANING = (
@@ -82,7 +82,7 @@ def summarise(save_path: Path, test_file: Path, seconds_total: float) -> dict[st
         summary[method]["examples"] = sum(rows[-1]["examples"] for rows in epochs)
         summary[method]["seconds_training"] = sum(row["seconds"] for rows in epochs for row in rows)
         summary[method]["epochs_by_stage"] = Counter(row["stage"] for row in itertools.chain(*epochs))
-        summary["machine"] = result["machine"]
+        summary["machine"] = result.get("machine")
     summary["depth_shortcut"] = sum(depth_shortcut(record) for record in records) / len(records)
     summary["first_option"] = sum(shortcuts(record)["first option"] for record in records) / len(records)
     summary["chance"] = CHANCE

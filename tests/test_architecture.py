@@ -29,6 +29,7 @@ ORDER = (
     "systems.weights",
     "systems.models",
     "systems.distributed",
+    "systems.machine",
     "systems.storage",
     "systems.sources",
     "systems.checkpoint",

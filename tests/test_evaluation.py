@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from config import RunConfig
+from dataset import get_question_latent_dataset
 from evaluation import Evaluator, clean_answer, written_answer
 from systems.models import build_model, latent_ids, load_tokenizer
 from systems.tokens import get_dataset
+from thoughts import thought_health
 from utils import load_config
 
 
@@ -71,8 +73,8 @@ def test_the_validation_loss_is_that_of_the_stage(run_arguments: list[str], plai
     plain, model = evaluator(run_arguments, *plainly)
     mixing, _ = evaluator(run_arguments, *mixed)
     with torch.no_grad():
-        losses = [plain._loss(model, stage) for stage in (0, 1, 2)]
-        assert [mixing._loss(model, stage) for stage in (0, 1, 2)] == losses
+        losses = [plain._loss(model, stage)[0] for stage in (0, 1, 2)]
+        assert [mixing._loss(model, stage)[0] for stage in (0, 1, 2)] == losses
     assert len(set(losses)) == 3
 
 
@@ -82,5 +84,22 @@ def test_the_validation_loss_is_a_mean_over_tokens(run_arguments: list[str]) -> 
     for size in (1, 2, 7):
         each, model = evaluator(run_arguments, f"batch_size_eval={size}")
         with torch.no_grad():
-            losses.append(each._loss(model, 1))
+            losses.append(each._loss(model, 1)[0])
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
+
+
+def test_the_health_is_that_of_the_thoughts_of_the_questions(run_arguments: list[str]) -> None:
+    """The same from one question at a time, with the thoughts that `think` gives; none where nothing is latent."""
+    judge, model = evaluator(run_arguments, "batch_size_eval=3")
+    own = []
+    for record in get_question_latent_dataset(
+        1, judge.dataset, judge.curriculum, judge.ids.start, judge.ids.thought, judge.ids.end
+    ):
+        ids = torch.tensor(record["input_ids"])[None]
+        ids[ids == judge.ids.thought] = judge.ids.latent
+        embeds, latent = model.think(ids).inputs_embeds[0].detach(), ids[0] == judge.ids.latent
+        own.append(embeds[latent] / embeds[~latent].norm(dim=-1).mean())
+    found = judge.evaluate(model, 1).health
+    assert found["thought_norm"] == pytest.approx(torch.cat(own).norm(dim=-1).mean().item(), rel=0.2)
+    assert found["question_cosine"] == pytest.approx(thought_health(own)["question_cosine"], rel=1e-4)
+    assert judge.evaluate(model, 0).health == {}

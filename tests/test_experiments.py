@@ -45,7 +45,8 @@ def write_run(directory: Path, accuracies: list[tuple[int, float]], test_accurac
 
 @pytest.fixture
 def save_path(tmp_path: Path) -> Path:
-    write_run(tmp_path / "runs" / "quick-coconut", [(0, 0.6), (1, 0.7), (2, 0.8), (3, 0.9)], 0.9, 0.7)
+    write_run(tmp_path / "runs" / "quick-cot", [(0, 0.6)], 0.95)
+    write_run(tmp_path / "runs" / "quick-coconut", [(1, 0.7), (2, 0.8), (3, 0.9)], 0.9, 0.7)
     write_run(tmp_path / "runs" / "quick-no-cot", [(0, 0.5)] * 4, 0.5)
     return tmp_path / "runs"
 
@@ -64,13 +65,15 @@ def test_the_summary_says_what_was_measured(
     summary = json.loads((out / "summary.json").read_text())
     assert (summary["coconut"]["accuracy"], summary["coconut"]["accuracy_fixed"]) == (0.9, 0.7)
     assert summary["coconut"]["examples"] == summary["no_cot"]["examples"] == 256
+    assert summary["coconut"]["epochs_by_stage"] == {"0": 1, "1": 1, "2": 1, "3": 1}  # with those of its chain of thought
+    assert (summary["cot"]["accuracy"], summary["cot"]["examples"]) == (0.95, 64)
     assert summary["no_cot"]["questions"] == 40
     assert summary["depth_shortcut"] == summary["chance"] == 0.5
     assert (summary["seconds_total"], summary["seconds_training"]) == (123, 20)
     for name in ("curves.png", "accuracy.png"):
         picture = image.imread(out / name)
         assert picture[..., :3].std() > 0.05  # something is drawn
-    for method in ("coconut", "no_cot"):
+    for method in ("coconut", "cot", "no_cot"):
         assert (out / f"metrics_{method}.jsonl").is_file()
         assert json.loads((out / f"predictions_{method}.jsonl").read_text())["correct"]
     assert not json.loads((out / "fixed_predictions_coconut.jsonl").read_text())["correct"]

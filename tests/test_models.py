@@ -82,6 +82,17 @@ def test_new_tokens_start_from_the_mean_where_there_is_no_such_token(tmp_path: P
         torch.testing.assert_close(module.weight[3:6], module.weight[:3].mean(dim=0).expand(3, -1))
 
 
+def test_markers_start_from_the_token_that_is_asked_for(tmp_path: Path) -> None:
+    gpt2(5).save_pretrained(tmp_path)
+    make_tokenizer(WORDS).save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path))
+    word = tokenizer.decode([3]).strip()
+    weight = build(configuration(tmp_path, marker_init=word)).base_causallm.get_input_embeddings().weight
+    assert torch.equal(weight[5:8], weight[3].expand(3, -1))
+    with pytest.raises(UserError, match="marker_init: 'no word' is 2 tokens of this tokenizer, or an unknown one"):
+        build(configuration(tmp_path, marker_init="no word"))
+
+
 def test_a_padded_vocabulary_is_not_shrunk(tmp_path: Path) -> None:
     gpt2(64).save_pretrained(tmp_path)
     make_tokenizer(WORDS).save_pretrained(tmp_path)

@@ -6,6 +6,7 @@ What each computes is compared with a naive reference in test_coconut.py.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,31 @@ from experiments.noise.settings import SweepConfig
 from experiments.noise.subjects import load_subject
 from systems import convert, sources
 from systems.weights import THOUGHT_MAP, read_map
-from thoughts import MapKind, ThoughtMap, check_thought_map, make_thought_map
+from thoughts import MapKind, ThoughtMap, check_thought_map, make_thought_map, thought_health
 from utils import UserError, load_config
 
 CPU = torch.device("cpu")
 PROJECTION = {"name": "projection", "width": 5}
+
+
+def test_health_of_thoughts_where_it_is_known() -> None:
+    """Two questions with thoughts at right angles, each of length 2; then one thought for all, which is a collapse."""
+    health = thought_health([2 * torch.eye(4)[:2], 2 * torch.eye(4)[2:]])
+    assert health == pytest.approx(
+        {
+            "thought_norm": 2,
+            "thought_distance": 2 * math.sqrt(2),
+            "thought_cosine": 0,
+            "thought_change": math.sqrt(2),
+            "question_cosine": 0,
+            "effective_rank": 3,  # four corners around their mean: three directions, equally wide
+        }
+    )
+    collapsed = thought_health([torch.ones(3, 4), torch.ones(2, 4)])
+    assert collapsed["effective_rank"] == pytest.approx(1)
+    assert (collapsed["thought_cosine"], collapsed["question_cosine"]) == pytest.approx((1, 1))
+    assert (collapsed["thought_distance"], collapsed["thought_change"]) == (0, 0)
+    assert set(thought_health([torch.ones(1, 4)])) == {"thought_norm", "effective_rank"}
 
 
 def key(setting: str | dict[str, Any]) -> str:
