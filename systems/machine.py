@@ -20,7 +20,7 @@ def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
     """What a result row says of the machine, all JSON.
 
     device: the name of the GPU, or of the CPU's model. processes, and threads of each. versions: of torch, transformers, numpy.
-    commit: as `git_commit` gives it.
+    git_commit: as the function of that name gives it.
     """
     return {
         "device": processor() if torch.device(device).type == "cpu" else torch.cuda.get_device_name(device),
@@ -28,7 +28,7 @@ def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "commit": git_commit(),
+        "git_commit": git_commit(),
     }
 
 
@@ -37,7 +37,8 @@ def described(where: dict[str, Any]) -> str:
     threads = "1 thread" if where["threads"] == 1 else f"{where['threads']} threads"
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
     processes = f"{where['processes']} processes of " if where["processes"] > 1 else ""
-    return f"{where['device']}, {processes}{threads}; {versions}; commit {(where['commit'] or 'unknown')[:7]}"
+    commit = (where["git_commit"] or "unknown")[:7]
+    return f"{where['device']}, {processes}{threads}; {versions}; commit {commit}"
 
 
 def processor() -> str:

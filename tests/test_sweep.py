@@ -41,7 +41,7 @@ from utils import UserError
 CPU = torch.device("cpu")
 QUESTIONS = 7
 ANSWERED = {"error": None, "conditions": {}, "n_latents": 1, "seconds": 1.0}  # as little as a record can hold
-TIMES = ("seconds", "timestamp", "git_commit")
+TIMES = ("seconds", "timestamp", "git_commit", "processes", "threads")  # and what else does not change the answers
 
 
 @pytest.fixture
