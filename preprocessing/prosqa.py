@@ -4,6 +4,7 @@
 `--depth-matched`: both options are equally deep, and each graph is asked about twice (data/prosqa_matched_test.json).
 `--symbolic`: 40 symbols in place of sentences, 3 and 4 hops (data/prosqa_symbolic_{train,valid,test}.json).
 `--shape chains`: the small questions of the quick start, two chains of one length.
+`--shape 7hop` (8hop, dag, dense): graphs unlike those of training (data/prosqa_7hop_test.json).
 Each draw has its own generator, seeded with (seed, split, index), so a file is the same on every run.
 """
 
@@ -22,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from preprocessing.common import SPLITS, OneLineParser, Record, exit_with, prepare_directory, write_records
 from preprocessing.prosqa_graphs import Edge, Question, find_matched_questions, find_question
+from preprocessing.prosqa_ood import SHAPES, ood_questions
 from preprocessing.prosqa_shortcuts import PUBLISHED, print_table, statistics
 from preprocessing.prosqa_symbolic import HOPS as SYMBOLIC_HOPS
 from preprocessing.prosqa_symbolic import NODES, symbolic_record
@@ -35,6 +37,7 @@ SIZES = {
     "prosqa_symbolic": {"train": 14785, "valid": 257, "test": 419},
     "prosqa_matched": {"train": 0, "valid": 0, "test": 500},
     "prosqa_symbolic_matched": {"train": 0, "valid": 0, "test": 500},
+    **{f"prosqa_{shape}": {"train": 0, "valid": 0, "test": 1000} for shape in SHAPES},
 }
 
 # The published data set's vocabulary: one tokenizer then serves the published files and these.
@@ -45,7 +48,10 @@ _CONCEPTS = (
     "tumpus vumpus worpus wumpus yerpus yimpus yumpus zhorpus zumpus"
 )
 NAMES, CONCEPTS = tuple(_NAMES.split()), tuple(_CONCEPTS.split())
-MATCHED_STREAM = 1  # keeps depth-matched graphs apart from those of the other files
+STREAMS = {
+    "matched": 1,
+    **{shape: number for number, shape in enumerate(SHAPES, start=2)},
+}  # keep their graphs apart from others
 MAX_DRAWS = 1000  # of one record, before the vocabulary is judged too small for so many different questions
 
 
@@ -196,10 +202,13 @@ def draw_names(rng: np.random.Generator, edges: Sequence[Edge]) -> list[str]:
     return [words[node] for node in range(len(words))]
 
 
-def draw_group(rng: np.random.Generator, symbolic: bool = False, matched: bool = False) -> list[Record]:
-    """The record over a new graph; with `matched` the two records (see find_matched_questions)."""
+def draw_group(rng: np.random.Generator, symbolic: bool = False, matched: bool = False, shape: str = "graph") -> list[Record]:
+    """The record over a new graph; with `matched` and with another shape the two records (see find_matched_questions)."""
     hops = {"hops": SYMBOLIC_HOPS} if symbolic else {}
-    questions = find_matched_questions(rng, **hops) if matched else (find_question(rng, **hops),)
+    if shape in SHAPES:
+        questions: Sequence[Question] = ood_questions(rng, shape)
+    else:
+        questions = find_matched_questions(rng, **hops) if matched else (find_question(rng, **hops),)
     edges = questions[0].edges
     if symbolic:
         symbols = draw_words(rng, NODES, 1 + max(itertools.chain(*edges)))
@@ -208,25 +217,34 @@ def draw_group(rng: np.random.Generator, symbolic: bool = False, matched: bool =
 
 
 def prosqa_records(
-    count: int, seed: int, split: str, exclude: Collection[Hashable] = (), symbolic: bool = False, matched: bool = False
+    count: int,
+    seed: int,
+    split: str,
+    exclude: Collection[Hashable] = (),
+    symbolic: bool = False,
+    matched: bool = False,
+    shape: str = "graph",
 ) -> list[Record]:
     """`count` different records over random graphs; `exclude`: questions that must not occur.
 
-    With `matched`, records 2i and 2i + 1 are over one graph, and `count` must be even.
+    With `matched` or a shape of SHAPES, records 2i and 2i + 1 are over one graph, and `count` must be even.
     """
-    draw = functools.partial(draw_group, symbolic=symbolic, matched=matched)
-    stream = (MATCHED_STREAM,) if matched else ()
+    draw = functools.partial(draw_group, symbolic=symbolic, matched=matched, shape=shape)
+    paired = matched or shape in SHAPES
+    stream = (STREAMS["matched" if matched else shape],) if paired else ()
 
     def rngs(index: int) -> np.random.Generator:
         return record_rng(seed, split, index, *stream)
 
-    return draw_records(draw, count // 2 if matched else count, rngs, split, exclude)
+    return draw_records(draw, count // 2 if paired else count, rngs, split, exclude)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Command line, checked; a contradiction ends with one line and exit code 2."""
     parser = OneLineParser(PROGRAM, __doc__, EXAMPLES)
-    parser.add_argument("--shape", choices=("graph", "chains"), default="graph", help="ProsQA, or two chains")
+    parser.add_argument(
+        "--shape", choices=("graph", "chains", *SHAPES), default="graph", help="ProsQA, two chains, or out of distribution"
+    )
     parser.add_argument("--depth-matched", action="store_true", help="options of equal depth, each graph asked about twice")
     parser.add_argument("--symbolic", action="store_true", help="symbols in place of sentences, 3 and 4 hops")
     defaults = "default " + ", ".join(f"{name} {sizes}" for name, sizes in SIZES.items())
@@ -253,13 +271,14 @@ def find_problem(args: argparse.Namespace) -> str | None:
         only_chains = [key for key in ("hops", "train_hops", "branches", "concepts", "names") if key in given]
         if only_chains:
             return f"--{only_chains[0].replace('_', '-')} needs --shape chains"
-    elif args.depth_matched or args.symbolic:
+    if args.shape != "graph" and (args.depth_matched or args.symbolic):
         return f"--{'symbolic' if args.symbolic else 'depth-matched'} needs --shape graph"
     for key in ("train", "valid", "test", "branches", "seed"):
         if given.get(key, 0) < 0:
             return f"--{key} must be at least 0, is {given[key]}"
-        if args.depth_matched and key in SPLITS and given.get(key, 0) % 2:
-            return f"--{key} must be even with --depth-matched (two questions over each graph), is {given[key]}"
+        paired = "--depth-matched" if args.depth_matched else f"--shape {args.shape}" if args.shape in SHAPES else None
+        if paired and key in SPLITS and given.get(key, 0) % 2:
+            return f"--{key} must be even with {paired} (two questions over each graph), is {given[key]}"
     for key, least, words in (("names", 2, NAMES), ("concepts", 2, CONCEPTS)):
         if not least <= given.get(key, least) <= len(words):
             return f"--{key} must be {least}..{len(words)}, is {given[key]}"
@@ -276,6 +295,7 @@ def find_problem(args: argparse.Namespace) -> str | None:
 def fill_defaults(args: argparse.Namespace) -> argparse.Namespace:
     """The values that depend on other options."""
     parts = {"small": args.shape == "chains", "symbolic": args.symbolic, "matched": args.depth_matched}
+    parts[args.shape] = args.shape in SHAPES
     name = "_".join(["prosqa", *(part for part, chosen in parts.items() if chosen)])
     args.out_prefix = args.out_prefix or Path("data", name)
     for split, size in SIZES.get(name, SIZES["prosqa"]).items():
@@ -298,7 +318,7 @@ def generate(args: argparse.Namespace) -> dict[str, list[Record]]:
             hops = args.train_hops if split == "train" else args.hops
             records = chain_records(count, args.seed, split, hops, args.branches, args.concepts, args.names, exclude)
         else:
-            records = prosqa_records(count, args.seed, split, exclude, args.symbolic, args.depth_matched)
+            records = prosqa_records(count, args.seed, split, exclude, args.symbolic, args.depth_matched, args.shape)
         exclude |= {chain_pair(record) if args.shape == "chains" else record["question"] for record in records}
         splits[split] = records
     return {split: splits[split] for split in SPLITS if splits[split]}
@@ -316,7 +336,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ValueError as error:
         exit_with(PROGRAM, str(error))
     columns = {split: statistics(records) for split, records in splits.items()}
-    print_table(columns | (PUBLISHED if args.shape == "graph" and not args.symbolic else {}))
+    print_table(columns | (PUBLISHED if args.shape != "chains" and not args.symbolic else {}))
 
 
 if __name__ == "__main__":

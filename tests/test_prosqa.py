@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import PUBLISHED
 
-from preprocessing import prosqa, prosqa_shortcuts, prosqa_symbolic
+from preprocessing import prosqa, prosqa_ood, prosqa_shortcuts, prosqa_symbolic
 
 ROOT = Path(__file__).parents[1]
 
@@ -136,6 +136,30 @@ def test_no_shortcut_works_on_matched_questions_without_the_person(matched, symb
         assert {prosqa_shortcuts.depth_shortcut(record) for record in records} == {0.5}
 
 
+@pytest.mark.parametrize("shape", prosqa_ood.SHAPES)
+def test_questions_out_of_distribution_are_sound(shape):
+    """The premise of the person stands there, one option can be reached, as far as was asked for, and no shortcut works."""
+    records = prosqa.prosqa_records(40, seed=0, split="test", shape=shape)
+    wanted = prosqa_ood.SHAPES[shape]
+    for one, other in zip(records[::2], records[1::2], strict=True):
+        assert (one["edges"], one["target"], one["neg_target"]) == (other["edges"], other["neg_target"], other["target"])
+    for record in records:
+        graph = nx.DiGraph(record["edges"])
+        reached = nx.single_source_shortest_path_length(graph, record["root"])
+        assert nx.is_directed_acyclic_graph(graph)
+        assert reached[record["target"]] == len(record["steps"]) in wanted.hops
+        assert record["neg_target"] not in reached
+        assert graph.out_degree(record["target"]) == 0
+        assert record["steps"][0] in record["question"]
+        assert len(graph) == len(record["idx_to_symbol"]) <= wanted.nodes
+        assert len(graph.edges) <= wanted.edges
+    found = prosqa_shortcuts.statistics(records)
+    assert {score for name, score in found["shortcuts"].items() if name not in PERSON} == {0.5}
+    assert found["edges"] > 0.75 * wanted.edges
+    train = json.loads((ROOT / "data" / "prosqa_train.json").read_text())
+    assert not {record["question"] for record in records} & {record["question"] for record in train}
+
+
 def test_matched_questions_come_in_pairs_that_differ_in_the_person_alone(matched):
     for one, other in zip(matched[::2], matched[1::2], strict=True):
         persons = [record["idx_to_symbol"][record["root"]] for record in (one, other)]
@@ -161,7 +185,7 @@ def test_the_matched_file_is_like_the_published_one_and_no_question_is_in_train(
 def test_the_matched_file_is_what_the_command_writes(matched):
     short = [index for index in range(10) if len(matched[2 * index]["steps"]) == 3]  # the others take seconds each
     for index in short:
-        rng = prosqa.record_rng(0, "test", index, prosqa.MATCHED_STREAM)
+        rng = prosqa.record_rng(0, "test", index, prosqa.STREAMS["matched"])
         assert prosqa.draw_group(rng, matched=True) == matched[2 * index : 2 * index + 2]
     assert short
 

@@ -1,0 +1,75 @@
+"""What a run answers on several test files: `python -m experiments.out_of_distribution RUN FILE ...`, one table.
+
+scripts/out_of_distribution.sh makes the files of ProsQA and evaluates the run on each. Where a file asks about each graph
+twice, the last column says for how many graphs both answers are right; a guess has 25% there.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dataset import load_records
+from experiments.quickstart import read_metrics
+from experiments.tables import markdown
+from systems.files import read_typed_lines
+from systems.metrics import METRICS
+from utils import UserError, entry_point, get_logger
+
+COLUMNS = ("test file", "questions", "gold thoughts, 95%", "fixed thoughts, 95%", "at once", "both of a graph, gold thoughts")
+
+
+def newest_evaluation(run: Path, file: Path) -> Path:
+    """Where the newest evaluation of a run on a file is. Raises UserError if there is none."""
+    places = sorted((run / "eval").glob(f"{file.stem}-*/{METRICS}"), key=lambda path: path.stat().st_mtime)
+    found = [path.parent for path in places if read_metrics(path.parent, "evaluation")[-1]["val_path"] == str(file)]
+    if not found:
+        raise UserError(f"{run / 'eval'}: no evaluation on {file}; bash scripts/out_of_distribution.sh {run} {file} makes one")
+    return found[-1]
+
+
+def pairs_right(place: Path, file: Path) -> float | None:
+    """The share of graphs for which both questions are answered right; None if the file does not ask in pairs."""
+    records = load_records(file)
+    graphs = [(record.get("idx_to_symbol"), record.get("edges")) for record in records]
+    if graphs[0] == (None, None) or graphs[::2] != graphs[1::2]:
+        return None
+    rows = read_typed_lines(max(place.glob("predictions_*.jsonl")), dict[str, Any])
+    right = [row["correct"] for row in rows]
+    return sum(one and other for one, other in zip(right[::2], right[1::2], strict=True)) / (len(right) // 2)
+
+
+def table(run: Path, files: Sequence[Path]) -> str:
+    rows = []
+    for file in files:
+        place = newest_evaluation(run, file)
+        row = read_metrics(place, "evaluation")[-1]
+        both = pairs_right(place, file)
+        scores = [
+            f"{row[f'accuracy{which}']:.1%} ({row[f'low{which}']:.1%} to {row[f'high{which}']:.1%})" for which in ("", "_fixed")
+        ]
+        rows.append(
+            (
+                str(file),
+                f"{row['questions']:,}",
+                *scores,
+                f"{1 - row['wrote_steps']:.1%}",
+                "" if both is None else f"{both:.1%}",
+            )
+        )
+    return markdown(COLUMNS, rows)
+
+
+@entry_point
+def main(given: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m experiments.out_of_distribution", description=__doc__)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("files", type=Path, nargs="+")
+    arguments = parser.parse_args(given)
+    get_logger().info(table(arguments.run, arguments.files))
+
+
+if __name__ == "__main__":
+    main()
