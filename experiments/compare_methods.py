@@ -1,8 +1,8 @@
 """All methods side by side: `python -m experiments.compare_methods SAVE_PATH TEST_FILE OUT --seeds 0 1 2`.
 
-Reads what scripts/compare_methods.sh left in SAVE_PATH: METHOD-seedSEED (training, and in eval/ the evaluation on
-TEST_FILE) and METHOD-seedSEED-single of one seed (evaluation, one question at a time). Writes to OUT: summary.json, table.md,
-accuracy.png and metrics/RUN.jsonl.
+Reads what scripts/compare_methods.sh left in SAVE_PATH: METHOD-seedSEED (training, and in eval/ the evaluations on
+TEST_FILE) and METHOD-seedSEED-single of one seed (evaluation, one question at a time), and in OUT/METHOD-seedSEED the noise
+experiment with another question's thoughts. Writes to OUT: summary.json, table.md, accuracy.png and metrics/RUN.jsonl.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from typing import Any
 
 from config import RunConfig
 from dataset import load_records
+from experiments.noise.progress import finished_records
+from experiments.noise.summary import JUDGE
 from experiments.plots import method_bars
 from experiments.quickstart import CHANCE, evaluation_of, read_evaluation, read_metrics
 from experiments.tables import markdown, text
-from methods import METHODS, scheduled_stage, stage_shape
+from methods import LATENT, METHODS, scheduled_stage, stage_shape
 from preprocessing.prosqa_shortcuts import depth_shortcut
 from systems.metrics import METRICS
 from systems.writing import write_json, write_text
@@ -28,14 +30,15 @@ from utils import entry_point, get_logger, load_config
 TIMED = "-single"  # suffix of the runs that answer one question at a time
 
 
-def summarise(save_path: Path, test_file: Path, seeds: Sequence[int], methods: Sequence[str]) -> dict[str, Any]:
+def summarise(save_path: Path, out: Path, test_file: Path, seeds: Sequence[int], methods: Sequence[str]) -> dict[str, Any]:
     """The content of summary.json. Accuracies are fractions; deviations are those of a sample (n - 1), None of one seed.
 
-    accuracies: with as many thoughts as the gold steps ask for, _fixed with as many for every question.
+    zero_thoughts: accuracies where the same model is given no thoughts; others_thoughts: where it is given another question's.
+    Both are None where a method has none.
     """
     records = load_records(test_file)
     return {
-        "methods": {method: summarise_method(save_path, records, method, seeds) for method in methods},
+        "methods": {method: summarise_method(save_path, out, records, method, seeds) for method in methods},
         "seeds": list(seeds),
         "questions": len(records),
         "depth_shortcut": mean(depth_shortcut(record) for record in records),
@@ -43,23 +46,36 @@ def summarise(save_path: Path, test_file: Path, seeds: Sequence[int], methods: S
     }
 
 
-def summarise_method(save_path: Path, records: list[dict[str, Any]], method: str, seeds: Sequence[int]) -> dict[str, Any]:
+def summarise_method(
+    save_path: Path, out: Path, records: list[dict[str, Any]], method: str, seeds: Sequence[int]
+) -> dict[str, Any]:
     runs = [save_path / f"{method}-seed{seed}" for seed in seeds]
     results = [read_evaluation(run) for run in runs]
     epochs = [read_metrics(run, "epoch") for run in runs]
     timed = next((run for run in (one.with_name(one.name + TIMED) for one in runs) if run.is_dir()), None)
-    accuracies = {key: [result[f"accuracy{key}"] for result in results] for key in ("", "_fixed")}
+    accuracies = [result["accuracy"] for result in results]
+    without = [read_metrics(evaluation_of(run, 0), "evaluation")[-1] for run in runs] if METHODS[method].markers else []
     return {
-        **{f"accuracies{key}": values for key, values in accuracies.items()},
-        **{f"accuracy{key}": mean(values) for key, values in accuracies.items()},
-        **{f"deviation{key}": stdev(values) if len(values) > 1 else None for key, values in accuracies.items()},
+        "accuracies": accuracies,
+        "accuracy": mean(accuracies),
+        "deviation": stdev(accuracies) if len(accuracies) > 1 else None,
+        "zero_thoughts": [row["accuracy"] for row in without] or None,
+        "zero_thoughts_wrote_steps": mean(row["wrote_steps"] for row in without) if without else None,
+        "others_thoughts": [with_others(out / run.name) for run in runs] if LATENT in METHODS[method].markers else None,
         "wrote_steps": mean(result["wrote_steps"] for result in results),
         "new_tokens": mean(result["new_tokens"] for result in results),
         "thoughts": thoughts(runs[0] / "config.yaml", records),
         "seconds_per_question": read_metrics(evaluation_of(timed), "evaluation")[-1]["seconds_per_question"] if timed else None,
         "training_minutes": mean(sum(row["seconds"] for row in rows) for rows in epochs) / 60,
-        "examples": epochs[0][-1]["examples"],
+        "examples": [rows[-1]["examples"] for rows in epochs],
+        "machine": results[0].get("machine"),
     }
+
+
+def with_others(directory: Path) -> float:
+    """Accuracy with all thoughts of another question, from a noise experiment with the control `other`."""
+    outcomes = [record["conditions"]["other/all"] for record in finished_records(directory) if record["error"] is None]
+    return mean(bool(outcome[JUDGE]["correct"]) for outcome in outcomes)
 
 
 def thoughts(config_file: Path, records: list[dict[str, Any]]) -> float:
@@ -74,23 +90,27 @@ def table(summary: dict[str, Any]) -> str:
     columns = [
         "accuracy, mean ± deviation",
         "each seed",
-        "as many thoughts for every question",
-        "each seed",
+        "zero thoughts (wrote steps)",
+        "another question's thoughts",
         "wrote steps",
         "tokens written",
         "thoughts",
         "seconds a question",
+        "examples, thousands",
         "training minutes",
     ]
     rows = [
         [
             f"{METHODS[method].label} (`{method}`)",
-            *_accuracies(row, ""),
-            *(_accuracies(row, "_fixed") if row["thoughts"] else ("", "")),
+            f"{100 * row['accuracy']:.1f}" + text(row["deviation"] and 100 * row["deviation"], " ± {:.1f}"),
+            ", ".join(f"{100 * accuracy:.1f}" for accuracy in row["accuracies"]),
+            _mean(row["zero_thoughts"]) + text(_percent(row["zero_thoughts_wrote_steps"]), " ({:.0f}%)"),
+            _mean(row["others_thoughts"]),
             f"{100 * row['wrote_steps']:.1f}%",
             f"{row['new_tokens']:.1f}",
             text(row["thoughts"] or None, "{:.1f}"),
             text(row["seconds_per_question"], "{:.4f}"),
+            f"{min(row['examples']) / 1000:.0f} to {max(row['examples']) / 1000:.0f}",
             f"{row['training_minutes']:.1f}",
         ]
         for method, row in summary["methods"].items()
@@ -100,11 +120,12 @@ def table(summary: dict[str, Any]) -> str:
     return markdown(["", *columns], rows) + "\n"
 
 
-def _accuracies(row: dict[str, Any], which: str) -> tuple[str, str]:
-    """Mean and deviation, and each seed; in percent. which: "" or "_fixed"."""
-    deviation = row[f"deviation{which}"]
-    mean_and_deviation = f"{100 * row[f'accuracy{which}']:.1f}" + text(deviation and 100 * deviation, " ± {:.1f}")
-    return mean_and_deviation, ", ".join(f"{100 * accuracy:.1f}" for accuracy in row[f"accuracies{which}"])
+def _mean(accuracies: Sequence[float] | None) -> str:
+    return f"{100 * mean(accuracies):.1f}" if accuracies else ""
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share
 
 
 def write_results(summary: dict[str, Any], save_path: Path, out: Path) -> None:
@@ -130,7 +151,7 @@ def main(given: list[str]) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     arguments = parser.parse_args(given)
-    summary = summarise(arguments.save_path, arguments.test_file, arguments.seeds, arguments.methods)
+    summary = summarise(arguments.save_path, arguments.out, arguments.test_file, arguments.seeds, arguments.methods)
     write_results(summary, arguments.save_path, arguments.out)
     get_logger().info(table(summary))
     get_logger().info(f"table, figure and metrics: {arguments.out}")

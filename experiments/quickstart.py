@@ -50,12 +50,12 @@ def read_metrics(run: Path, kind: str) -> list[dict[str, Any]]:
     return chosen
 
 
-def evaluation_of(run: Path) -> Path:
-    """Where the newest evaluation with gold thoughts of a run is. Raises UserError if there is none."""
+def evaluation_of(run: Path, latents: int | str = "gold") -> Path:
+    """Where the newest evaluation of a run with these `eval_latents` is. Raises UserError if there is none."""
     places = sorted((run / "eval").glob(f"*/{METRICS}"), key=lambda path: path.stat().st_mtime)
-    found = [path for path in places if read_metrics(path.parent, "evaluation")[-1].get("eval_latents", "gold") == "gold"]
+    found = [path for path in places if read_metrics(path.parent, "evaluation")[-1].get("eval_latents", "gold") == latents]
     if not found:
-        raise UserError(f"{run / 'eval'}: no evaluation there; run.py with only_eval=true makes one")
+        raise UserError(f"{run / 'eval'}: no evaluation with {latents} thoughts there; run.py with only_eval=true makes one")
     return found[-1].parent
 
 

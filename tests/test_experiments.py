@@ -101,7 +101,7 @@ def test_the_summary_takes_the_evaluation_with_gold_thoughts(save_path: Path) ->
 
 
 def test_a_missing_run_is_one_line(test_file: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
-    with pytest.raises(UserError, match=r"eval: no evaluation there"):
+    with pytest.raises(UserError, match=r"eval: no evaluation with gold thoughts there"):
         quickstart.summarise(tmp_path, test_file, 1.0)
     monkeypatch.setattr(sys, "argv", ["quickstart", str(tmp_path), str(test_file), str(tmp_path / "out"), "--seconds", "1"])
     with pytest.raises(SystemExit) as caught:
@@ -118,13 +118,29 @@ def write_comparison(save_path: Path, accuracies: dict[str, list[float]]) -> Non
     for method, values in accuracies.items():
         for seed, accuracy in enumerate(values):
             directory = save_path / f"{method}-seed{seed}"
-            write_run(directory, [(0, 0.5), (3, accuracy)], accuracy, accuracy - 0.2)
+            write_run(directory, [(0, 0.5), (3, accuracy)], accuracy)
+            zero = directory / "eval" / "test-run-checkpoint_4-latents_0"
+            zero.mkdir()
+            row = {"kind": "evaluation", "eval_latents": 0, "accuracy": accuracy - 0.3, "wrote_steps": 1.0}
+            append_jsonl(zero / "metrics.jsonl", row)
             needed = [f"name={directory.name}", f"method={method}", "model_id=m", "train_path=t", "val_path=v", "num_epochs=8"]
             curriculum = ["c_thought=2", "max_latent_stage=3", "pad_latent_to_max=false"]
             save_config(load_config(RunConfig, needed + curriculum), directory / "config.yaml")
         timed = save_path / f"{method}-seed0-single" / "eval" / "valid-run-checkpoint_4"
         timed.mkdir(parents=True)
         append_jsonl(timed / "metrics.jsonl", {"kind": "evaluation", "seconds_per_question": 0.125})
+
+
+def write_others(directory: Path, right: list[bool]) -> None:
+    """A noise experiment that gave each question another one's thoughts."""
+    conditions = [{"other/all": {"majority": {"correct": one}}} for one in right]
+    rows = [
+        {"index": index, "error": None, "n_latents": 4, "seconds": 1.0, "conditions": one}
+        for index, one in enumerate(conditions)
+    ]
+    (directory / "progress").mkdir(parents=True)
+    for row in rows:
+        append_jsonl(directory / "progress" / "part-0.jsonl", row)
 
 
 def compare(save_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch, *more: str) -> None:
@@ -136,6 +152,8 @@ def compare(save_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch, *more: 
 def test_comparison_of_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_path, out = tmp_path / "runs", tmp_path / "out"
     write_comparison(save_path, {"coconut": [0.9, 1.0], "no_cot": [0.5, 0.5]})
+    for seed in (0, 1):
+        write_others(out / f"coconut-seed{seed}", [True, False, False, False])
     compare(save_path, out, monkeypatch, "--seeds", "0", "1", "--methods", "coconut", "no_cot")
     summary = json.loads((out / "summary.json").read_text())
     assert summary["methods"]["coconut"]["accuracy"] == pytest.approx(0.95)
@@ -146,7 +164,7 @@ def test_comparison_of_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert summary["depth_shortcut"] == 0.5
     table = (out / "table.md").read_text().splitlines()
     assert table[2].startswith(
-        "| Coconut (`coconut`) | 95.0 ± 7.1 | 90.0, 100.0 | 75.0 ± 7.1 | 70.0, 80.0 | 25.0% | 6.5 | 4.0 | 0.1250 |"
+        "| Coconut (`coconut`) | 95.0 ± 7.1 | 90.0, 100.0 | 65.0 (100%) | 25.0 | 25.0% | 6.5 | 4.0 | 0.1250 | 0 to 0 |"
     )
     assert table[3].startswith("| no-CoT (`no_cot`) | 50.0 ± 0.0 | 50.0, 50.0 |  |  | 25.0% |")  # it has no thoughts
     assert len({line.count("|") for line in table}) == 1
@@ -157,9 +175,9 @@ def test_comparison_of_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_comparison_names_the_run_that_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_comparison(tmp_path / "runs", {"coconut": [0.9]})
+    write_comparison(tmp_path / "runs", {"cot": [0.9]})
     with pytest.raises(SystemExit) as caught:
-        compare(tmp_path / "runs", tmp_path / "out", monkeypatch, "--seeds", "0", "--methods", "coconut", "icot")
+        compare(tmp_path / "runs", tmp_path / "out", monkeypatch, "--seeds", "0", "--methods", "cot", "icot")
     assert caught.value.code == 2
     assert "icot-seed0" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
