@@ -1,0 +1,174 @@
+"""Numbers you should see: `python -m experiments.expected RUN` says at which stage a run leaves those of docs/expected.json.
+
+`python -m experiments.expected --make RUN RUN ...` takes the finished runs of several seeds into docs/expected.json and writes
+docs/EXPECTED.md anew. A run belongs to the file of args/ whose `name` it has.
+
+A seed that was not among those may lie a little outside of their range. So a stage counts as left behind where its accuracy
+is lower, or its loss or its epochs are more, than the range of the seeds and half its width again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from config import RunConfig
+from experiments.quickstart import read_metrics
+from experiments.tables import markdown
+from systems.files import read_typed
+from systems.machine import described
+from systems.writing import config_changes, write_json, write_text
+from utils import UserError, entry_point, get_logger, load_config, parse_yaml, read_text
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA, PAGE = ROOT / "docs" / "expected.json", ROOT / "docs" / "EXPECTED.md"
+# Where a run may differ from its file: none of these changes what is learned, beyond the seed.
+FREE = ("seed", "save_path", "load_model_path", "keep_last", "log_every", "num_workers", "wandb", "hang_timeout")
+SIGNS = {"accuracy": -1, "val_loss": 1, "epochs": 1}  # in which direction a number is worse
+LEAST = {"accuracy": 0.01, "val_loss": 0.005, "epochs": 1}  # no range is narrower than this
+Stages = dict[str, dict[str, list[float]]]  # stage -> number -> one value for each seed
+HEADING = """# Numbers you should see
+
+Made by `python -m experiments.expected --make RUN ...`, from [expected.json](expected.json). Hold your own run against it:
+
+    python -m experiments.expected checkpoints/quick-coconut
+
+It says at which stage the run leaves the range of these seeds. Loss and accuracy are those of the validation set at the end of
+each stage: mean over seeds, and lowest to highest. The same seed gives the same bits on the same kind of machine only; compare
+ranges, not digits. Seconds are of training alone, on the machine named.
+"""
+PUBLISHED = """
+## Published
+
+Not run here: these need a GPU. The accuracy is the paper's (arXiv 2412.06769, or as the file says), on the test set.
+"""
+
+
+def stages_of(run: Path) -> dict[str, dict[str, float]]:
+    """Of each stage: its last epoch's numbers, its epochs, its seconds."""
+    rows = read_metrics(run, "epoch")
+    found = {}
+    for stage, part in itertools.groupby(rows, key=lambda row: row["stage"]):
+        epochs = list(part)
+        last = {key: epochs[-1][key] for key in ("val_loss", "accuracy")}
+        found[str(stage)] = {**last, "epochs": len(epochs), "seconds": sum(row["seconds"] for row in epochs)}
+    return found
+
+
+def file_of(run: Path) -> str:
+    """The file of args/ that a run was started with. Raises UserError if none has its name."""
+    name = parse_yaml(read_text(run / "config.yaml"), str(run / "config.yaml"))["name"]
+    files = [path for path in sorted((ROOT / "args").glob("*.yaml")) if f"\nname: {name}\n" in path.read_text(encoding="utf-8")]
+    if not files:
+        raise UserError(f"{run}: no file in args/ has the name {name}; expected numbers belong to one")
+    return f"args/{files[0].name}"
+
+
+def collect(runs: Sequence[Path]) -> dict[str, Any]:
+    """The entry of several seeds' runs of one file."""
+    stages: Stages = {}
+    for run in runs:
+        for stage, numbers in stages_of(run).items():
+            for name, value in numbers.items():
+                stages.setdefault(stage, {}).setdefault(name, []).append(value)
+    last = read_metrics(runs[0], "epoch")[-1]
+    seeds = [load_config(RunConfig, [str(run / "config.yaml")]).seed for run in runs]
+    return {"seeds": seeds, "machine": described(last["machine"]), "stages": stages}
+
+
+def limit(name: str, values: Sequence[float]) -> float:
+    """The worst value that is still expected."""
+    low, high = min(values), max(values)
+    slack = max(LEAST[name], (high - low) / 2)
+    return high + slack if SIGNS[name] > 0 else low - slack
+
+
+def compare(run: Path, expected: Mapping[str, Any]) -> list[str]:
+    """One line for each stage, and a last one with the verdict."""
+    lines, left = [], None
+    for stage, numbers in stages_of(run).items():
+        if stage not in expected["stages"]:
+            lines.append(f"stage {stage}: not among the expected ones")
+            continue
+        wanted = expected["stages"][stage]
+        problems = []
+        for name, sign in SIGNS.items():
+            if sign * (numbers[name] - limit(name, wanted[name])) > 1e-9:
+                problems.append(f"{name} {_shown(name, numbers[name])}, expected {_range(name, wanted[name])}")
+        told = ", ".join(f"{name} {_shown(name, numbers[name])}" for name in SIGNS)
+        lines.append(f"stage {stage}: {told}: {'; '.join(problems) or 'as expected'}")
+        left = left or (stage if problems else None)
+    missing = [stage for stage in expected["stages"] if stage not in stages_of(run)]
+    verdict = "as expected" if left is None else f"leaves the expected range at stage {left}"
+    return [*lines, verdict + (f"; not there yet: stages {', '.join(missing)}" if missing else "")]
+
+
+def differences(run: Path, file: str) -> list[str]:
+    """Keys with which a run differs from its file, where that may change what is learned."""
+    changes = config_changes(load_config(RunConfig, [str(ROOT / file)]), run / "config.yaml")
+    return [change for change in changes if change.split(" ", 1)[0] not in FREE]
+
+
+def _shown(name: str, value: float) -> str:
+    return f"{100 * value:.1f}%" if name == "accuracy" else f"{value:.3f}" if name == "val_loss" else f"{value:.0f}"
+
+
+def _range(name: str, values: Sequence[float]) -> str:
+    average = f"{mean(values):.1f}" if name in ("epochs", "seconds") else _shown(name, mean(values))
+    return f"{average} ({_shown(name, min(values))} to {_shown(name, max(values))})"
+
+
+def page(data: Mapping[str, Any]) -> str:
+    parts = [HEADING]
+    for file, entry in data.items():
+        seeds = ", ".join(map(str, entry["seeds"]))
+        parts.append(f"\n## {file}\n\nSeeds {seeds}; {entry['machine']}.\n\n")
+        names = ("val_loss", "accuracy", "epochs", "seconds")
+        rows = [(stage, *(_range(name, numbers[name]) for name in names)) for stage, numbers in sorted(entry["stages"].items())]
+        parts.append(markdown(("stage", "validation loss", "accuracy", "epochs", "seconds"), rows) + "\n")
+    parts.append(PUBLISHED)
+    rows = []
+    for path in sorted((ROOT / "args").glob("*.yaml")):
+        found = re.search(r"^# Expected: the paper reports (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+        if found:
+            rows.append((f"args/{path.name}", found[1]))
+    return "".join(parts) + "\n" + markdown(("file", "published"), rows) + "\n"
+
+
+def make(runs: Sequence[Path]) -> None:
+    data = read_typed(DATA, dict[str, Any]) if DATA.exists() else {}
+    by_file: dict[str, list[Path]] = {}
+    for run in runs:
+        by_file.setdefault(file_of(run), []).append(run)
+    data |= {file: collect(group) for file, group in by_file.items()}
+    write_json(DATA, dict(sorted(data.items())))
+    write_text(PAGE, page(json.loads(DATA.read_text(encoding="utf-8"))))
+
+
+@entry_point
+def main(given: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m experiments.expected", description=__doc__)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    parser.add_argument("--make", action="store_true", help="take these runs as what is expected")
+    arguments = parser.parse_args(given)
+    if arguments.make:
+        make(arguments.runs)
+        return
+    data = read_typed(DATA, dict[str, Any])
+    for run in arguments.runs:
+        file = file_of(run)
+        if file not in data:
+            raise UserError(f"{run}: {file} has no expected numbers; docs/EXPECTED.md has those of {', '.join(data)}")
+        for change in differences(run, file):
+            get_logger().warning(f"{run} differs from {file}: {change}")
+        get_logger().info("\n".join(f"{run}: {line}" for line in compare(run, data[file])))
+
+
+if __name__ == "__main__":
+    main()
