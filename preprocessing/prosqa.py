@@ -5,6 +5,7 @@
 `--symbolic`: 40 symbols in place of sentences, 3 and 4 hops (data/prosqa_symbolic_{train,valid,test}.json).
 `--shape chains`: the small questions of the quick start, two chains of one length.
 `--shape 7hop` (8hop, dag, dense): graphs unlike those of training (data/prosqa_7hop_test.json).
+`--shape search --symbolic`: small graphs to train on, in which no shortcut works (data/prosqa_symbolic_search_train.json, ...).
 Each draw has its own generator, seeded with (seed, split, index), so a file is the same on every run.
 """
 
@@ -38,6 +39,7 @@ SIZES = {
     "prosqa_matched": {"train": 0, "valid": 0, "test": 500},
     "prosqa_symbolic_matched": {"train": 0, "valid": 0, "test": 500},
     **{f"prosqa_{shape}": {"train": 0, "valid": 0, "test": 1000} for shape in SHAPES},
+    "prosqa_symbolic_search": {"train": 100_000, "valid": 300, "test": 1000},
 }
 
 # The published data set's vocabulary: one tokenizer then serves the published files and these.
@@ -271,8 +273,10 @@ def find_problem(args: argparse.Namespace) -> str | None:
         only_chains = [key for key in ("hops", "train_hops", "branches", "concepts", "names") if key in given]
         if only_chains:
             return f"--{only_chains[0].replace('_', '-')} needs --shape chains"
-    if args.shape != "graph" and (args.depth_matched or args.symbolic):
-        return f"--{'symbolic' if args.symbolic else 'depth-matched'} needs --shape graph"
+    if args.depth_matched and args.shape != "graph":
+        return "--depth-matched needs --shape graph"
+    if args.symbolic and args.shape == "chains":
+        return "--symbolic needs graphs, not --shape chains"
     for key in ("train", "valid", "test", "branches", "seed"):
         if given.get(key, 0) < 0:
             return f"--{key} must be at least 0, is {given[key]}"

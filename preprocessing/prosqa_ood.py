@@ -20,7 +20,7 @@ OTHERS = 2  # further persons
 
 
 class Shape(NamedTuple):
-    """Steps from the person to both options, nodes and edges of a graph. The training set has 3 to 6, 23 and 36."""
+    """Steps from the person to both options, nodes and edges of a graph. ProsQA's training set has 3 to 6, 23 and 36."""
 
     hops: Sequence[int]
     nodes: int
@@ -32,6 +32,7 @@ SHAPES = {
     "8hop": Shape((8,), 28, 42),
     "dag": Shape((3, 4, 5, 6), 23, 36),
     "dense": Shape((3, 4, 5, 6), 24, 70),
+    "search": Shape((3, 4), 18, 26),  # small enough to train on: scripts/compare_methods.sh with QUESTIONS=prosqa_search
 }
 
 

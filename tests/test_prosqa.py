@@ -314,7 +314,7 @@ def test_the_files_in_data_are_what_the_command_writes(split):
         (["--train", "-1"], "--train must be at least 0, is -1"),
         (["--depth-matched", "--test", "5"], "--test must be even with --depth-matched (two questions over each graph), is 5"),
         (["--depth-matched", "--shape", "chains"], "--depth-matched needs --shape graph"),
-        (["--symbolic", "--shape", "chains"], "--symbolic needs --shape graph"),
+        (["--symbolic", "--shape", "chains"], "--symbolic needs graphs, not --shape chains"),
         (["--symbolic", "--names", "3"], "--names needs --shape chains"),
         (["--symbolic", "--train", "-4"], "--train must be at least 0, is -4"),
         (["--unknown"], "unrecognized arguments: --unknown"),
