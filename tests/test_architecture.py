@@ -48,7 +48,7 @@ ORDER = (
     "full_test",
 )
 LATER = {("coconut", "systems.pretrained"), ("systems.checkpoint", "systems.convert")}  # imported where a method is called
-PACKAGES = ("systems", "preprocessing", "experiments")
+PACKAGES = ("methods", "systems", "preprocessing", "experiments")
 ENTRY_POINTS = ORDER[ORDER.index("run") :]
 PURE = {
     "coconut": ("torch.distributed", "wandb", "argparse", "sys"),

@@ -1,0 +1,101 @@
+"""What a loss is given and what it returns; the sequences of an example and their tensors in a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from coconut import Coconut
+
+
+class Loss(NamedTuple):
+    """What is minimised, a scalar, and the parts of it that are worth telling, by name."""
+
+    total: Tensor
+    parts: dict[str, Tensor]
+
+
+class Totals(NamedTuple):
+    """Of the whole optimizer step, divided by the number of processes, whose gradients are averaged.
+
+    labels: labelled tokens of each sequence of the examples, by its name. examples: examples.
+    """
+
+    labels: dict[str, float]
+    examples: float
+
+
+Batch = Mapping[str, Tensor]
+LossFunction = Callable[["Coconut", Batch, Totals], Loss]
+ANSWER_AT = "answer_at"  # (B,) the column of the answer's first token, where a method has several sequences
+MAIN = "main"  # the sequence that every method has: the prompt and what is written after it
+
+
+def cross_entropy(model: Coconut, batch: Batch, totals: Totals) -> Loss:
+    """The mean cross entropy over the labelled tokens of the step (paper, section 3)."""
+    return Loss(sequence_loss(model, batch, totals, MAIN), {})
+
+
+def sequence_loss(model: Coconut, batch: Batch, totals: Totals, name: str) -> Tensor:
+    """The cross entropy of one sequence of the examples: its sum over this batch by the labels of the whole step."""
+    inputs = sequence(batch, name)
+    return model(**inputs, labelled_only=True, num_items_in_batch=totals.labels[name]).loss
+
+
+def sequence(batch: Batch, name: str = MAIN) -> dict[str, Tensor]:
+    """The tensors (B, T) of one sequence: input_ids, attention_mask, position_ids, labels."""
+    prefix = sequence_key(name, "")
+    keys = ("input_ids", "attention_mask", "position_ids", "labels")
+    return {key: batch[prefix + key] for key in keys}
+
+
+def before_answer(states: Tensor, batch: Batch, name: str = MAIN) -> Tensor:
+    """Of the states (B, T, D) of a sequence those of the token that predicts the answer's first one: (B, D)."""
+    at = batch[sequence_key(name, ANSWER_AT)] - 1
+    return states[torch.arange(len(states), device=states.device), at]
+
+
+def sequence_key(name: str, key: str) -> str:
+    """How a tensor of a sequence is named in a batch: "input_ids", "teacher/input_ids"."""
+    return key if name == MAIN else f"{name}/{key}"
+
+
+def sequence_name(key: str) -> str:
+    """The sequence that a tensor of a batch belongs to."""
+    return key.rpartition("/")[0] or MAIN
+
+
+class Objective(nn.Module):
+    """A model with its method's loss: what is trained, and what DDP wraps, so that all of the loss is one forward."""
+
+    def __init__(self, model: Coconut, loss: LossFunction) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = loss
+
+    def forward(self, batch: Batch, totals: Totals) -> Loss:
+        return self.loss(self.model, batch, totals)
+
+
+class Parts(NamedTuple):
+    """The tokens of an example: the prompt with its thoughts, the steps still written, all steps, and the answer."""
+
+    question: list[int]
+    prompt: list[int]
+    remaining: list[int]
+    steps: list[int]
+    answer: list[int]
+
+
+class TokenSequence(NamedTuple):
+    """Tokens without and with loss."""
+
+    prompt: list[int]
+    target: list[int]
+
+
+Sequences = Callable[[Parts], dict[str, TokenSequence]]
