@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +23,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel
 
 from generation import (
-    Branch,
-    Branches,
-    Details,
-    Prompt,
     Sampling,
-    Thinking,
     branch_point,
     check_generate,
     count_positions,
@@ -40,22 +35,10 @@ from generation import (
     with_latents,
 )
 from noise import Scales, sampling_generator
+from states import Branch, Branches, Details, Outputs, Pass, Prompt, Thinking
 from thoughts import Intervention, Noise, ThoughtInterventions, ThoughtMap, gather_thoughts, published_noise
 
 IGNORE_INDEX = -100  # label of positions that carry no loss, as in torch.nn.functional.cross_entropy
-
-
-class Outputs(NamedTuple):
-    """What `Coconut.forward` returns.
-
-    loss: scalar float32, or None without labels.
-    inputs_embeds: (B, T, D), the input embeddings with the thoughts filled in.
-    logits: (B, T, V) float; with `labelled_only` (N, V), row by row in the order of the labels they predict.
-    """
-
-    loss: Tensor | None
-    inputs_embeds: Tensor
-    logits: Tensor
 
 
 class Coconut(nn.Module):
@@ -154,6 +137,7 @@ class Coconut(nn.Module):
         seed: int | None = None,
         question_index: int | Sequence[int] | None = None,
         return_details: bool = False,
+        all_layers: bool = False,
     ) -> Outputs | tuple[Outputs, Details]:
         """Latent passes, then next-token logits and their mean cross entropy over the labelled positions.
 
@@ -164,7 +148,7 @@ class Coconut(nn.Module):
             labelled_only: project only the N positions that predict a label onto the vocabulary.
             num_items_in_batch: divide the summed cross entropy by this instead of by N, for means over several batches.
             noise, noise_scale, noise_type, noise_direction, apply_noise_to_all_passes, seed, question_index: as in `generate`.
-            return_details: also return the thoughts and their noise.
+            return_details: also return the thoughts and their noise. all_layers: and every layer's states in the last pass.
 
         Raises:
             ValueError: a latent with no real token before it; `labelled_only` without labels; noise that there is not.
@@ -174,7 +158,7 @@ class Coconut(nn.Module):
         if noise is None:
             noise = published_noise(noise_scale, noise_type, noise_direction, apply_noise_to_all_passes)
         changes = self._with_noise(input_ids, noise, seed, question_index)
-        thinking = self.think(input_ids, attention_mask, position_ids, interventions=changes)
+        thinking = self.think(input_ids, attention_mask, position_ids, interventions=changes, all_layers=all_layers)
         outputs = self._outputs(thinking, labels, labelled_only, num_items_in_batch)
         return (outputs, self._details(input_ids, thinking, changes)) if return_details else outputs
 
@@ -203,13 +187,15 @@ class Coconut(nn.Module):
         position_ids: Tensor | None = None,
         keep_cache: bool = False,
         interventions: ThoughtInterventions | None = None,
+        all_layers: bool = False,
     ) -> Thinking:
         """All latent passes of (B, T) tokens, without the language-model head."""
         prompt = self.prompt(input_ids, attention_mask, position_ids)
         bounds = pass_bounds(prompt.latent, prompt.mask)
         idle = self.max_over_ranks(len(bounds)) - len(bounds)  # agreed on before the first pass gathers anything
         cache = DynamicCache() if keep_cache or len(bounds) > 1 else None
-        thinking = self.passes(self.embedding(input_ids), prompt, bounds, cache, interventions=interventions)
+        embeds = self.embedding(input_ids)
+        thinking = self.passes(embeds, prompt, bounds, cache, interventions=interventions, all_layers=all_layers)
         nothing = self.idle_passes(idle, with_map=torch.is_grad_enabled())
         return thinking if nothing is None else thinking._replace(hidden=thinking.hidden + nothing)
 
@@ -226,12 +212,13 @@ class Coconut(nn.Module):
         cache: DynamicCache | None,
         before: Sequence[Tensor] | None = None,
         interventions: ThoughtInterventions | None = None,
+        all_layers: bool = False,
     ) -> Thinking:
         """One pass for each of the bounds.
 
         embeds: (B, T, D) of their columns alone. before: what the map reads, each (B, 1, D), at the column before them.
         """
-        hidden, filled = [], []
+        hidden, filled, layers = [], [], cast("Sequence[Tensor]", ())
         for (start, end), segment in zip(bounds, embeds.split([end - start for start, end in bounds], dim=1), strict=True):
             if before is not None:
                 thought = self.thought_map(before)  # (B, 1, D)
@@ -240,17 +227,23 @@ class Coconut(nn.Module):
                 is_latent = prompt.latent[:, start, None, None]  # (B, 1, 1)
                 first = torch.where(is_latent, thought.to(segment.dtype), segment[:, :1])
                 segment = torch.cat([first, segment[:, 1:]], dim=1)
-            states, before = self.base_pass(segment, prompt.mask[:, :end], prompt.positions[:, start:end], cache)
+            place = (prompt.mask[:, :end], prompt.positions[:, start:end])
+            states, before, layers = self.base_pass(segment, *place, cache, all_layers and end == bounds[-1][1])
             if start == 0 and self.before_last_backward is not None and states.requires_grad:
                 states.register_hook(self._announce_last_backward)
             hidden.append(states)
             filled.append(segment)
-        return Thinking(torch.cat(hidden, dim=1), torch.cat(filled, dim=1), cache, cast("Sequence[Tensor]", before))
+        return Thinking(torch.cat(hidden, dim=1), torch.cat(filled, dim=1), cache, cast("Sequence[Tensor]", before), layers)
 
     def base_pass(
-        self, inputs_embeds: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: DynamicCache | None
-    ) -> tuple[Tensor, list[Tensor]]:
-        """One pass of the decoder: the states (B, T, D) that the head reads, and those (B, 1, D) that the map reads."""
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        cache: DynamicCache | None,
+        all_layers: bool = False,
+    ) -> Pass:
+        """One pass of the decoder."""
         layers = self.thought_map.layers
         outputs = self.decoder(
             inputs_embeds=inputs_embeds,
@@ -258,14 +251,15 @@ class Coconut(nn.Module):
             position_ids=position_ids,
             past_key_values=cache,
             use_cache=cache is not None,
-            output_hidden_states=any(layer != -1 for layer in layers),
+            output_hidden_states=all_layers or any(layer != -1 for layer in layers),
         )
         # Gradient checkpointing makes transformers drop the cache with no more than a warning: wrong thoughts.
         if cache is not None and cache.get_seq_length() != attention_mask.shape[1]:
             raise ValueError("the base model keeps no key-value cache, or gradient checkpointing has turned it off")
         device = inputs_embeds.device  # the last layers of a model that is spread over devices are on another one
         last = outputs.last_hidden_state.to(device)
-        return last, [(last if layer == -1 else outputs.hidden_states[layer].to(device))[:, -1:] for layer in layers]
+        before = [(last if layer == -1 else outputs.hidden_states[layer].to(device))[:, -1:] for layer in layers]
+        return Pass(last, before, outputs.hidden_states if all_layers else ())
 
     def idle_passes(self, count: int, with_map: bool = False) -> Tensor | None:
         """Zero, by way of `count` passes over one token and, `with_map`, of the map's parameters; None where there is nothing.
@@ -276,7 +270,7 @@ class Coconut(nn.Module):
         """
         token = torch.full((1, 1), self.eos_token_id, device=self.embedding.weight.device)
         mask, position = torch.ones_like(token), torch.zeros_like(token)
-        parts = [self.base_pass(self.embedding(token), mask, position, None)[0].sum() for _ in range(count)]
+        parts = [self.base_pass(self.embedding(token), mask, position, None).states.sum() for _ in range(count)]
         if with_map:
             parts += [parameter.sum() for parameter in self.thought_map.parameters() if parameter.requires_grad]
         return 0 * torch.stack(parts).sum() if parts else None
@@ -296,7 +290,8 @@ class Coconut(nn.Module):
     def _details(self, input_ids: Tensor, thinking: Thinking, changes: ThoughtInterventions | None) -> Details:
         latent = input_ids == self.latent_token_id
         infos = [[] for _ in latent] if changes is None else changes.infos
-        return Details(gather_thoughts(thinking.inputs_embeds, latent), latent.sum(dim=1), infos, thinking.hidden)
+        thoughts = gather_thoughts(thinking.inputs_embeds, latent)
+        return Details(thoughts, latent.sum(dim=1), infos, thinking.hidden, thinking.layers)
 
     def project(self, hidden: Tensor) -> Tensor:
         """Language-model head on hidden states (..., D) -> logits (..., V), with the scalings some families apply after it."""

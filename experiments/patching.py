@@ -141,7 +141,7 @@ def _read(model: Coconut, embeds: Tensor, cache: DynamicCache) -> Tensor:
     begin = cache.get_seq_length()
     mask = torch.ones(len(embeds), begin + embeds.shape[1], dtype=torch.long, device=embeds.device)
     positions = torch.arange(begin, mask.shape[1], device=embeds.device).expand(len(embeds), -1)
-    return model.base_pass(embeds, mask, positions, cache)[0][:, -1]
+    return model.base_pass(embeds, mask, positions, cache).states[:, -1]
 
 
 def _patched(model: Coconut, patch: Patch, own: _Thought, other: _Thought, thoughts: int) -> DynamicCache:

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from coconut import Coconut
 from config import EvalLatents, RunConfig
 from dataset import get_question_latent_dataset
-from generation import Details
+from states import Details
 from systems import checkpoint, sources
 from systems.files import Facts, read_facts
 from systems.models import LatentIds, build_model, latent_ids

@@ -12,6 +12,7 @@ ORDER = (
     "utils",
     "noise",
     "thoughts",
+    "states",
     "generation",
     "systems.activation_checkpointing",
     "coconut",

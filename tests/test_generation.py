@@ -10,8 +10,8 @@ from naive import naive_decode, naive_diversity, naive_perturb, naive_sampler
 from test_coconut import PROMPTS, BusyRank, alone, build, draw, mapped, wrap
 from tiny_models import IDS, POSITIONS, assert_near, near, tiny_model
 
-from generation import Branches
 from noise import noise_generator, sampling_generator
+from states import Branches
 
 QUESTIONS = [5, 900, 2, 7, 31]
 NEW = 6

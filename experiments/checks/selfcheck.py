@@ -29,8 +29,9 @@ from experiments.noise.settings import Voters
 from experiments.noise.subjects import Subject
 from experiments.noise.sweep import Answerer, conditions
 from experiments.tables import terminal
-from generation import Branch, Branches, Details, generate_from
+from generation import generate_from
 from noise import NOISES, apply_noise_to_hidden_states, derived_generator, find_noise
+from states import Branch, Branches, Details
 from systems import distributed
 from systems.machine import described, machine
 from systems.metrics import show

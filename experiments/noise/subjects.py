@@ -16,8 +16,9 @@ from dataset import MyCollator
 from experiments.answers.judging import build_prompt, user_message
 from experiments.answers.questions import BenchmarkQuestion
 from experiments.noise.settings import SweepConfig
-from generation import MAX_N_LATENT, BranchPoint, branch_point
+from generation import MAX_N_LATENT, branch_point
 from methods import METHODS, EvalLatents, stage_shape
+from states import BranchPoint
 from systems import distributed, files, sources
 from systems.models import LatentIds, build_model, latent_ids
 from systems.shards import SHARDS

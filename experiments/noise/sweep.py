@@ -32,8 +32,9 @@ from experiments.noise.progress import Progress, Record, open_progress
 from experiments.noise.settings import SweepConfig
 from experiments.noise.subjects import Subject, load_subject
 from experiments.noise.summary import CLEAN, GREEDY, NO_LATENTS, SELF_CONSISTENCY, condition_key, control_key
-from generation import Branch, BranchPoint, generate_from
+from generation import generate_from
 from noise import find_noise
+from states import Branch, BranchPoint
 from systems import distributed
 from systems.machine import machine
 from systems.storage import alone
