@@ -86,6 +86,10 @@ class RunConfig(Config):
     """icot: epochs that write everything."""
     icot_remove_all_beyond: Annotated[int | None, Field(ge=0, le=ALL_TOKENS), BeforeValidator(null)] = None
     """icot: once more tokens than this are removed, all are; null: never."""
+    codi_teacher_weight: Annotated[float, Field(ge=0)] = 1.0
+    """codi: weight of the teacher's cross entropy."""
+    codi_distillation_weight: Annotated[float, Field(ge=0)] = 1.0
+    """codi: weight of the distance of the student's states from the teacher's; published 1 for GPT-2, 20 for Llama 3.2 1B."""
     num_epochs: Annotated[int, Field(ge=1, le=MOST_EPOCHS)] = 1
     """Epochs of the whole training."""
     lr: Annotated[float, Field(gt=0)] = 1e-4
@@ -293,6 +297,12 @@ class RunConfig(Config):
     def part(self, kind: type[Part]) -> Part:
         """The keys that a dataclass has fields for: a module is given its part of the configuration, not everything."""
         return kind(**{field.name: getattr(self, field.name) for field in fields(cast("Any", kind))})
+
+    @property
+    def loss_options(self) -> Any:
+        """The keys that the method's loss is given; None where it needs none."""
+        kind = METHODS[str(self.method)].options
+        return None if kind is None else self.part(kind)
 
     @property
     def curriculum(self) -> Curriculum:

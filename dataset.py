@@ -155,11 +155,14 @@ class _StageExamples:
     latents: EvalLatents = "gold"
 
     def __call__(self, rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        columns = ("idx", "question_tokenized", "steps_tokenized", "answer_tokenized")
-        examples = [self._example(*values) for values in zip(*(rows[column] for column in columns), strict=True)]
+        columns = [rows[name] for name in ("idx", "question_tokenized", "steps_tokenized", "answer_tokenized")]
+        before_answer = rows.get("before_answer") or [0] * len(rows["idx"])  # only sequences with labels need it
+        examples = [self._example(*values) for values in zip(*columns, before_answer, strict=True)]
         return {key: [example[key] for example in examples] for key in examples[0]}
 
-    def _example(self, idx: int, question: list[int], steps: list[list[int]], answer: list[int]) -> dict[str, Any]:
+    def _example(
+        self, idx: int, question: list[int], steps: list[list[int]], answer: list[int], before_answer: int
+    ) -> dict[str, Any]:
         method = METHODS[self.curriculum.method]
         stage = self.stage
         if self.with_labels:
@@ -171,12 +174,12 @@ class _StageExamples:
         prompt = question + thoughts
         if not self.with_labels:
             return {**_tensors(prompt, []), "idx": idx}
-        parts = Parts(question, prompt, remaining_steps(shape, steps), [token for step in steps for token in step], answer)
+        parts = Parts(question, prompt, remaining_steps(shape, steps), steps, answer)
         example: dict[str, Any] = {"idx": idx}
         for name, (before, target) in example_sequences(method, parts).items():
             values = {**_tensors(before, target), "labels": [IGNORE_INDEX] * len(before) + target}
             if method.sequences is not None:
-                values[ANSWER_AT] = len(before) + len(target) - len(answer)
+                values[ANSWER_AT] = len(before) + len(target) - len(answer) + before_answer
             example |= {sequence_key(name, key): value for key, value in values.items()}
         return example
 
@@ -252,7 +255,7 @@ def check_lengths(
             needed = len(question) + markers + thoughts + longest
             if method.sequences is not None:
                 written = [token for step in steps for token in step]
-                parts = Parts(question, question + [0] * (markers + thoughts), written, written, answer)
+                parts = Parts(question, question + [0] * (markers + thoughts), written, steps, answer)
                 needed = max([needed, *(len(one.prompt) + len(one.target) for one in method.sequences(parts).values())])
             if needed > positions:
                 raise DataError(

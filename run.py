@@ -43,7 +43,7 @@ def train(config: RunConfig, device: torch.device, stop: StopRequest) -> None:
     model = build_model(source, tokenizer, ids)
     check_lengths([train_set, valid_set], config.curriculum, config.max_new_tokens, model.max_positions, config.eval_latents)
     check_passes(len(train_set), config.examples_per_epoch)
-    wrapped = distributed.wrap(model, config.part(distributed.Parallelism), device)
+    wrapped = distributed.wrap(model, config.part(distributed.Parallelism), device, config.loss_options)
     set_seed(config.seed + distributed.rank())  # other dropout masks on each
     watchdog = Watchdog(config.hang_timeout)
     evaluator = InterruptibleEvaluator(config, valid_set, tokenizer, ids, device, watchdog.beat, stop)

@@ -27,6 +27,7 @@ from methods.curriculum import (
     latents_for_steps,
     nothing_for_steps,
 )
+from methods.distillation import CodiOptions, codi_loss, teacher_sequence
 from methods.losses import (
     ANSWER_AT,
     MAIN,
@@ -57,6 +58,7 @@ class Method:
     label: in figures and tables. about: a paragraph for docs/METHODS.md. markers: special tokens that it adds.
     schedule: which stage an epoch belongs to. shape: what a question looks like at a stage. loss: what is minimised.
     sequences: further sequences of an example that go through the model beside the main one, say a teacher's.
+    options: a dataclass of the configuration's keys that the loss is given.
     """
 
     label: str
@@ -66,6 +68,7 @@ class Method:
     markers: tuple[str, ...] = ()
     loss: LossFunction = cross_entropy
     sequences: Sequences | None = None
+    options: type | None = None
 
     @property
     def has_stages(self) -> bool:
@@ -148,6 +151,20 @@ go. The first `icot_start_epoch` epochs write everything. With `reset_optimizer:
 optimizer.""",
         shape=lambda curriculum, stage, steps, latents: StageShape(0, 0, tokens_removed=stage),
         schedule=TokenRemoval(),
+    ),
+    "codi": Method(
+        label="CODI",
+        about="""
+Self-distillation (arXiv 2502.21074): no stages; `c_thought` × `max_latent_stage` latents from the first epoch. The same model
+also takes the question with its steps but the last one: the teacher. The loss is the cross entropy of both
+(`codi_teacher_weight`) and the distance of the student's states from the teacher's, in all layers, at the token that predicts
+the answer's first one (`codi_distillation_weight`). Published with `thought_map: projection`.""",
+        shape=latents_for_all_steps,
+        schedule=OneStage(last=True),
+        markers=MARKERS,
+        loss=codi_loss,
+        sequences=teacher_sequence,
+        options=CodiOptions,
     ),
 }
 

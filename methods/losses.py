@@ -30,8 +30,8 @@ class Totals(NamedTuple):
 
 
 Batch = Mapping[str, Tensor]
-LossFunction = Callable[["Coconut", Batch, Totals], Loss]
-ANSWER_AT = "answer_at"  # (B,) the column of the answer's first token, where a method has several sequences
+LossFunction = Callable[..., Loss]  # (model, batch, totals), and where a method has options these
+ANSWER_AT = "answer_at"  # (B,) the column of the first token of the answer's own text, where a method has several sequences
 MAIN = "main"  # the sequence that every method has: the prompt and what is written after it
 
 
@@ -54,8 +54,13 @@ def sequence(batch: Batch, name: str = MAIN) -> dict[str, Tensor]:
 
 
 def before_answer(states: Tensor, batch: Batch, name: str = MAIN) -> Tensor:
-    """Of the states (B, T, D) of a sequence those of the token that predicts the answer's first one: (B, D)."""
-    at = batch[sequence_key(name, ANSWER_AT)] - 1
+    """Of the states of a sequence those of the token that predicts the first one of the answer's own text: (B, D).
+
+    states: (B, T, D), or (B, T', D) of the last T' columns alone. The answer's text is what follows "### ", so that token is
+    "###", or, where a tokenizer keeps the blank apart from what follows, the blank.
+    """
+    missing = batch[sequence_key(name, "input_ids")].shape[1] - states.shape[1]
+    at = batch[sequence_key(name, ANSWER_AT)] - 1 - missing
     return states[torch.arange(len(states), device=states.device), at]
 
 
@@ -82,13 +87,18 @@ class Objective(nn.Module):
 
 
 class Parts(NamedTuple):
-    """The tokens of an example: the prompt with its thoughts, the steps still written, all steps, and the answer."""
+    """The tokens of an example: the prompt with its thoughts, the steps still written, each step, and the answer."""
 
     question: list[int]
     prompt: list[int]
     remaining: list[int]
-    steps: list[int]
+    each_step: list[list[int]]
     answer: list[int]
+
+    @property
+    def steps(self) -> list[int]:
+        """All steps, one after the other."""
+        return [token for step in self.each_step for token in step]
 
 
 class TokenSequence(NamedTuple):

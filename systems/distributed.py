@@ -174,11 +174,12 @@ class Parallelism:
     compile: bool
 
 
-def wrap(model: Coconut, config: Parallelism, device: torch.device) -> nn.Module:
+def wrap(model: Coconut, config: Parallelism, device: torch.device, loss_options: Any = None) -> nn.Module:
     """The method's objective around the model, ready for training on all processes: with DDP, FSDP2, or alone.
 
     bf16: True computes in bfloat16 from float32 weights; under FSDP2 that is its own mixed precision, else see `autocast`.
-    compile: torch.compile on each transformer block, for any number of positions.
+    compile: torch.compile on each transformer block, for any number of positions. loss_options: what the method's loss needs
+    beside the batch.
     """
     model.to(device)
     if config.activation_checkpointing:
@@ -186,7 +187,9 @@ def wrap(model: Coconut, config: Parallelism, device: torch.device) -> nn.Module
     if config.compile:
         for block in transformer_blocks(model):
             block.compile(dynamic=True)
-    objective = Objective(model, METHODS[config.method].loss)
+    method = METHODS[config.method]
+    loss = method.loss if loss_options is None else functools.partial(method.loss, options=loss_options)
+    objective = Objective(model, loss)
     if config.parallel == "fsdp":
         shard(model, config, device)
     if config.parallel == "fsdp" or world_size() == 1:

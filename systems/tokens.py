@@ -164,14 +164,20 @@ class _Tokenize:
     def __call__(self, rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
         steps = [step + "\n" for row in rows["steps"] for step in row]
         step_ids = iter(self._ids(steps, special=False))
+        answers = self._ids(["### " + answer for answer in rows["answer"]], special=False)
         return {
             "question_tokenized": question_ids(self.tokenizer, rows["question"], self.chat_template),
             "steps_tokenized": [[next(step_ids) for _ in row] for row in rows["steps"]],
-            "answer_tokenized": [
-                [*ids, self.tokenizer.eos_token_id]
-                for ids in self._ids(["### " + answer for answer in rows["answer"]], special=False)
-            ],
+            "answer_tokenized": [[*ids, self.tokenizer.eos_token_id] for ids in answers],
+            "before_answer": [self._before_answer("### " + answer) for answer in rows["answer"]],
         }
+
+    def _before_answer(self, text: str) -> int:
+        """How many tokens stand before the first one that holds some of the answer's own text."""
+        if not getattr(self.tokenizer, "is_fast", False):  # it does not say where its tokens stand
+            return len(self.tokenizer(text[:3], add_special_tokens=False)["input_ids"])
+        places = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        return next((number for number, (_, end) in enumerate(places) if end > len("### ")), len(places) - 1)
 
     def prompt(self, question: str) -> str:
         """What stands before the thoughts, as text."""
