@@ -128,8 +128,12 @@ class Evaluator:
         shape = functools.partial(stage_shape, self.curriculum, stage)
         if self.config.eval_latents != "gold" or all(shape(steps) == shape(steps, "max") for steps in numbers):
             return None
+        return self.predict(model, stage, "max")
+
+    def predict(self, model: nn.Module, stage: int, latents: EvalLatents) -> list[Prediction]:
+        """Greedy answers for all questions with so many latents (see `stage_shape`), in the order of the questions."""
         with self._evaluating(model):
-            return self._predict(model, stage, "max")
+            return self._predict(model, stage, latents)
 
     @contextlib.contextmanager
     def _evaluating(self, model: nn.Module) -> Iterator[None]:

@@ -14,11 +14,12 @@ from experiments.ablation import AblationConfig
 from experiments.checks.branch_check import QuickBranchConfig
 from experiments.checks.selfcheck import CheckConfig
 from experiments.noise.settings import BranchConfig, FullConfig, SweepConfig
+from experiments.probe import ProbeConfig
 from experiments.tables import markdown
 from systems.writing import write_text
 from utils import Config, description, entry_point, written
 
-WHOLE: dict[str, type[Config]] = {"run.py": RunConfig, "test.py": SweepConfig}
+WHOLE: dict[str, type[Config]] = {"run.py": RunConfig, "test.py": SweepConfig, "experiments.probe": ProbeConfig}
 LIKE_TEST: dict[str, type[Config]] = {
     "run_noisy_experiment.py": BranchConfig,
     "full_test.py": FullConfig,

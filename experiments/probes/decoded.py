@@ -1,0 +1,36 @@
+"""Thoughts through the language-model head (logit lens): does a thought say the step that it stands for?"""
+
+from __future__ import annotations
+
+from experiments.probes.base import Probed, Series, empty
+
+STEPS = 4  # of a question that are looked at
+
+
+def decoded(probed: Probed) -> Series:
+    """For each thought and step whether the thought's likeliest token ends that step, in percent.
+
+    What ends a step is its last token with a letter or digit, such as "is a lempus." or "42": what the step finds out.
+    """
+    tokenizer = probed.evaluator.tokenizer
+    steps = probed.dataset["steps_tokenized"]
+    ends = [[_finding(step, tokenizer) for step in own[:STEPS]] for own in steps]
+    most = max(map(len, ends), default=0)
+    found = {_name(thought, step): empty(len(ends)) for thought in range(probed.thoughts) for step in range(most)}
+    for places, states in probed.states():
+        said = probed.model.project(states).argmax(dim=-1).tolist()  # (B, N)
+        for place, tokens in zip(places, said, strict=True):
+            for thought, token in enumerate(tokens):
+                for step, end in enumerate(ends[place]):
+                    found[_name(thought, step)][place] = 100.0 * (token == end)
+    return found
+
+
+def _name(thought: int, step: int) -> str:
+    return f"thought {thought + 1} says what step {step + 1} finds"
+
+
+def _finding(step: list[int], tokenizer: object) -> int | None:
+    """None where a step has no such token."""
+    texts = [tokenizer.decode([token]) for token in step]  # type: ignore[attr-defined]
+    return next((token for token, text in zip(step[::-1], texts[::-1], strict=True) if any(map(str.isalnum, text))), None)
