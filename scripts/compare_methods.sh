@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All eight methods on the quick start's questions, five seeds: training, evaluation, table and figure.
+# All methods on the quick start's questions, five seeds: training, evaluation, table and figure.
 # All methods of a seed start from one chain of thought of 12 epochs, that of the quick start (SEED=0 and so on) where it is
 # there. Those with stages leave them by the same rule, that of args/prosqa_quick_coconut.yaml; the others take as many epochs as
 # Coconut of the same seed. Runs come one after another, so that their times can be compared.
@@ -11,7 +11,7 @@ make_environment .venv requirements.txt
 
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 read -ra seeds <<< "${SEEDS:-0 1 2 3 4}"
-read -ra methods <<< "${METHODS:-coconut cot no_cot no_thoughts no_curriculum pause pause_as_thought icot}"
+read -ra methods <<< "${METHODS:-coconut cot no_cot no_thoughts no_curriculum pause pause_as_thought icot codi}"
 save_path=checkpoints/compare data=data/prosqa_quick out=results/compare_methods
 launch=(.venv/bin/torchrun --standalone --nproc_per_node "${PROCESSES:-2}")
 
@@ -73,10 +73,10 @@ for seed in "${seeds[@]}"; do
         name=$method-seed$seed
         if [ -e "$save_path/$name/compared" ]; then continue; fi
         evaluate "$method" "$seed" "" val_path="${data}_test.json" batch_size_eval=250
-        case $method in coconut | no_curriculum | pause | pause_as_thought)
+        case $method in coconut | no_curriculum | pause | pause_as_thought | codi)
             evaluate "$method" "$seed" "" val_path="${data}_test.json" batch_size_eval=250 eval_latents=0 ;;
         esac
-        case $method in coconut | no_curriculum)
+        case $method in coconut | no_curriculum | codi)
             quietly "$save_path/$name-others.log" "${launch[@]}" test.py args/noise_sweep.yaml name="compare_methods/$name" \
                 load_model_path="$save_path/$name" data_path="${data}_test.json" num_questions=200 noise_type=gaussian_scaled \
                 noise_scales="[1]" controls="[other]" ;;
