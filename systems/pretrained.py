@@ -54,7 +54,16 @@ def save(model: Coconut, directory: Path) -> None:
 
 
 def answer(model: Coconut, question: str, max_new_tokens: int, latents: EvalLatents) -> tuple[str, Tensor]:
-    """See `Coconut.answer`. The prompt is made by the code that makes those of an evaluation."""
+    """See `Coconut.answer`."""
+    prompt = prompt_of(model, question, latents)
+    generated = model.generate(prompt, max_new_tokens=max_new_tokens, return_details=True)
+    output, details = cast("tuple[Tensor, Details]", generated)
+    text = _trained(model).tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True)
+    return str(text), details.thoughts[0]
+
+
+def prompt_of(model: Coconut, question: str, latents: EvalLatents) -> Tensor:
+    """The prompt (1, T) of a question, made by the code that makes those of an evaluation."""
     trained = _trained(model)
     ids, config = trained.ids, trained.config
     [tokens] = question_ids(trained.tokenizer, [question], config.chat_template)
@@ -62,10 +71,7 @@ def answer(model: Coconut, question: str, max_new_tokens: int, latents: EvalLate
     example = get_question_latent_dataset(
         trained.facts.stage, row, config.curriculum, ids.start, ids.thought, ids.end, latents
     )[0]
-    prompt = torch.tensor([example["input_ids"]], device=model.embedding.weight.device)
-    generated = model.generate(prompt, max_new_tokens=max_new_tokens, return_details=True)
-    output, details = cast("tuple[Tensor, Details]", generated)
-    return str(trained.tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True)), details.thoughts[0]
+    return torch.tensor([example["input_ids"]], device=model.embedding.weight.device)
 
 
 def _trained(model: Coconut) -> Trained:
