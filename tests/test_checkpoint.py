@@ -7,22 +7,20 @@ import json
 import os
 import random
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import read_evaluation, read_rows, write_json
+from conftest import write_json
 from safetensors.torch import load_file
 from same_run import differences
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import run
 import training
-from config import RunConfig
-from systems import checkpoint, convert, files, sources
+from systems import checkpoint, convert, files
 from systems.checkpoint import CheckpointError
 from systems.storage import complete_checkpoints
 from utils import UserError
@@ -155,41 +153,6 @@ def test_keep_last_spares_the_best(run_arguments: list[str], save_dir: Path) -> 
     assert kept == {"checkpoint_3", state["best_checkpoint"]}
 
 
-def test_best_is_not_newest(run_arguments: list[str], save_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """@best, also when the newest checkpoint is one of Ctrl-C inside the first epoch of a new stage."""
-    accuracies = iter([0.9, 0.8, 0.3])
-    original = training.Evaluator.evaluate
-
-    def evaluate(self: Any, model: Any, stage: int) -> Any:
-        result = original(self, model, stage)
-        result.accuracy = next(accuracies)
-        return result
-
-    def found(name: str) -> str:
-        start = {"name": "x", "model_id": "m", "method": "coconut", "val_path": "v", "only_eval": True}
-        config = RunConfig(**start, load_model_path=str(save_dir / f"run{name}"))
-        return Path(str(sources.resolve_paths(config).load_model_path)).name
-
-    monkeypatch.setattr(training.Evaluator, "evaluate", evaluate)
-    start(run_arguments, "num_epochs=2", "epochs_per_stage=2", "keep_last=1")
-    steps = files.read_training_state(save_dir / "run" / "checkpoint_2")["state"]["global_step"]
-    assert [found(""), found("@best")] == ["checkpoint_2", "checkpoint_1"]
-    with pytest.MonkeyPatch.context() as patch:
-        stop_after(patch, steps + 2, signal.SIGINT)
-        start(run_arguments, "num_epochs=3", "epochs_per_stage=2", "keep_last=1")
-    assert [found(""), found("@best")] == [f"checkpoint_2_step{steps + 2}", "checkpoint_1"]
-    weights = save_dir / "run" / "checkpoint_1" / "model.safetensors"
-    content = weights.read_bytes()
-    weights.write_bytes(content[:1000])
-    with pytest.raises(CheckpointError, match=r"checkpoint_1: model.safetensors has 1,000 bytes"):
-        found("@best")
-    weights.write_bytes(content)
-    start(run_arguments, "num_epochs=3", "epochs_per_stage=2")
-    assert [found(""), found("@best")] == ["checkpoint_3", "checkpoint_3"]  # of the last stage
-    with pytest.raises(CheckpointError, match="nothing holds no checkpoint that was evaluated, so none is the best"):
-        found("/nothing@best")
-
-
 def test_markers_that_are_not_the_tokenizers_are_refused(run_arguments: list[str], save_dir: Path) -> None:
     start(run_arguments, "num_epochs=1")
     directory = save_dir / "run" / "checkpoint_1"
@@ -202,61 +165,12 @@ def test_markers_that_are_not_the_tokenizers_are_refused(run_arguments: list[str
         start(run_arguments, "from_scratch=false", "only_eval=true", f"load_model_path={directory}")
 
 
-def test_best_accuracy_is_compared_within_one_stage(
-    run_arguments: list[str], save_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    accuracies = iter([0.9, 0.9, 0.3, 0.2, 0.4, 0.1])  # as good as before is not better
-    original = training.Evaluator.evaluate
-
-    def evaluate(self: Any, model: Any, stage: int) -> Any:
-        result = original(self, model, stage)
-        result.accuracy = next(accuracies)
-        return result
-
-    monkeypatch.setattr(training.Evaluator, "evaluate", evaluate)
-    start(run_arguments, "save_only_improve=true", "num_epochs=6", "epochs_per_stage=2")
-    kept = [path.name for path in complete_checkpoints(save_dir / "run")]
-    assert kept == ["checkpoint_1", "checkpoint_3", "checkpoint_5"]
-
-
-def test_save_directories_of_another_method_or_damaged_state_are_refused(run_arguments: list[str], save_dir: Path) -> None:
-    start(run_arguments, "num_epochs=1")
-    with pytest.raises(UserError, match="was trained with method coconut, not no_thoughts: choose another name"):
-        start(run_arguments, "method=no_thoughts", "num_epochs=2")
-    (save_dir / "run" / "checkpoint_1" / "manifest.json").unlink()  # as versions before 0.2 wrote it
-    (save_dir / "run" / "checkpoint_1" / "training_state.pt").write_bytes(b"broken")
-    with pytest.raises(CheckpointError, match=r"training_state.pt: damaged or of another version"):
-        start(run_arguments, "num_epochs=2")
-
-
-def test_a_model_path_without_a_model_is_named(run_arguments: list[str], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="load_model_path: .*nothing: no such file or directory"):
-        start(run_arguments, "from_scratch=false", f"load_model_path={tmp_path}/nothing")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="holds neither a model"):
-        start(run_arguments, "from_scratch=false", f"load_model_path={tmp_path}/empty")
-
-
 def test_random_states_survive_the_file(tmp_path: Path) -> None:
     state = checkpoint._rng_state()
     torch.save(state, tmp_path / "rng.pt")
     expected = (random.random(), np.random.rand(), torch.rand(1).item())
     checkpoint._set_rng_state(torch.load(tmp_path / "rng.pt", weights_only=True))
     assert (random.random(), np.random.rand(), torch.rand(1).item()) == expected
-
-
-@pytest.mark.parametrize("known", [True, None])
-def test_evaluation_uses_the_chat_template_of_the_training(tmp_path: Path, known: bool | None) -> None:
-    facts = dataclasses.asdict(files.Facts("coconut", 1, 2, 3, True, 4, None, 5, 6, 7, 8, chat_template=True))
-    if known is None:  # checkpoints of version 0.1 do not say
-        del facts["chat_template"]
-    (tmp_path / "coconut.json").write_text(json.dumps(facts))
-    asked = RunConfig(
-        name="x", model_id="m", method="coconut", val_path="v", only_eval=True, load_model_path=str(tmp_path), lora_r=4
-    )
-    config, stage, epoch = sources.evaluation_config(asked)
-    assert (config.chat_template, stage, epoch) == (known is True, 1, 4)
-    assert config.lora_r is None  # merged already
 
 
 # --- converting published single-file checkpoints ---
@@ -274,49 +188,6 @@ def published(run_arguments: list[str], save_dir: Path, model_directory: Path, t
 
 def run_convert(*arguments: Any) -> None:
     convert.main.__wrapped__(["convert", *map(str, arguments)])
-
-
-def test_a_published_checkpoint_becomes_a_directory(
-    run_arguments: list[str], save_dir: Path, published: Path, model_directory: Path, tmp_path: Path
-) -> None:
-    target = tmp_path / "converted"
-    run_convert(published, target, "--model-id", model_directory, "--stage", 2, "--max-latent-stage", 2, "--epoch", 33)
-    for key, value in weights(save_dir / "run" / "checkpoint_3").items():
-        assert torch.equal(weights(target)[key], value), key
-    original, facts = (files.read_facts(path) for path in (save_dir / "run" / "checkpoint_3", target))
-    assert facts == dataclasses.replace(original, epoch=33, accuracy=None, data={})
-    start(run_arguments, "name=again", "from_scratch=false", "only_eval=true", f"load_model_path={target}", "resume=99")
-    row = read_evaluation(save_dir / "again")
-    assert row["loss"] == pytest.approx(read_rows(save_dir / "run" / "metrics.jsonl", "epoch")[-1]["val_loss"], rel=1e-5)
-    start(run_arguments, "name=further", "from_scratch=false", f"load_model_path={target}", "num_epochs=1")  # training goes on
-
-
-def test_what_cannot_be_converted_is_one_line_and_leaves_nothing(
-    published: Path, model_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    target = tmp_path / "converted"
-    with pytest.raises(UserError, match="nowhere.pt: no such file; a state dict in one file is needed"):
-        run_convert(tmp_path / "nowhere.pt", target, "--stage", 1)
-    with pytest.raises(UserError, match="--stage"):
-        run_convert(published, target)
-    with pytest.raises(UserError, match="expected a whole number that is not negative, got '-1'"):
-        run_convert(published, target, "--stage=-1")
-    with pytest.raises(UserError, match="--stage 5: the last stage of method cot is 0"):
-        run_convert(published, target, "--stage", 5, "--method", "cot")
-    with pytest.raises(UserError, match="--stage 5: the last stage of method coconut is 4, as max-latent-stage is 3"):
-        run_convert(published, target, "--stage", 5, "--max-latent-stage", 3)
-    with pytest.raises(UserError, match="--c-thought 0 leaves stage 1 of coconut without thoughts"):
-        run_convert(published, target, "--stage", 1, "--c-thought", 0)
-    with pytest.raises(UserError, match="is there already: choose another directory"):
-        run_convert(published, model_directory, "--stage", 1)
-    torch.save({"a": torch.ones(1)}, tmp_path / "other.pt")
-    monkeypatch.setattr("sys.argv", ["systems.checkpoint", "convert", str(tmp_path / "other.pt"), str(target), "--stage", "1"])
-    monkeypatch.setattr("sys.argv", [*sys.argv, "--model-id", str(model_directory)])
-    with pytest.raises(SystemExit) as caught:
-        convert.main()
-    assert caught.value.code == 2
-    assert len(capsys.readouterr().err.strip().splitlines()) == 1
-    assert not target.exists()
 
 
 def test_an_optimizer_state_of_another_shape_is_one_line(run_arguments: list[str], save_dir: Path) -> None:

@@ -6,7 +6,6 @@ import contextlib
 import errno
 import json
 import os
-import re
 import resource
 import signal
 import subprocess
@@ -14,18 +13,15 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from conftest import write_json
-from safetensors import SafetensorError
 
-from systems import storage, writing
-from systems.files import Facts, TrainingState, read_typed_lines
+from systems import storage
+from systems.files import Facts, TrainingState
 from systems.storage import CheckpointError, complete_checkpoints, newest_whole, remove_old, write_directory
-from systems.writing import append_jsonl, write_text
 from utils import UserError, entry_point
 
 IDS = {"start_latent_id": 5, "end_latent_id": 6, "latent_token_id": 7, "eos_token_id": 0}
@@ -139,35 +135,6 @@ WRONG: list[tuple[str, Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "content", "reason"), WRONG)
-def test_files_of_another_shape_are_named_and_the_checkpoint_before_is_taken(
-    save_dir: Path, name: str, content: Any, reason: str, capsys: Any
-) -> None:
-    """Whole as its manifest says, but not what this version writes."""
-    path = save_dir / "checkpoint_10_step30" / name
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    elif name == "training_state.pt":
-        torch.save(content, path)
-    else:
-        write_json(path, content)
-    if name != "manifest.json":
-        (path.parent / "manifest.json").unlink()
-        storage.write_manifest(path.parent)
-    assert newest_whole(save_dir) == save_dir / "checkpoint_10"
-    (line,) = capsys.readouterr().out.splitlines()
-    assert re.search(f"checkpoint_10_step30 is passed over: {name}: damaged or of another version: ({reason})", line)
-
-
-def test_a_bad_line_costs_itself_alone(tmp_path: Path, capsys: Any) -> None:
-    path = tmp_path / "part-0.jsonl"
-    path.write_bytes(b'{"index": 1}\n\n\xff\n[]\n{"index": 2}\n{"ind')
-    assert read_typed_lines(path, dict[str, int]) == [{"index": 1}, {"index": 2}]
-    lines = capsys.readouterr().out.splitlines()
-    assert [line[-18:] for line in lines] == [f"line {number} is left out" for number in (2, 3, 4)]
-    assert all(line.startswith(f"{path}: damaged or of another version: ") for line in lines)
-
-
 def test_the_manifest_knows_every_file_in_subdirectories_too(tmp_path: Path) -> None:
     def nested(directory: Path) -> None:
         (directory / "templates").mkdir()
@@ -179,23 +146,6 @@ def test_the_manifest_knows_every_file_in_subdirectories_too(tmp_path: Path) -> 
     (tmp_path / "x" / "templates" / "a.jinja").write_text("abd")
     assert "a.jinja is damaged" in str(storage.manifest_problem(tmp_path / "x", hashes=True))
     assert storage.manifest_problem(tmp_path / "x", hashes=False) is None
-
-
-@pytest.mark.parametrize(
-    "error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("torch"), SafetensorError("x")]
-)
-def test_what_cannot_be_written_leaves_what_was_there(save_dir: Path, error: Exception) -> None:
-    def failing(directory: Path) -> None:
-        (directory / "model.safetensors").write_text("half")
-        raise error
-
-    before = sorted(path.name for path in save_dir.iterdir())
-    with pytest.raises(CheckpointError, match="the checkpoint could not be written: .*the checkpoints before it are untouched"):
-        write_directory(save_dir / "checkpoint_11", failing)
-    with pytest.raises(CheckpointError, match="could not be written"):
-        write_directory(save_dir / "checkpoint_10", failing)
-    assert sorted(path.name for path in save_dir.iterdir()) == before
-    assert newest_whole(save_dir) == save_dir / "checkpoint_10_step30"
 
 
 @pytest.mark.parametrize(
@@ -242,29 +192,6 @@ def small_files() -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
-    path = tmp_path / "config.yaml"
-    write_text(path, "before")
-    with small_files(), pytest.raises(UserError, match=r"config.yaml: cannot be written: File too large"):
-        write_text(path, "x" * 200)
-    assert [one.name for one in tmp_path.iterdir()] == ["config.yaml"]
-    assert path.read_text() == "before"
-
-
-def test_a_row_is_added_whole_or_not_at_all(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    append_jsonl(path, {"text": "x" * 60})
-    with small_files(), pytest.raises(UserError, match=r"metrics.jsonl: cannot be written: No space left on device"):
-        append_jsonl(path, {"text": "x" * 60})  # 27 of its 73 bytes fit
-    assert path.read_text() == json.dumps({"text": "x" * 60}) + "\n"
-
-
-def test_a_full_disk_is_named_where_a_library_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert writing.disk_problem(RuntimeError("unexpected pos 576 vs 534\nmore"), tmp_path) == "unexpected pos 576 vs 534"
-    monkeypatch.setattr(writing.shutil, "disk_usage", lambda _: SimpleNamespace(free=4096))
-    assert writing.disk_problem(RuntimeError("unexpected pos"), tmp_path) == "unexpected pos (No space left on device)"
 
 
 @pytest.mark.parametrize(
