@@ -3,7 +3,8 @@
 Every probe runs on every checkpoint of every group, say Coconut's seeds and those of a control; a rerun goes on. Writes a table
 with intervals over seeds and questions, a figure for each probe, and the numbers of each question.
 
-python -m experiments.probe args/probe.yaml groups="{mine: [checkpoints/a, checkpoints/b], pause: [checkpoints/c]}" probes="[forced, decoded]"
+python -m experiments.probe args/probe.yaml groups="{mine: [checkpoints/a, checkpoints/b], pause: [checkpoints/c]}"
+python -m experiments.probe args/probe.yaml probes="[forced, decoded]" num_questions=100
 """
 
 from __future__ import annotations

@@ -167,7 +167,7 @@ def test_a_map_starts_anew_on_a_model_without_one(run_arguments: list[str], tmp_
     assert read_map(tmp_path / "checkpoints" / "run" / "checkpoint_1")
 
 
-def test_lora_trains_and_keeps_the_map(lora_arguments: list[str], tmp_path: Path) -> None:  # noqa: F811
+def test_lora_trains_and_keeps_the_map(lora_arguments: list[str], tmp_path: Path) -> None:
     more = [key(PROJECTION), "num_epochs=2", "max_latent_stage=1"]
     start(lora_arguments, *more)
     whole, cut = tmp_path / "checkpoints" / "run", tmp_path / "checkpoints" / "cut"
