@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, PreTrainedTokenizerFast
+from transformers.activations import NewGELUActivation
 
 from coconut import Coconut
 from config import RunConfig
@@ -466,3 +467,12 @@ def test_gguf_files_are_refused_where_transformers_reads_their_special_tokens_wr
     monkeypatch.setattr(models.transformers, "__version__", "4.56.0")
     with pytest.raises(UserError, match="gguf_file needs transformers 5"):
         load_tokenizer(str(saved), "tiny.gguf")
+
+
+def test_gpt2s_activation_is_one_kernel_and_the_same_but_for_rounding(saved: Path) -> None:
+    model = build(configuration(saved))
+    plain = GPT2LMHeadModel.from_pretrained(saved)
+    assert not any(isinstance(module, NewGELUActivation) for module in model.modules())
+    assert any(isinstance(module, NewGELUActivation) for module in plain.modules())
+    tokens = torch.tensor([[3, 4, 2, 3]])
+    torch.testing.assert_close(model.eval()(tokens).logits[..., :5], plain.eval()(tokens).logits, rtol=1e-5, atol=1e-6)
