@@ -27,6 +27,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # a script sees only its own fo
 
 from coconut import Coconut  # noqa: E402
 from systems.machine import machine  # noqa: E402
+from systems.models import fuse_activations  # noqa: E402
 
 MIB = 2**20
 T = TypeVar("T")
@@ -104,6 +105,7 @@ def random_model(setting: Setting, device: torch.device) -> Coconut:
         eos_token_id=0,
     )
     base = GPT2LMHeadModel(config).to(device)
+    fuse_activations(base)  # as run.py does
     return Coconut(base, setting.latent, setting.start_latent, setting.end_latent, setting.eos)
 
 

@@ -129,3 +129,14 @@ def test_two_checkouts(load, capsys):
     assert all(
         re.fullmatch(r"(llama_quick|gpt2_small), [a-z ]+: [\d.]+ s, by the other [\d.]+ \([\d.]+\)", line) for line in lines
     )
+
+
+def test_overhead_counts_what_a_pass_adds_to_its_layers(load, tmp_path, capsys):
+    """Counts are exact: they do not depend on how fast the machine is."""
+    overhead = load("overhead")
+    result = run(overhead, tmp_path / "overhead.json")
+    for family in ("gpt2", "llama"):
+        layer, rest = result[family]["operations_of_a_layer"], result[family]["operations_of_the_rest"]
+        assert all(count == int(count) > 10 for count in layer)  # every layer alike
+        assert 0 < rest[0] < layer[0]  # a pass adds less than a layer
+    assert "the rest of a pass" in capsys.readouterr().out
