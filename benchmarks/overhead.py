@@ -3,8 +3,8 @@
     python benchmarks/overhead.py [--out results/benchmarks/overhead.json]
 
 Operations of a pass over one position are the difference between steps with 7 and with 6 thoughts; those of a bare layer the
-difference between models of 8 and of 4 layers; the rest is what masks, positions, caches, the thought map and transformers' frame
-add to each pass. At width 32 arithmetic takes no time, so the seconds of a step are those of Python and dispatch.
+difference between models of 8 and of 4 layers; the rest is what masks, positions, caches, the thought map and the frame of
+transformers add to each pass. At width 32 arithmetic takes no time: the seconds of a step are those of Python and dispatch.
 """
 
 from __future__ import annotations
