@@ -7,7 +7,7 @@ import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from datasets import Dataset
@@ -17,7 +17,6 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from coconut import Coconut
-from config import RunConfig
 from dataset import (
     IGNORE_INDEX,
     MicroBatch,
@@ -26,9 +25,9 @@ from dataset import (
     get_cot_latent_dataset,
     get_question_latent_dataset,
 )
-from methods import METHODS, EvalLatents, remaining_steps, sequence, stage_shape
+from methods import METHODS, Curriculum, EvalLatents, remaining_steps, sequence, stage_shape
 from systems import distributed
-from systems.distributed import unwrap
+from systems.distributed import ParallelName, unwrap
 from systems.models import LatentIds
 from thoughts import gather_thoughts, thought_health
 from utils import UserError, is_main_process
@@ -80,6 +79,18 @@ class Evaluation:
         return {**{key: value for key, value in asdict(self).items() if key not in ("predictions", "health")}, **self.health}
 
 
+@dataclass(frozen=True)
+class Asking:
+    """The part of a configuration that says how questions are asked; `RunConfig` explains the keys."""
+
+    eval_latents: EvalLatents
+    max_new_tokens: int
+    batch_size_eval: int
+    num_workers: int
+    bf16: bool | Literal["pure"]
+    parallel: ParallelName
+
+
 @dataclass
 class Evaluator:
     """Evaluates one model on one data set at any stage. progress: called with what was done after each batch.
@@ -87,7 +98,8 @@ class Evaluator:
     Raises UserError if eval_latents is a number and the method has no latents.
     """
 
-    config: RunConfig
+    config: Asking
+    curriculum: Curriculum
     dataset: Dataset
     tokenizer: PreTrainedTokenizerBase
     ids: LatentIds
@@ -95,8 +107,7 @@ class Evaluator:
     progress: Callable[[str], None] = lambda done: None
 
     def __post_init__(self) -> None:
-        self.curriculum = self.config.curriculum
-        latents, method = self.config.eval_latents, self.config.method
+        latents, method = self.config.eval_latents, self.curriculum.method
         if isinstance(latents, int) and not METHODS[str(method)].markers:
             raise UserError(f"eval_latents: {latents}: a model trained with method {method} has no latents; leave it out")
 

@@ -13,7 +13,7 @@ import torch
 
 from config import DEBUG_TRAIN, DEBUG_VALID, RunConfig
 from dataset import check_lengths, check_passes
-from evaluation import Evaluator, answer_scores
+from evaluation import Asking, Evaluator, answer_scores
 from systems import distributed, sources
 from systems.machine import machine
 from systems.metrics import Reporter, print_config, save_predictions, schedule_table, show
@@ -46,7 +46,9 @@ def train(config: RunConfig, device: torch.device, stop: StopRequest) -> None:
     wrapped = distributed.wrap(model, config.part(distributed.Parallelism), device, config.loss_options)
     set_seed(config.seed + distributed.rank())  # other dropout masks on each
     watchdog = Watchdog(config.hang_timeout)
-    evaluator = InterruptibleEvaluator(config, valid_set, tokenizer, ids, device, watchdog.beat, stop)
+    evaluator = InterruptibleEvaluator(
+        config.part(Asking), config.curriculum, valid_set, tokenizer, ids, device, watchdog.beat, stop
+    )
     trainer = Trainer(config, wrapped, tokenizer, ids, train_set, evaluator, device, resume_from, data)
     keep_config(config, resumed=resume_from is not None)
     show(schedule_table(config, trainer.state.epoch, len(train_set), len(trainer.groups()), distributed.world_size()))
@@ -79,7 +81,7 @@ def evaluate(config: RunConfig, device: torch.device) -> None:
     check_lengths([valid_set], config.curriculum, config.max_new_tokens, model.max_positions, most)
     wrapped = distributed.wrap(model, config.part(distributed.Parallelism), device)
     watchdog = Watchdog(config.hang_timeout)
-    evaluator = Evaluator(config, valid_set, tokenizer, ids, device, watchdog.beat)
+    evaluator = Evaluator(config.part(Asking), config.curriculum, valid_set, tokenizer, ids, device, watchdog.beat)
     keep_config(config)
     with watchdog:
         result = evaluator.evaluate(wrapped, stage)

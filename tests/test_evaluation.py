@@ -9,7 +9,7 @@ import torch
 
 from config import RunConfig
 from dataset import get_question_latent_dataset
-from evaluation import Evaluator, clean_answer, written_answer
+from evaluation import Asking, Evaluator, clean_answer, written_answer
 from systems.models import build_model, latent_ids, load_tokenizer
 from systems.tokens import get_dataset
 from thoughts import thought_health
@@ -23,7 +23,8 @@ def evaluator(run_arguments: list[str], *more: str) -> tuple[Evaluator, Any]:
     ids = latent_ids(tokenizer, config.method)
     torch.manual_seed(0)
     model = build_model(config, tokenizer, ids).eval()
-    return Evaluator(config, get_dataset(config.val_path, tokenizer), tokenizer, ids, torch.device("cpu")), model
+    dataset = get_dataset(config.val_path, tokenizer)
+    return Evaluator(config.part(Asking), config.curriculum, dataset, tokenizer, ids, torch.device("cpu")), model
 
 
 @pytest.mark.parametrize(

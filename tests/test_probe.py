@@ -33,7 +33,8 @@ def planted(states: torch.Tensor, tokenizer: Any, data: Path) -> Any:
     return SimpleNamespace(
         dataset={"steps_tokenized": steps},
         thoughts=states.shape[1],
-        evaluator=SimpleNamespace(tokenizer=tokenizer, config=SimpleNamespace(val_path=str(data))),
+        data=data,
+        evaluator=SimpleNamespace(tokenizer=tokenizer),
         model=SimpleNamespace(project=lambda states: states),
         states=lambda: iter([(list(range(len(RECORDS))), states)]),
     )
@@ -84,7 +85,7 @@ def test_frontier_tells_distances_and_the_other_chain_apart(tokenizer: Any, tmp_
     flat = frontier(SimpleNamespace(**{**vars(probed), "states": lambda: iter([(list(range(len(RECORDS))), 0 * states)])}))
     assert flat["thought 1, distance 1"].mean() == pytest.approx(flat["thought 1, unreachable"].mean())  # the null
     without = write_json(tmp_path / "plain.json", [{"question": "q", "steps": ["s"], "answer": "a"}] * len(RECORDS))
-    probed.evaluator.config.val_path = str(without)
+    probed.data = without
     with pytest.raises(UserError, match="its records hold no graph"):
         frontier(probed)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from coconut import Coconut
 from dataset import MyCollator, get_question_latent_dataset
-from evaluation import Evaluator
+from evaluation import Asking, Evaluator
 from methods import stage_shape
 from states import Details, Outputs
 from systems.tokens import get_dataset
@@ -41,10 +41,12 @@ class Probe:
 class Probed:
     """A checkpoint and the questions that it is asked.
 
-    dataset: the records with their tokens. stage: the one that it was trained to. thoughts: of a question at that stage.
+    data: the file of the records. dataset: they with their tokens. stage: the one that it was trained to. thoughts: of a
+    question at that stage.
     """
 
     model: Coconut
+    data: Path
     dataset: Dataset
     evaluator: Evaluator
     stage: int
@@ -55,12 +57,12 @@ class Probed:
         """settings: keys of an evaluation. Raises UserError if there is no such checkpoint, or its data cannot be used."""
         model = Coconut.from_pretrained(checkpoint).to(device)
         trained = model.trained
-        update = {**settings, "val_path": str(data), "pad_latent_to_max": True}
+        update = {**settings, "pad_latent_to_max": True}
         config = trained.config.model_copy(update=update)
         dataset = get_dataset(data, trained.tokenizer, questions, config.chat_template)
-        evaluator = Evaluator(config, dataset, trained.tokenizer, trained.ids, device)
+        evaluator = Evaluator(config.part(Asking), config.curriculum, dataset, trained.tokenizer, trained.ids, device)
         thoughts = stage_shape(config.curriculum, trained.facts.stage, 0, "max").thoughts
-        return cls(model, dataset, evaluator, trained.facts.stage, thoughts)
+        return cls(model, data, dataset, evaluator, trained.facts.stage, thoughts)
 
     def passes(self) -> Iterator[tuple[list[int], Outputs, Details, Tensor]]:
         """Of each batch: places of its questions, what the model gives for their prompts, and where thoughts stand (B, T)."""

@@ -38,9 +38,9 @@ def frontier(probed: Probed) -> Series:
 def _records(probed: Probed) -> list[dict[str, Any]]:
     from dataset import load_records
 
-    records = load_records(probed.evaluator.config.val_path)[: len(probed.dataset)]
+    records = load_records(probed.data)[: len(probed.dataset)]
     if not all({"edges", "root", "idx_to_symbol"} <= record.keys() for record in records):
-        raise UserError(f"{probed.evaluator.config.val_path}: its records hold no graph (edges, root, idx_to_symbol)")
+        raise UserError(f"{probed.data}: its records hold no graph (edges, root, idx_to_symbol)")
     return records
 
 
