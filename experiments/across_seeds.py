@@ -128,7 +128,10 @@ def _draw(curve: Mapping[float, Numbers], path: Path, title: str, clean: Numbers
         axes.fill_between(scales, low, high, color="#1f3d66", alpha=0.2, label="95% over seeds and questions")
         if clean is not None:
             axes.axhline(clean["mean"], color="black", linewidth=1, label="no noise")
-        axes.set_xscale("symlog", linthresh=min((scale for scale in scales if scale > 0), default=1))
+        if min(scales) > 0:
+            axes.set_xscale("log")
+        axes.set_xticks(scales, [f"{scale:g}" for scale in scales])
+        axes.minorticks_off()
 
 
 @entry_point

@@ -122,7 +122,7 @@ def table(probe: Probe, found: Found, groups: Sequence[str]) -> str:
     return f"{probe.about} In {probe.unit}.\n\n" + markdown(("", *groups), rows)
 
 
-def draw(found: Found, groups: Sequence[str], path: Path, title: str) -> None:
+def draw(found: Found, groups: Sequence[str], path: Path, title: str, unit: str) -> None:
     """A row for each condition, a point with its interval for each group."""
     keys = list(found)
     colours = shades(groups)
@@ -136,7 +136,7 @@ def draw(found: Found, groups: Sequence[str], path: Path, title: str) -> None:
     axes.set_yticks(range(len(keys)), keys, fontsize=7)
     axes.invert_yaxis()
     axes.grid(alpha=0.3)
-    axes.set_title(title)
+    axes.set(title=title, xlabel=f"mean over seeds and questions in {unit}, with its 95% interval")
     axes.legend(fontsize=8)
     save_figure(figure, path)
 
@@ -157,7 +157,7 @@ def run(config: ProbeConfig) -> None:
         groups = [group for group in config.groups if any(group in by_group for by_group in found.values())]
         without = [group for group in config.groups if group not in groups]
         said = f"\n\nWithout thoughts, and so without numbers here: {', '.join(without)}." if without else ""
-        draw(found, groups, out / f"{name}.png", name)
+        draw(found, groups, out / f"{name}.png", name, PROBES[name].unit)
         sections.append(f"## {name}\n\n{table(PROBES[name], found, groups)}{said}")
         results[name] = found
     seeds = ", ".join(f"{group} {len(checkpoints)}" for group, checkpoints in config.groups.items())
