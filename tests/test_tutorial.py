@@ -34,7 +34,7 @@ def quick_start(run_arguments: list[str], tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_every_command_works(quick_start: Path) -> None:
-    assert len(COMMANDS) == 8
+    assert len(COMMANDS) == 9
     for command in COMMANDS:
         words = shlex.split(command.replace("python test.py", f"python {ROOT / 'test.py'}"))
         result = subprocess.run(
@@ -48,4 +48,5 @@ def test_every_command_works(quick_start: Path) -> None:
         )
         assert result.returncode == 0, (command, result.stderr[-2000:])
     assert "forced" in (quick_start / "results" / "tutorial" / "probes.md").read_text()
+    assert "data:image/png" in (quick_start / "report.html").read_text()
     assert "gaussian_scaled@2.0" in (quick_start / "results" / "mine" / "across_seeds.md").read_text()

@@ -1,0 +1,170 @@
+"""One page about runs and results: `python -m experiments.report RUN_OR_RESULTS ... [--out report.html]`.
+
+Each argument is a run's directory (checkpoints/x: configuration, curves, epochs, questions with what the thoughts say) or a
+folder of results (results/x: its tables and figures). The page is one file that needs no network. --watch writes it anew
+whenever a run has finished an epoch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, FileSystemLoader
+from markdown_it import MarkdownIt
+
+from coconut import Coconut
+from dataset import load_records
+from experiments.chat import How, ask, graph_of
+from experiments.plots import epoch_curves
+from experiments.quickstart import read_metrics
+from experiments.tables import markdown
+from systems.files import read_typed
+from systems.machine import described, machine
+from systems.metrics import METRICS
+from systems.writing import write_text
+from utils import UserError, entry_point, get_logger, parse_yaml, read_text
+
+TEMPLATE = "report.html.j2"
+CONFIG = "config.yaml"
+TABLES = ("*.md", "table.txt")
+EPOCH = ("epoch", "stage", "latents", "train_loss", "val_loss", "accuracy", "wrote_steps", "seconds", "effective_rank")
+SECONDS = 5.0  # between two looks at a run that is watched
+
+
+@dataclass(frozen=True)
+class Block:
+    """kind: figure, text (HTML), plain or details. about: of a figure what it shows, of details their heading."""
+
+    kind: str
+    content: str
+    about: str = ""
+    format: str = "png"
+
+
+@dataclass(frozen=True)
+class Part:
+    title: str
+    blocks: list[Block]
+
+
+def part_of(path: Path, questions: int) -> Part:
+    """What the page says of one argument. Raises UserError if it is neither a run nor results."""
+    if (path / METRICS).is_file() and (path / CONFIG).is_file():
+        return Part(str(path), list(run_blocks(path, questions)))
+    if path.is_dir() and (blocks := list(result_blocks(path))):
+        return Part(str(path), blocks)
+    raise UserError(f"{path}: neither a run ({METRICS}, {CONFIG}) nor results with tables or figures")
+
+
+def run_blocks(run: Path, questions: int) -> Iterator[Block]:
+    rows = read_metrics(run, "epoch")
+    last = rows[-1]
+    if "machine" in last:
+        yield Block("plain", described(last["machine"]))
+    with tempfile.TemporaryDirectory() as folder:
+        epoch_curves({run.name: rows}, Path(folder) / "curves.png", str(run))
+        about = f"Loss, validation accuracy and health of the thoughts of {run} by epoch; stages are shaded."
+        yield _figure(Path(folder) / "curves.png", about)
+    yield Block("text", _html(markdown(EPOCH, [[_cell(row.get(key)) for key in EPOCH] for row in rows])))
+    config = parse_yaml(read_text(run / CONFIG), str(run / CONFIG))
+    if questions and any(run.glob("checkpoint_*")):
+        yield from sample_blocks(run, config, questions)
+    yield Block("details", yaml.safe_dump(config, sort_keys=False), f"Configuration of {run}")
+
+
+def sample_blocks(run: Path, config: dict[str, Any], questions: int) -> Iterator[Block]:
+    """The first questions of the validation file, answered, with what each thought says."""
+    model = Coconut.from_pretrained(str(run))
+    for record in load_records(config["val_path"])[:questions]:
+        answer = ask(model, record["question"], How(), config.get("max_new_tokens", 64))
+        graph, person = graph_of(record["question"])
+        reached = f"\nfrom {person}: {' '.join(f'{a}>{b}' for a, b in graph.edges)}" if person in graph else ""
+        said = [
+            f"thought {n}: " + ", ".join(f"{token!r} {p:.2f}" for token, p in each) for n, each in enumerate(answer.thoughts, 1)
+        ]
+        text = f"{record['question']}{reached}\n\n" + "\n".join(said)
+        yield Block("plain", f"{text}\n\nanswer: {answer.text}  (p = {answer.probability:.3f})\ngold: {record['answer']}")
+
+
+def result_blocks(folder: Path) -> Iterator[Block]:
+    for pattern in TABLES:
+        for path in sorted(folder.glob(pattern)):
+            text = read_text(path)
+            yield Block("text", _html(text)) if path.suffix == ".md" else Block("plain", text)
+    for path in sorted([*folder.glob("*.png"), *folder.glob("*.svg")]):
+        yield _figure(path, f"{path.stem.replace('_', ' ')}, of {folder}")
+    if (folder / "summary.json").is_file():
+        summary = read_typed(folder / "summary.json", dict[str, Any])
+        yield Block("details", yaml.safe_dump(summary, sort_keys=False), f"Numbers of {folder}")
+    if (folder / CONFIG).is_file():
+        yield Block("details", read_text(folder / CONFIG), f"Configuration of {folder}")
+
+
+def _figure(path: Path, about: str) -> Block:
+    kind = {"png": "png", "svg": "svg+xml"}[path.suffix[1:]]
+    return Block("figure", base64.b64encode(path.read_bytes()).decode(), about, kind)
+
+
+def _html(text: str) -> str:
+    """Markdown without raw HTML in it, so that nothing in a file can become code of the page."""
+    return MarkdownIt("commonmark", {"html": False}).enable("table").disable(["image", "link"]).render(text)
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def write_page(paths: Sequence[Path], out: Path, questions: int) -> None:
+    """Raises UserError, before anything is written, if one of the paths says nothing."""
+    parts = [part_of(path, questions) for path in paths]
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
+    page = environment.get_template(TEMPLATE).render(
+        title=", ".join(path.name for path in paths),
+        made=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        command=shlex.join(["python", "-m", "experiments.report", *sys.argv[1:]]),
+        machine=described(machine()) + ".",
+        parts=parts,
+    )
+    write_text(out, page)
+
+
+def watch(paths: Sequence[Path], out: Path, questions: int) -> None:
+    """Write the page again whenever a run's metrics have grown, until Ctrl-C."""
+    seen: list[float] = []
+    while True:
+        now = [(path / METRICS).stat().st_mtime if (path / METRICS).exists() else 0.0 for path in paths]
+        if now != seen:
+            write_page(paths, out, questions)
+            get_logger().info(f"{out}: written")
+            seen = now
+        time.sleep(SECONDS)
+
+
+@entry_point
+def main(given: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m experiments.report", description=__doc__)
+    parser.add_argument("paths", type=Path, nargs="+", metavar="RUN_OR_RESULTS")
+    parser.add_argument("--out", type=Path, default=Path("report.html"))
+    parser.add_argument("--questions", type=int, default=3, help="of a run that are answered on the page")
+    parser.add_argument("--watch", action="store_true", help="write it again after each epoch, until Ctrl-C")
+    arguments = parser.parse_args(given)
+    if arguments.watch:
+        watch(arguments.paths, arguments.out, arguments.questions)
+        return
+    write_page(arguments.paths, arguments.out, arguments.questions)
+    get_logger().info(f"{arguments.out}: written")
+
+
+if __name__ == "__main__":
+    main()
