@@ -243,7 +243,11 @@ CONCEPTS = {
 }
 TEXTS = [
     *(("gsm8k", *row) for row in NUMBERS.items()),
-    *(("gsm-symbolic", *row) for row in itertools.islice(NUMBERS.items(), 3)),
+    *(
+        (name, *row)
+        for name in ("gsm-symbolic", "gsm-hard", "svamp", "multiarith")
+        for row in itertools.islice(NUMBERS.items(), 3)
+    ),
     *(("mmlu", *row) for row in LETTERS.items()),
     *(("gpqa", *row) for row in itertools.islice(LETTERS.items(), 3)),
     *(("math", *row) for row in LATEX.items()),
@@ -489,6 +493,7 @@ def test_a_user_message_asks_for_steps_and_a_form() -> None:
 @pytest.mark.parametrize("benchmark", BENCHMARKS)
 def test_the_request_itself_states_no_answer_but_its_form_can_be_read(benchmark: str) -> None:
     examples = {"gsm8k": "18", "gsm-symbolic": "18", "math": "18", "mmlu": "B", "gpqa": "B", "prontoqa": "True"}
+    examples |= dict.fromkeys(("gsm-hard", "svamp", "multiarith"), "18")
     answer = examples.get(benchmark, "Tom is a zumpus.")
     mark = "\\boxed{%s}" if "boxed" in BENCHMARKS[benchmark].kind.request else "#### %s"
     assert extract_answer(benchmark, "Let me think.\n" + mark % answer) == answer

@@ -8,7 +8,7 @@ open is NO_ANSWER.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -34,6 +34,7 @@ OPTIONS = "ABCD"
 Row = dict[str, Any]
 Same = Callable[[str, str], bool]
 Parts = tuple[str, str, list[str]]  # question, bare gold answer, options
+Reader = Callable[[Row, np.random.Generator], Parts]
 
 
 def text_of(row: Row, field: str) -> str:
@@ -54,6 +55,19 @@ def _worded(row: Row, generator: np.random.Generator) -> Parts:
     """A record's answer is the number, a row's on the hub a solution that ends in #### and the number."""
     answer = text_of(row, "answer")
     return text_of(row, "question"), (extract_number(answer) or NO_ANSWER) if "####" in answer else answer, []
+
+
+def _hub_fields(questions: Sequence[str], answer: str) -> Reader:
+    """Of rows on the hub whose question is in these fields, one after the other, and whose answer may be a number."""
+
+    def read(row: Row, generator: np.random.Generator) -> Parts:
+        if answer not in row:
+            return read_record(row, generator)
+        gold = row[answer]
+        given = str(gold) if isinstance(gold, (int, float)) and not isinstance(gold, bool) else text_of(row, answer)
+        return " ".join(text_of(row, field) for field in questions), given, []
+
+    return read
 
 
 def _problem(row: Row, generator: np.random.Generator) -> Parts:
@@ -139,12 +153,16 @@ class Benchmark:
     source: on the hub; None: local files of records alone."""
 
     kind: AnswerKind
-    reader: Callable[[Row, np.random.Generator], Parts] = read_record
+    reader: Reader = read_record
     source: Source | None = None
 
 
 BENCHMARKS: dict[str, Benchmark] = {
     "gsm8k": Benchmark(NUMBER, _worded, Source("openai/gsm8k", "main")),
+    # math out of distribution; answers of gsm-hard may be decimals. SVAMP: all 1,000 questions, as CODI's protocol has them
+    "gsm-hard": Benchmark(NUMBER, _hub_fields(("input",), "target"), Source("reasoning-machines/gsm-hard", None, "train")),
+    "svamp": Benchmark(NUMBER, _hub_fields(("Body", "Question"), "Answer"), Source("ChilleD/SVAMP", None, "train+test")),
+    "multiarith": Benchmark(NUMBER, _hub_fields(("question",), "final_ans"), Source("ChilleD/MultiArith", None)),
     "gsm-symbolic": Benchmark(NUMBER, _worded, Source("apple/GSM-Symbolic", "main")),
     "mmlu": Benchmark(LETTER, _multiple_choice, Source("cais/mmlu", "all")),
     "math": Benchmark(LATEX, _problem, Source("nlile/hendrycks-MATH-benchmark", None)),

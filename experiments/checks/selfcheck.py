@@ -48,6 +48,9 @@ RECOMPUTED = 2  # questions that are decoded again without a cache, or branch by
 
 SAMPLES = {  # a text of each benchmark, and its answer
     "gsm8k": ("He pays 2 * $617 = $1,234.\n#### 1,234 dollars", "1234"),
+    "gsm-hard": ("It is 7 / 2.\n#### 3.50", "3.5"),
+    "svamp": ("So 27 more.\n#### 27.0", "27"),
+    "multiarith": ("The answer is 10 songs.", "10"),
     "gsm-symbolic": ("The change is 5 - 8 = -3.\n#### -3", "-3"),
     "mmlu": ("It is a mammal, so not B.\nThe answer is (C).", "C"),
     "math": ("Half of it is left: $\\boxed{\\frac{1}{2}}$.", "0.5"),

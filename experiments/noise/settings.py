@@ -79,7 +79,7 @@ class SweepConfig(Config):
     a number."""
     # questions
     benchmark: str
-    """gsm8k, gsm-symbolic, mmlu, math, gpqa, prosqa or prontoqa."""
+    """gsm8k, gsm-hard, svamp, multiarith, gsm-symbolic, mmlu, math, gpqa, prosqa or prontoqa."""
     data_path: OptionalPath = None
     """A local file in place of the hub's data set; needed for prosqa and prontoqa."""
     subset: OptionalText = None
