@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from transformers import PreTrainedTokenizerBase
+
 from experiments.probes.base import Probed, Series, empty
 
 STEPS = 4  # of a question that are looked at
@@ -30,7 +32,6 @@ def _name(thought: int, step: int) -> str:
     return f"thought {thought + 1} says what step {step + 1} finds"
 
 
-def _finding(step: list[int], tokenizer: object) -> int | None:
-    """None where a step has no such token."""
-    texts = [tokenizer.decode([token]) for token in step]  # type: ignore[attr-defined]
-    return next((token for token, text in zip(step[::-1], texts[::-1], strict=True) if any(map(str.isalnum, text))), None)
+def _finding(step: list[int], tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The last token of a step with a letter or digit; None where there is none."""
+    return next((token for token in reversed(step) if any(map(str.isalnum, str(tokenizer.decode([token]))))), None)

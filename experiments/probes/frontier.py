@@ -7,6 +7,7 @@ from typing import Any
 import networkx as nx
 import numpy as np
 
+from dataset import load_records
 from experiments.probes.base import Probed, Series, empty
 from utils import UserError
 
@@ -36,8 +37,6 @@ def frontier(probed: Probed) -> Series:
 
 
 def _records(probed: Probed) -> list[dict[str, Any]]:
-    from dataset import load_records
-
     records = load_records(probed.data)[: len(probed.dataset)]
     if not all({"edges", "root", "idx_to_symbol"} <= record.keys() for record in records):
         raise UserError(f"{probed.data}: its records hold no graph (edges, root, idx_to_symbol)")
