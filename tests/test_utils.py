@@ -16,6 +16,7 @@ from experiments.ablation import AblationConfig
 from experiments.checks.branch_check import QuickBranchConfig
 from experiments.checks.selfcheck import CheckConfig
 from experiments.noise.settings import BranchConfig, FullConfig, SweepConfig
+from experiments.probe import ProbeConfig
 from methods import scheduled_stage
 from systems.files import read_typed
 from systems.writing import append_jsonl, save_config
@@ -27,6 +28,7 @@ PROGRAMS = {
     "run_noisy_experiment.py": BranchConfig,
     "full_test.py": FullConfig,
     "experiments.ablation": AblationConfig,
+    "experiments.probe": ProbeConfig,
 }
 NEEDED = ["name=x", "model_id=m", "val_path=v.json", "train_path=t.json"]
 
@@ -89,7 +91,7 @@ def test_published_spellings_load() -> None:
         (["method=cott"], "method: must be one of coconut, cot, "),
         (
             ["coconut=true", "cot=true"],
-            "exactly one of coconut, cot, no_thoughts, no_cot, no_curriculum, pause, pause_as_thought, icot must be chosen, found coconut and cot",
+            "exactly one of coconut, cot, no_thoughts, no_cot, no_curriculum, pause, pause_as_thought, icot, codi must be chosen, found coconut and cot",
         ),
         (["method=coconut", "cot=true"], "found cot and coconut"),
         ([], "must be chosen, found none"),
