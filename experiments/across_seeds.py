@@ -1,21 +1,23 @@
 """One noise experiment on several checkpoints: `python -m experiments.across_seeds OUT DIRECTORY DIRECTORY ...`.
 
-Each DIRECTORY is the same experiment (test.py, one configuration) on a checkpoint of another seed; scripts/across_seeds.sh runs
-them. Writes OUT/across_seeds.json, OUT/across_seeds.md and figures. Intervals count seeds and questions:
-both are drawn again with replacement, the same questions for every seed (a hierarchical bootstrap, crossed).
+Each DIRECTORY is the same experiment (test.py or experiments.ablation, one configuration) on a checkpoint of another seed;
+scripts/across_seeds.sh runs them. Writes OUT/across_seeds.json, OUT/across_seeds.md and figures. Intervals count seeds and
+questions: both are drawn again with replacement, the same questions for every seed (a hierarchical bootstrap, crossed).
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from experiments.noise.ablation_results import RIGHT
 from experiments.noise.progress import Record, finished_records
-from experiments.noise.summary import CLEAN, JUDGE, condition_keys, counterpart
+from experiments.noise.summary import CLEAN, JUDGE, counterpart
 from experiments.plots import ACCURACY, drawing
 from experiments.tables import markdown
 from experiments.transfer import transferred
@@ -57,28 +59,70 @@ def numbers(values: np.ndarray) -> Numbers:
     }
 
 
-def across_seeds(experiments: Sequence[list[Record]]) -> dict[str, Numbers]:
-    """Every condition that all experiments have, over the questions that all answered; `difference` is to its counterpart."""
-    by_index = [{record["index"]: record["conditions"] for record in one if record["error"] is None} for one in experiments]
-    common = sorted(set.intersection(*(set(one) for one in by_index)))
-    keys = [key for key in condition_keys(experiments[0]) if all(key in condition_keys(one) for one in experiments)]
-    found: dict[str, np.ndarray] = {}
-    for key in keys:
-        indices = [index for index in common if all(key in one[index] for one in by_index)]
-        if indices:
-            found[key] = np.array([[bool(one[index][key][JUDGE]["correct"]) for index in indices] for one in by_index], float)
-    result = {key: numbers(values) for key, values in found.items()}
-    for key, values in found.items():
-        baseline = found.get(counterpart(key))
-        if baseline is not None and key != counterpart(key) and baseline.shape == values.shape:
-            result[key]["difference"] = numbers(values - baseline)
-    return result | _transfers(experiments)
+class Experiment(NamedTuple):
+    """right: of each condition, whether a question (by index) was answered right. baselines: what a condition is compared with.
+
+    records: the questions of a noise experiment; none of an ablation.
+    """
+
+    right: dict[str, dict[int, bool]]
+    baselines: dict[str, str]
+    records: list[Record]
+
+
+def read_experiment(directory: Path) -> Experiment:
+    """A noise experiment, or the parts of an ablation, each value of which is compared with the part's default.
+
+    UserError: neither is there.
+    """
+    if (directory / RIGHT).exists():
+        return _read_ablation(json.loads((directory / RIGHT).read_text()))
+    records = finished_records(directory)
+    right: dict[str, dict[int, bool]] = {}
+    for record in records:
+        for key, outcome in record["conditions"].items() if record["error"] is None else ():
+            right.setdefault(key, {})[record["index"]] = bool(outcome[JUDGE]["correct"])
+    return Experiment(right, {key: counterpart(key) for key in right}, records)
+
+
+def _read_ablation(parts: Mapping[str, Any]) -> Experiment:
+    right, baselines = {}, {}
+    for name, part in parts.items():
+        for cell in part["cells"]:
+            key = f"{name} {cell['value']}, noise {cell['noise']}"
+            right[key] = {int(index): answer for index, answer in cell["right"].items()}
+            baselines[key] = f"{name} {part['default']}, noise {cell['noise']}"
+    return Experiment(right, baselines, [])
+
+
+def across_seeds(experiments: Sequence[Experiment]) -> dict[str, Numbers]:
+    """Every condition that all experiments have, over the questions that all answered.
+
+    `difference`: to its baseline, over the questions that have both.
+    """
+    result: dict[str, Numbers] = {}
+    for key in experiments[0].right:
+        values = _table(experiments, [key])
+        if not values.size:
+            continue
+        result[key] = numbers(values[0])
+        baseline = experiments[0].baselines[key]
+        if baseline != key and (both := _table(experiments, [key, baseline])).size:
+            result[key]["difference"] = numbers(both[0] - both[1])
+    return result | _transfers([one.records for one in experiments if one.records])
+
+
+def _table(experiments: Sequence[Experiment], keys: Sequence[str]) -> np.ndarray:
+    """(keys, seeds, questions) over the questions that every experiment answered under every key."""
+    answered = [one.right.get(key, {}) for one in experiments for key in keys]
+    common = sorted(set.intersection(*(set(one) for one in answered)))
+    return np.array([[[one.right[key][index] for index in common] for one in experiments] for key in keys if common], float)
 
 
 def _transfers(experiments: Sequence[list[Record]]) -> dict[str, Numbers]:
     """Answers of the question whose thoughts stood there."""
     each = [transferred(records) for records in experiments]
-    places = [place for place in each[0] if len({len(one.get(place, ())) for one in each}) == 1 and each[0][place]]
+    places = [place for place in (each or [{}])[0] if len({len(one.get(place, ())) for one in each}) == 1 and each[0][place]]
     return {
         f"{place}, answers of the other": numbers(np.array([[theirs for theirs, _ in one[place]] for one in each], float))
         for place in places
@@ -106,7 +150,7 @@ def write_results(directories: Sequence[Path], out: Path) -> dict[str, Numbers]:
     """Raises UserError: fewer than two experiments, or one without records, or nothing that all of them did."""
     if len(directories) < 2:
         raise UserError(f"{len(directories)} experiment given; intervals over seeds need at least two, better five")
-    result = across_seeds([finished_records(directory) for directory in directories])
+    result = across_seeds([read_experiment(directory) for directory in directories])
     if not result:
         raise UserError("the experiments have no condition and question in common; run them with one configuration")
     out.mkdir(parents=True, exist_ok=True)

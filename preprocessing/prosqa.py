@@ -204,11 +204,13 @@ def draw_names(rng: np.random.Generator, edges: Sequence[Edge]) -> list[str]:
     return [words[node] for node in range(len(words))]
 
 
-def draw_group(rng: np.random.Generator, symbolic: bool = False, matched: bool = False, shape: str = "graph") -> list[Record]:
+def draw_group(
+    rng: np.random.Generator, symbolic: bool = False, matched: bool = False, shape: str = "graph", training: bool = False
+) -> list[Record]:
     """The record over a new graph; with `matched` and with another shape the two records (see find_matched_questions)."""
     hops = {"hops": SYMBOLIC_HOPS} if symbolic else {}
     if shape in SHAPES:
-        questions: Sequence[Question] = ood_questions(rng, shape)
+        questions: Sequence[Question] = ood_questions(rng, shape, training)
     else:
         questions = find_matched_questions(rng, **hops) if matched else (find_question(rng, **hops),)
     edges = questions[0].edges
@@ -231,7 +233,7 @@ def prosqa_records(
 
     With `matched` or a shape of SHAPES, records 2i and 2i + 1 are over one graph, and `count` must be even.
     """
-    draw = functools.partial(draw_group, symbolic=symbolic, matched=matched, shape=shape)
+    draw = functools.partial(draw_group, symbolic=symbolic, matched=matched, shape=shape, training=split == "train")
     paired = matched or shape in SHAPES
     stream = (STREAMS["matched" if matched else shape],) if paired else ()
 

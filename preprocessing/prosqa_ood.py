@@ -20,11 +20,16 @@ OTHERS = 2  # further persons
 
 
 class Shape(NamedTuple):
-    """Steps from the person to both options, nodes and edges of a graph. ProsQA's training set has 3 to 6, 23 and 36."""
+    """Steps from the person to both options, nodes and edges of a graph. ProsQA's training set has 3 to 6, 23 and 36.
+
+    train_hops: steps in the training file, whose graphs have any size from two bare paths up to that: small models learn to
+    follow an edge in small graphs, or not at all.
+    """
 
     hops: Sequence[int]
     nodes: int
     edges: int
+    train_hops: Sequence[int] = ()
 
 
 SHAPES = {
@@ -32,7 +37,7 @@ SHAPES = {
     "8hop": Shape((8,), 28, 42),
     "dag": Shape((3, 4, 5, 6), 23, 36),
     "dense": Shape((3, 4, 5, 6), 24, 70),
-    "search": Shape((3, 4), 18, 26),  # small enough to train on: scripts/compare_methods.sh with QUESTIONS=prosqa_search
+    "search": Shape((3, 4), 18, 26, train_hops=(1, 2, 3, 4)),  # to train on: QUESTIONS=search in scripts/compare_methods.sh
 }
 
 
@@ -44,20 +49,31 @@ class Node(NamedTuple):
     time: float
 
 
-def ood_questions(rng: np.random.Generator, shape: str) -> tuple[Question, Question]:
+def draw_size(rng: np.random.Generator, shape: Shape, training: bool) -> tuple[int, int, int]:
+    """Hops, nodes and edges of one graph."""
+    if not (training and shape.train_hops):
+        return int(rng.choice(shape.hops)), shape.nodes, shape.edges
+    hops = int(rng.choice(shape.train_hops))
+    least = 2 * (hops + 1)
+    nodes = int(rng.integers(least, shape.nodes + 1))
+    surplus = shape.edges - (shape.nodes - 2)  # beyond the two trees below the persons
+    return hops, nodes, nodes - 2 + round(surplus * (nodes - least) / (shape.nodes - least))
+
+
+def ood_questions(rng: np.random.Generator, shape: str, training: bool = False) -> tuple[Question, Question]:
     """Two questions over one graph with the same two options: one asks for node 0, the other for node 1.
 
     Two paths of equal length are planted. Further nodes and edges are drawn such that no edge climbs more than one level,
     which keeps the planted paths shortest, and that nothing leads from one person to the other's option.
     """
-    hops = int(rng.choice(SHAPES[shape].hops))
-    nodes, paths = draw_nodes(rng, hops, SHAPES[shape].nodes)
+    hops, node_count, edge_count = draw_size(rng, SHAPES[shape], training)
+    nodes, paths = draw_nodes(rng, hops, node_count)
     ends = [path[-1] for path in paths]
     edges = [(int(a), int(b)) for path in paths for a, b in itertools.pairwise(path)]
     allowed = [(a, b) for a in range(len(nodes)) for b in range(len(nodes)) if a not in ends and may_lead(nodes[a], nodes[b])]
     shuffled = [allowed[i] for i in rng.permutation(len(allowed)) if allowed[i] not in edges]
     edges += connecting(shuffled, edges, len(nodes))
-    edges += [edge for edge in shuffled if edge not in edges][: max(0, SHAPES[shape].edges - len(edges))]
+    edges += [edge for edge in shuffled if edge not in edges][: max(0, edge_count - len(edges))]
     one, other = paths
     return Question(edges, one, other[-1]), Question(edges, other, one[-1])
 
@@ -70,7 +86,7 @@ def draw_nodes(rng: np.random.Generator, hops: int, count: int) -> tuple[list[No
         for level in range(1, hops + 1):
             paths[side].append(len(nodes))
             nodes.append(Node(side, level, level))
-    nodes += [Node(None, 0, 0)] * OTHERS
+    nodes += [Node(None, 0, 0)] * min(OTHERS, count - len(nodes))
     while len(nodes) < count:
         time = float(rng.uniform(0, hops + 1))
         nodes.append(Node(int(rng.choice([ONE, OTHER, SHARED], p=[0.4, 0.4, 0.2])), int(np.ceil(min(time, hops))), time))

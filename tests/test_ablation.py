@@ -124,7 +124,7 @@ def test_a_finished_ablation_is_not_run_again(values: dict[str, Any], monkeypatc
     monkeypatch.setattr(sweep.Answerer, "answer", lambda *_: pytest.fail("answered again"))
     run_main(monkeypatch, values)
     assert {path.name: path.read_bytes() for path in directory.glob("*.json")} == before
-    assert len(before) == 1
+    assert len(before) == 2  # of the part, and which questions were right
 
 
 def test_a_stopped_run_stops_all(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,6 +75,25 @@ def test_answers_of_the_other_question_are_counted(tmp_path: Path) -> None:
     assert found["other/all, answers of the other"]["mean"] == 100
 
 
+def ablation(directory: Path, shared: list[bool]) -> Path:
+    cells = [
+        {"value": "own", "noise": "1", "right": {"0": True, "1": True, "2": False}},
+        {"value": "shared", "noise": "1", "right": {str(index): answer for index, answer in enumerate(shared)}},
+    ]
+    directory.mkdir()
+    (directory / "right.json").write_text(json.dumps({"shared_noise": {"default": "own", "cells": cells}}))
+    return directory
+
+
+def test_an_ablation_over_checkpoints_compares_with_the_default_value(tmp_path: Path) -> None:
+    directories = [ablation(tmp_path / "a", [True, False, True]), ablation(tmp_path / "b", [False, False])]
+    found = write_results(directories, tmp_path / "out")
+    assert found["shared_noise own, noise 1"]["questions"] == 3
+    assert "difference" not in found["shared_noise own, noise 1"]
+    shared = found["shared_noise shared, noise 1"]  # the third question has not got it with both seeds
+    assert (shared["seeds"], shared["questions"], shared["difference"]["seeds"]) == ([50, 0], 2, [-50, -100])
+
+
 def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
     one = experiment(tmp_path / "a", zeroed=1, failed=9)
     with pytest.raises(UserError, match="at least two"):

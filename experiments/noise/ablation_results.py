@@ -18,6 +18,7 @@ from experiments.tables import markdown, text
 from systems.writing import save_config, write_json, write_text
 from utils import get_logger
 
+RIGHT = "right.json"  # of each part, value and amount of noise: which questions were answered right; for `across_seeds`
 NO_NOISE, MIXED = "none", "mixed"  # amounts of noise that are no ratio: self-consistency, and all ratios in turns
 LEGEND = "noise by the norm\nof the thought"
 COLUMNS = ("noise", "measured", "questions", "accuracy", "agreement")
@@ -98,11 +99,20 @@ def _key(value: str, noise: str) -> str:
     return f"{value}, noise {noise}"
 
 
+def right_answers(part: Part) -> dict[str, Any]:
+    """`default`, and of each value and amount of noise the indices of its questions and whether each was answered right."""
+    cells = [
+        {"value": value, "noise": noise, "right": {str(index): bool(one[JUDGE]["correct"]) for index, one in cell.items()}}
+        for (value, noise), cell in part.cells.items()
+    ]
+    return {"default": part.default, "cells": cells}
+
+
 # --- files ---
 
 
 def write_results(config: BranchConfig, info: dict[str, Any], parts: Sequence[Part], base: Sequence[Record]) -> None:
-    """Into the ablation's directory: <part>_<timestamp>.json and <part>.png of each part, table.md of all, config.yaml.
+    """Into the ablation's directory: <part>_<timestamp>.json and <part>.png of each part, table.md, RIGHT and config.yaml.
 
     info: experiment_info of the JSON files. base: records of the run that the parts share, for the greedy answers.
     """
@@ -119,6 +129,7 @@ def write_results(config: BranchConfig, info: dict[str, Any], parts: Sequence[Pa
         lines = {"greedy": greedy["accuracy"], "chance": chance(config.benchmark)}
         plot(part, measured, directory / f"{part.name}.png", title, **lines)
         tables.append(table(part, measured))
+    write_json(directory / RIGHT, {part.name: right_answers(part) for part in parts})
     page = "\n".join(tables)
     write_text(directory / "table.md", page)
     get_logger().info(f"{page}\nresults, figures and table.md: {directory}")
