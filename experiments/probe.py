@@ -59,7 +59,7 @@ class ProbeConfig(Config):
     max_new_tokens: Positive = 64
     """Most tokens of an answer."""
     probes: list[Annotated[str, one_of(PROBES)]] = Field(default=list(PROBES))
-    """Those that run: forced, decoded, frontier, geometry."""
+    """Those that run; docs/PROBES.md says what each asks."""
     groups: dict[str, list[str]]
     """By name the checkpoints, or directories of runs, that are seeds of one thing."""
 
@@ -95,6 +95,8 @@ def measured(config: ProbeConfig, checkpoint: str, device: torch.device) -> dict
         found[name] = probe.measure(probed) if probed.thoughts or not probe.needs_thoughts else {}
         directory.mkdir(parents=True, exist_ok=True)
         series = {key: [None if np.isnan(value) else float(value) for value in values] for key, values in found[name].items()}
+        if probe.sketch is not None and probed.thoughts:
+            probe.sketch(probed, directory / f"{name}.png")
         write_json(path, {"asked": asked, "machine": machine(device), "series": series})
     return found
 

@@ -19,6 +19,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from jinja2 import Environment, FileSystemLoader
 from markdown_it import MarkdownIt
@@ -27,6 +28,9 @@ from coconut import Coconut
 from dataset import load_records
 from experiments.chat import How, ask, graph_of
 from experiments.plots import epoch_curves
+from experiments.probes import Probed
+from experiments.probes.frontier import GRAPH
+from experiments.probes.sketches import graph_after, lens
 from experiments.quickstart import read_metrics
 from experiments.tables import markdown
 from systems.files import read_typed
@@ -80,6 +84,7 @@ def run_blocks(run: Path, questions: int) -> Iterator[Block]:
     config = parse_yaml(read_text(run / CONFIG), str(run / CONFIG))
     if questions and any(run.glob("checkpoint_*")):
         yield from sample_blocks(run, config, questions)
+        yield from sketch_blocks(run, Path(config["val_path"]))
     yield Block("details", yaml.safe_dump(config, sort_keys=False), f"Configuration of {run}")
 
 
@@ -95,6 +100,22 @@ def sample_blocks(run: Path, config: dict[str, Any], questions: int) -> Iterator
         ]
         text = f"{record['question']}{reached}\n\n" + "\n".join(said)
         yield Block("plain", f"{text}\n\nanswer: {answer.text}  (p = {answer.probability:.3f})\ngold: {record['answer']}")
+
+
+def sketch_blocks(run: Path, data: Path) -> Iterator[Block]:
+    """What every layer says at each thought of the first question, and the question's graph after each number of thoughts."""
+    probed = Probed.load(str(run), data, 1, {}, torch.device("cpu"))
+    if not probed.thoughts:
+        return
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        lens(probed, Path(folder) / "lens.png")
+        yield _figure(Path(folder) / "lens.png", "The likeliest token of every layer at each thought of the first question.")
+        if all(key in probed.records()[0] for key in GRAPH):
+            graph_after(probed, Path(folder) / "graph.png")
+            about = (
+                "Graph of the first question after k thoughts: darker is likelier as the next step's start; the path is red."
+            )
+            yield _figure(Path(folder) / "graph.png", about)
 
 
 def result_blocks(folder: Path) -> Iterator[Block]:

@@ -3,7 +3,9 @@
 # All methods of a seed start from one chain of thought of 12 epochs, that of the quick start (SEED=0 and so on) where it is
 # there. Those with stages leave them by the same rule, that of args/prosqa_quick_coconut.yaml; the others take as many epochs as
 # Coconut of the same seed. Runs come one after another, so that their times can be compared.
-# SEEDS="0 1 2 3 4" METHODS="coconut cot" PROCESSES=2 may be set. A rerun skips what is done and goes on.
+# SEEDS="0 1 2 3 4" METHODS="coconut cot" PROCESSES=2 may be set. A rerun skips what is done and goes on. Two commands with
+# PROCESSES=1 and half of the seeds each use two cores better than one with PROCESSES=2; the command with all seeds then
+# makes the table.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
@@ -12,8 +14,9 @@ make_environment .venv requirements.txt
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 read -ra seeds <<< "${SEEDS:-0 1 2 3 4}"
 read -ra methods <<< "${METHODS:-coconut cot no_cot no_thoughts no_curriculum pause pause_as_thought icot codi}"
+processes=${PROCESSES:-2} batch=64
 save_path=checkpoints/compare data=data/prosqa_quick out=results/compare_methods
-launch=(.venv/bin/torchrun --standalone --nproc_per_node "${PROCESSES:-2}")
+launch=(.venv/bin/torchrun --standalone --nproc_per_node "$processes")
 
 if [ ! -e "${data}_test.json" ]; then
     .venv/bin/python preprocessing/prosqa.py --shape chains --out-prefix "$data" --train 40000 --valid 300 --test 1000 \
@@ -41,7 +44,7 @@ train() { # METHOD SEED
             num_epochs="$(epochs_of "coconut-seed$seed")") ;;
     esac
     quietly "$save_path/$name.log" "${launch[@]}" run.py "args/prosqa_quick_$method.yaml" save_path=$save_path name="$name" \
-        seed="$seed" "${settings[@]}"
+        seed="$seed" batch_size_training=$((batch / processes)) "${settings[@]}"
     touch "$save_path/$name/finished"
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,17 +11,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import write_json
+from conftest import ROOT, write_json
 from test_models import make_tokenizer
 from test_run import start
 
 from experiments import probe
 from experiments.probes import PROBES, Probed
+from experiments.probes.causal import causal, confidence
 from experiments.probes.decoded import decoded
 from experiments.probes.forced import forced
-from experiments.probes.frontier import frontier
+from experiments.probes.frontier import frontier, tree
 from experiments.probes.geometry import geometry
-from preprocessing.prosqa import chain_records
+from experiments.probes.layers import layers
+from experiments.probes.reachable import reachable
+from preprocessing.prosqa import CONCEPTS, chain_records
+from thoughts import gather_thoughts
 from utils import UserError, load_config
 
 RECORDS = chain_records(60, 0, "test", hops=(2,))
@@ -34,9 +39,11 @@ def planted(states: torch.Tensor, tokenizer: Any, data: Path) -> Any:
         dataset={"steps_tokenized": steps},
         thoughts=states.shape[1],
         data=data,
+        records=lambda *keys: RECORDS,
         evaluator=SimpleNamespace(tokenizer=tokenizer),
-        model=SimpleNamespace(project=lambda states: states),
+        model=SimpleNamespace(project=lambda states: states, decoder=torch.nn.Identity()),
         states=lambda: iter([(list(range(len(RECORDS))), states)]),
+        layers=lambda: iter([(list(range(len(RECORDS))), torch.stack([0 * states, 0 * states, states], dim=1))]),
     )
 
 
@@ -84,15 +91,120 @@ def test_frontier_tells_distances_and_the_other_chain_apart(tokenizer: Any, tmp_
     assert found["thought 1, unreachable"].mean() == pytest.approx(0, abs=1e-6)
     flat = frontier(SimpleNamespace(**{**vars(probed), "states": lambda: iter([(list(range(len(RECORDS))), 0 * states)])}))
     assert flat["thought 1, distance 1"].mean() == pytest.approx(flat["thought 1, unreachable"].mean())  # the null
-    without = write_json(tmp_path / "plain.json", [{"question": "q", "steps": ["s"], "answer": "a"}] * len(RECORDS))
-    probed.data = without
-    with pytest.raises(UserError, match="its records hold no graph"):
-        frontier(probed)
+
+
+def test_tree_reads_the_state_at_the_end_marker(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After k thoughts the next token is the concept at distance k."""
+
+    def ended(probed: Any, thoughts: int) -> Any:
+        states = torch.zeros(len(RECORDS), len(tokenizer))
+        for place, record in enumerate(RECORDS if thoughts else []):
+            states[place, finds(tokenizer, record, thoughts - 1)] = 50
+        return iter([(list(range(len(RECORDS))), states)])
+
+    monkeypatch.setattr(importlib.import_module("experiments.probes.frontier"), "ended", ended)
+    found = tree(planted(torch.zeros(1, 2, 1), tokenizer, tmp_path))
+    assert [found[f"after {k}, distance {d}"].mean().round() for k, d in ((1, 1), (1, 2), (2, 1), (2, 2))] == [100, 0, 0, 100]
+    assert found["after 0, distance 1"].mean() == pytest.approx(found["after 0, unreachable"].mean())
+
+
+def test_layers_finds_the_layer_that_says_the_step(tokenizer: Any, tmp_path: Path) -> None:
+    states = torch.zeros(len(RECORDS), 2, len(tokenizer))
+    for place, record in enumerate(RECORDS):
+        states[place, 1, finds(tokenizer, record, 0)] = 5
+    found = layers(planted(states, tokenizer, tmp_path))
+    assert {name for name, values in found.items() if values.mean() == 100} == {"thought 2, layer 2"}
+
+
+def test_linear_probes_find_what_is_planted_and_nothing_in_noise() -> None:
+    """The states hold a random rotation of what the first step finds, among as much noise; the null is noise alone."""
+    records = chain_records(300, 0, "test", hops=(2,), concepts=CONCEPTS[:8])
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(300, 8, generator=generator)
+    rotation = torch.linalg.qr(torch.randn(8, 8, generator=generator)).Q
+    first = [CONCEPTS.index(record["steps"][0].rstrip(".").split()[-1]) for record in records]
+    held = 3 * torch.nn.functional.one_hot(torch.tensor(first), 8).float() @ rotation + noise
+
+    def areas(states: torch.Tensor) -> dict[str, float]:
+        every = torch.stack([0 * states, states], dim=1)[:, :, None]  # an embedding and one layer, one thought
+        probed: Any = SimpleNamespace(records=lambda *keys: records, layers=lambda: iter([(list(range(300)), every)]))
+        return {name: float(np.nanmean(values)) for name, values in reachable(probed).items()}
+
+    found, null = areas(held), areas(noise)
+    assert found["thought 1, layer 1, within 1"] > 90
+    assert found["thought 1, layer 1, within 1"] > found["thought 1, layer 1, within 2"] + 5
+    assert 45 < found["thought 1, layer 1, within 1, shuffled"] < 55
+    assert 45 < null["thought 1, layer 1, within 1"] < 55
+    wide = torch.cat([held, torch.zeros(300, 200)], dim=1)  # more entries than questions to fit on: the same from the dual
+    assert areas(wide)["thought 1, layer 1, within 1"] == pytest.approx(found["thought 1, layer 1, within 1"])
+
+
+class SecondThought:
+    """A model whose answer depends on its second thought alone, which is the question's sign: token 3 or token 4."""
+
+    def think(self, input_ids: Any, attention_mask: Any, position_ids: Any, interventions: Any = None) -> Any:
+        latent = input_ids == 9
+        embeds = torch.zeros(*input_ids.shape, 2)
+        for column in latent.any(dim=0).nonzero().flatten().tolist():
+            own = torch.stack([input_ids[:, 0].float() - 1, torch.ones(len(latent))], dim=-1)[:, None]
+            embeds[:, column] = (own if interventions is None else interventions.apply(own, column))[:, 0]
+        second = latent & (latent.cumsum(dim=1) == 2)
+        says = (embeds[..., 0] * second).sum(dim=1)  # (B,)
+        return SimpleNamespace(inputs_embeds=embeds, hidden=says[:, None].expand(input_ids.shape)[..., None])
+
+    def project(self, hidden: torch.Tensor) -> torch.Tensor:
+        return torch.cat([-100 + 0 * hidden.expand(*hidden.shape[:-1], 3), hidden, -hidden], dim=-1)
+
+
+def test_causal_finds_the_thought_that_the_answer_depends_on() -> None:
+    signs = [0, 2, 2, 0]  # as tokens of the questions; another question's is the one before
+    ids = torch.tensor([[sign, 9, 9, 9, 1] for sign in signs])
+    batch = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "position_ids": torch.arange(5).expand(4, -1),
+    }
+    answers = [3 if sign else 4 for sign in signs]
+    records = [{"answer": str(token)} for token in answers]
+    model = SecondThought()
+    kept: dict[str, Any] = {}
+    probed: Any = SimpleNamespace(
+        model=model,
+        thoughts=3,
+        dataset={"answer_tokenized": [[token, Tokens.eos_token_id] for token in answers]},
+        evaluator=SimpleNamespace(
+            ids=SimpleNamespace(thought=9, latent=9),
+            tokenizer=Tokens(),
+        ),
+        records=lambda *keys: records,
+        think=lambda batch: model.think(**batch),
+    )
+    probed.batches = lambda latents="max": iter([([0, 1, 2, 3], batch, ids == 9)])
+    probed.once = lambda measure: kept.setdefault("odds", None) or kept.update(odds=measure(probed)) or kept["odds"]
+    found = causal(probed)
+    assert found["log-odds, as they are"] == pytest.approx(2)  # log-odds of logits 1 and -1
+    assert found["change with zero for thought 2, later ones recomputed"] == pytest.approx(-2)
+    assert found["change with another question's for thought 2, later ones as they were"] == pytest.approx([0, -4, 0, -4])
+    moved = {name for name, values in found.items() if name.startswith("change") and abs(values).max() > 1e-6}
+    assert {name for name in moved if " for thought " in name} == {name for name in found if " for thought 2" in name}
+    sure = confidence(probed)
+    assert sure["as they are: right"].mean() == 100
+    assert sure["zero for all thoughts: Brier"] == pytest.approx(25)
+
+
+class Tokens:
+    """Texts are the digits of their tokens."""
+
+    eos_token_id = 1
+
+    def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+        return {"input_ids": [int(text.removeprefix("### "))]}
 
 
 def test_geometry_of_thoughts_that_ignore_the_question() -> None:
     states = torch.tensor([[3.0, 0.0], [0.0, 6.0]]).expand(5, 2, 2)
-    found = geometry(SimpleNamespace(thoughts=2, states=lambda: iter([([0, 1, 2, 3, 4], states)])))  # type: ignore[arg-type]
+    pauses = SimpleNamespace(ids=SimpleNamespace(thought=1, latent=2))
+    found = geometry(SimpleNamespace(thoughts=2, evaluator=pauses, states=lambda: iter([([0, 1, 2, 3, 4], states)])))  # type: ignore[arg-type]
     assert found["thought 2: norm by that of the first"].tolist() == [200] * 5
     assert found["thought 1: cosine with other questions'"] == pytest.approx(100)
     assert found["thought 2: cosine with the one before"] == pytest.approx(0)
@@ -134,14 +246,16 @@ def test_the_command_probes_every_group_and_goes_on(
         "max_new_tokens=8",
         f"groups={json.dumps(trained)}",
     ]
-    config = load_config(probe.ProbeConfig, [*arguments, "probes=[forced, decoded, geometry]"])
+    config = load_config(probe.ProbeConfig, [*arguments, "probes=[forced, decoded, layers, geometry, causal]"])
     probe.run(config)
     page = (out / "x" / "probes.md").read_text()
     found = json.loads((out / "x" / "probes.json").read_text())["probes"]
     assert len(found["forced"]["0 thoughts, right"]["coconut"]["seeds"]) == 2
     assert set(found["forced"]["0 thoughts, right"]) == {"coconut", "control"}
     assert "Without thoughts, and so without numbers here: control." in page
-    assert all((out / "x" / f"{name}.png").stat().st_size > 5000 for name in ("forced", "decoded", "geometry"))
+    assert all(
+        (out / "x" / f"{name}.png").stat().st_size > 5000 for name in ("forced", "decoded", "layers", "geometry", "causal")
+    )
 
     def never(*arguments: Any) -> None:
         raise AssertionError("measured again")
@@ -158,7 +272,7 @@ def test_states_are_those_before_the_thoughts(trained: dict[str, list[str]], run
     data = next(one.split("=", 1)[1] for one in run_arguments if one.startswith("val_path="))
     probed = Probed.load(trained["coconut"][0], Path(data), 5, {"batch_size_eval": 2}, torch.device("cpu"))
     states = torch.cat([own for _, own in probed.states()])
-    fed = torch.cat([details.thoughts for _, _, details, _ in probed.passes()])
+    fed = torch.cat([gather_thoughts(probed.think(batch).inputs_embeds, thought) for _, batch, thought in probed.batches()])
     assert states.shape[:2] == (5, probed.thoughts)
     torch.testing.assert_close(states, fed)
     assert not np.isnan(states.detach().numpy()).any()
@@ -167,4 +281,7 @@ def test_states_are_those_before_the_thoughts(trained: dict[str, list[str]], run
 def test_groups_must_have_checkpoints() -> None:
     with pytest.raises(UserError, match="groups: name at least one checkpoint in each"):
         load_config(probe.ProbeConfig, ["name=x", "data_path=d", "groups={a: []}"])
-    assert set(PROBES) == {"forced", "decoded", "frontier", "geometry"}
+    rows = {"forced", "decoded", "layers", "frontier", "tree", "reachable", "geometry", "causal", "confidence"}
+    assert set(PROBES) == rows
+    page = (ROOT / "docs" / "PROBES.md").read_text()
+    assert all(f"| `{name}` |" in page for name in PROBES)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from experiments.probes.base import Probe, Probed, Series
+from experiments.probes.causal import causal, confidence
 from experiments.probes.decoded import decoded
 from experiments.probes.forced import forced
-from experiments.probes.frontier import frontier
+from experiments.probes.frontier import frontier, tree
 from experiments.probes.geometry import geometry
+from experiments.probes.layers import layers
+from experiments.probes.reachable import reachable
+from experiments.probes.sketches import graph_after, lens
 
 PROBES: dict[str, Probe] = {
     "forced": Probe(
@@ -15,8 +19,31 @@ PROBES: dict[str, Probe] = {
         needs_thoughts=False,
     ),
     "decoded": Probe("The likeliest token of each thought: is it what a step finds out?", decoded),
+    "layers": Probe(
+        "The likeliest token of every layer at each thought: is it what one of the steps finds out?", layers, sketch=lens
+    ),
     "frontier": Probe("Probability of a concept, read from each thought, by its distance from the person.", frontier),
+    "tree": Probe(
+        "Probability of a concept right after k thoughts and the end marker, by its distance from the person.",
+        tree,
+        sketch=graph_after,
+    ),
+    "reachable": Probe(
+        "Linear probes for the concepts within so many steps: area under the ROC curve, chance 50; shuffled is the control.",
+        reachable,
+    ),
     "geometry": Probe("Cosines and norms of the states that become thoughts, x 100.", geometry, unit="x 100"),
+    "causal": Probe(
+        "Log-odds of the right option, and how far they move when other thoughts stand in their place.",
+        causal,
+        unit="nats",
+        needs_thoughts=False,
+    ),
+    "confidence": Probe(
+        "How often the right option is the likelier one, how sure the model is, and its Brier score (25 is undecided).",
+        confidence,
+        needs_thoughts=False,
+    ),
 }
 
 __all__ = ["PROBES", "Probe", "Probed", "Series"]

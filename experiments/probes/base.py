@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,12 @@ from datasets import Dataset
 from torch import Tensor
 
 from coconut import Coconut
-from dataset import MyCollator, get_question_latent_dataset
+from dataset import MyCollator, get_question_latent_dataset, load_records
 from evaluation import Asking, Evaluator
-from methods import stage_shape
-from states import Details, Outputs
+from methods import EvalLatents, stage_shape
+from states import Thinking
 from systems.tokens import get_dataset
+from utils import UserError
 
 Series = dict[str, np.ndarray]  # condition -> one number for each question, NaN where it has none
 Measure = Callable[["Probed"], Series]
@@ -28,13 +29,14 @@ class Probe:
     """One way to look at the thoughts.
 
     about: a sentence for the report. measure: of one model; the same conditions for every seed. unit: of its numbers.
-    needs_thoughts: whether a model without latents or pauses has nothing to measure.
+    needs_thoughts: whether a model without latents or pauses has nothing to measure. sketch: draws one question to a file.
     """
 
     about: str
     measure: Measure
     unit: str = "%"
     needs_thoughts: bool = True
+    sketch: Callable[[Probed, Path], None] | None = None
 
 
 @dataclass
@@ -51,6 +53,7 @@ class Probed:
     evaluator: Evaluator
     stage: int
     thoughts: int
+    kept: dict[str, Series] = field(default_factory=dict)
 
     @classmethod
     def load(cls, checkpoint: str, data: Path, questions: int, settings: dict[str, Any], device: torch.device) -> Probed:
@@ -64,31 +67,54 @@ class Probed:
         thoughts = stage_shape(config.curriculum, trained.facts.stage, 0, "max").thoughts
         return cls(model, data, dataset, evaluator, trained.facts.stage, thoughts)
 
-    def passes(self) -> Iterator[tuple[list[int], Outputs, Details, Tensor]]:
-        """Of each batch: places of its questions, what the model gives for their prompts, and where thoughts stand (B, T)."""
+    def batches(self, latents: EvalLatents = "max") -> Iterator[tuple[list[int], dict[str, Tensor], Tensor]]:
+        """Of each batch: places of its questions, their prompts with so many thoughts, and where thoughts stand (B, T).
+
+        Prompts end with the end marker, all in the last column.
+        """
         ids, evaluator = self.evaluator.ids, self.evaluator
         examples = get_question_latent_dataset(
-            self.stage, self.dataset, evaluator.curriculum, ids.start, ids.thought, ids.end, "max"
+            self.stage, self.dataset, evaluator.curriculum, ids.start, ids.thought, ids.end, latents
         )
         collator = MyCollator(evaluator.tokenizer, ids.thought, align_end=True)
         size = evaluator.config.batch_size_eval
         for begin in range(0, len(self.dataset), size):
             places = list(range(begin, min(begin + size, len(self.dataset))))
             batch = {name: value.to(evaluator.device) for name, value in collator([examples[at] for at in places]).items()}
-            thought = batch["input_ids"] == ids.thought
-            outputs, details = self.model(
-                batch["input_ids"], batch["attention_mask"], position_ids=batch["position_ids"], return_details=True
-            )
-            yield places, outputs, details, thought
+            yield places, batch, batch["input_ids"] == ids.thought
+
+    def think(self, batch: dict[str, Tensor]) -> Thinking:
+        return self.model.think(batch["input_ids"], batch["attention_mask"], batch["position_ids"])
 
     def states(self) -> Iterator[tuple[list[int], Tensor]]:
         """Of each batch: places of its questions, and the last states (B, N, D) at the positions before their N thoughts.
 
         These are what the thought map of a model with latents reads; of pauses they are the states in the same places.
         """
-        for places, _, details, thought in self.passes():
+        for places, layers in self.layers():
+            yield places, layers[:, -1]
+
+    def layers(self) -> Iterator[tuple[list[int], Tensor]]:
+        """As `states`, of all layers: (B, L + 1, N, D), the input embeddings first, the last one after the final norm."""
+        for places, batch, thought in self.batches():
+            embeds = self.think(batch).inputs_embeds
+            # One more pass over all columns, with the thoughts filled in, gives what the passes gave one by one.
+            layers = self.model.base_pass(embeds, batch["attention_mask"], batch["position_ids"], None, True).layers
             before = torch.roll(thought, -1, dims=1)  # (B, T): the position before each thought
-            yield places, details.hidden[before].unflatten(0, (len(places), -1))
+            yield places, torch.stack([states[before].unflatten(0, (len(places), -1)) for states in layers], dim=1)
+
+    def records(self, *keys: str) -> list[dict[str, Any]]:
+        """The questions' records. Raises UserError if they do not have these fields."""
+        records = load_records(self.data)[: len(self.dataset)]
+        if missing := [key for key in keys if not all(key in record for record in records)]:
+            raise UserError(f"{self.data}: its records hold no {missing[0]}")
+        return records
+
+    def once(self, measure: Measure) -> Series:
+        """What a function gives for this model, computed once for all probes that need it."""
+        if measure.__name__ not in self.kept:
+            self.kept[measure.__name__] = measure(self)
+        return self.kept[measure.__name__]
 
 
 def empty(questions: int) -> np.ndarray:

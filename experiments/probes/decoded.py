@@ -16,7 +16,7 @@ def decoded(probed: Probed) -> Series:
     """
     tokenizer = probed.evaluator.tokenizer
     steps = probed.dataset["steps_tokenized"]
-    ends = [[_finding(step, tokenizer) for step in own[:STEPS]] for own in steps]
+    ends = [[finding(step, tokenizer) for step in own[:STEPS]] for own in steps]
     most = max(map(len, ends), default=0)
     found = {_name(thought, step): empty(len(ends)) for thought in range(probed.thoughts) for step in range(most)}
     for places, states in probed.states():
@@ -32,6 +32,6 @@ def _name(thought: int, step: int) -> str:
     return f"thought {thought + 1} says what step {step + 1} finds"
 
 
-def _finding(step: list[int], tokenizer: PreTrainedTokenizerBase) -> int | None:
+def finding(step: list[int], tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The last token of a step with a letter or digit; None where there is none."""
     return next((token for token in reversed(step) if any(map(str.isalnum, str(tokenizer.decode([token]))))), None)

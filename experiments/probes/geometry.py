@@ -1,4 +1,4 @@
-"""Where thoughts lie: their length, how far one is from the next, and whether they depend on the question."""
+"""Where thoughts lie: their length, how far one is from the next, whether they depend on the question, and how a push grows."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import torch
 from torch.nn import functional as F
 
 from experiments.probes.base import Probed, Series
+from thoughts import Noise, gather_thoughts
+
+PUSH = 0.1  # norm of the noise in the first thought, by that of the thought
 
 
 def geometry(probed: Probed) -> Series:
@@ -22,4 +25,30 @@ def geometry(probed: Probed) -> Series:
         if thought:
             near = (directions[:, thought] * directions[:, thought - 1]).sum(dim=-1)
             found[f"thought {thought + 1}: cosine with the one before"] = 100 * near.numpy().astype(float)
-    return found
+    return found | _growth(probed)
+
+
+def _growth(probed: Probed) -> Series:
+    """How far a push in the first thought moves each thought, by its own norm and by the size of the push, x 100.
+
+    100 where a push keeps its size, 0 where later thoughts do not feel it. Nothing of pauses, which cannot be pushed.
+    """
+    ids = probed.evaluator.ids
+    if ids.thought != ids.latent:
+        return {}
+    moved = []
+    for places, batch, thought in probed.batches():
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
+        clean, pushed = (
+            gather_thoughts(
+                probed.model(**inputs, noise=noise, seed=0, question_index=places).inputs_embeds,  # type: ignore[union-attr]
+                thought,
+            ).float()
+            for noise in (None, Noise(PUSH, "gaussian_scaled"))
+        )
+        moved.append(((pushed - clean).norm(dim=-1) / clean.norm(dim=-1) / PUSH).cpu())
+    every = 100 * torch.cat(moved)  # (Q, N)
+    return {
+        f"thought {number + 1}: moved by a push in the first": every[:, number].numpy().astype(float)
+        for number in range(every.shape[1])
+    }
