@@ -1,23 +1,20 @@
-"""Every command of docs/TUTORIAL.md on a small model. Scripts, which install and train, have tests of their own."""
+"""The tutorial's notebook, which holds every command of docs/TUTORIAL.md, run on a small model. Scripts, which install and train,
+have tests of their own."""
 
 from __future__ import annotations
 
 import os
-import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
 from conftest import ROOT
+from nbclient import NotebookClient
 from test_run import start
 
-COMMANDS = [
-    line.strip()
-    for line in (ROOT / "docs" / "TUTORIAL.md").read_text(encoding="utf-8").splitlines()
-    if line.startswith("    ") and line.split()[0] == "python"
-]
+from experiments import notebook_page
 
 
 @pytest.fixture
@@ -29,24 +26,26 @@ def quick_start(run_arguments: list[str], tmp_path: Path, monkeypatch: pytest.Mo
     data = next(one.split("=", 1)[1] for one in run_arguments if one.startswith("val_path="))
     (tmp_path / "data").mkdir(exist_ok=True)
     shutil.copyfile(data, tmp_path / "data" / "prosqa_quick_test.json")
-    (tmp_path / "args").symlink_to(ROOT / "args")
+    for name in ("args", "test.py"):
+        (tmp_path / name).symlink_to(ROOT / name)
     return tmp_path
 
 
-def test_every_command_works(quick_start: Path) -> None:
-    assert len(COMMANDS) == 9
-    for command in COMMANDS:
-        words = shlex.split(command.replace("python test.py", f"python {ROOT / 'test.py'}"))
-        result = subprocess.run(
-            [sys.executable, *words[1:]],
-            cwd=quick_start,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-            input="random compare\nk=2 random\nnoise=2 random\n\n",
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert result.returncode == 0, (command, result.stderr[-2000:])
+def test_the_notebook_is_made_from_the_page() -> None:
+    """Made anew by `python -m experiments.notebook_page`."""
+    assert (ROOT / "docs" / "tutorial.ipynb").read_text(encoding="utf-8") == notebook_page.notebook()
+
+
+def test_every_command_works(quick_start: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    notebook = nbformat.reads(notebook_page.notebook(), as_version=4)
+    nbformat.validate(notebook)
+    notebook.cells = [cell for cell in notebook.cells if not cell.metadata.get("tags")]
+    assert sum(cell.source.startswith("%%bash") for cell in notebook.cells) == 9
+    NotebookClient(notebook, timeout=300, kernel_name="python3").execute()  # raises where a command fails
+    shown = [output for cell in notebook.cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})]
+    assert len(shown) == 2
     assert "forced" in (quick_start / "results" / "tutorial" / "probes.md").read_text()
     assert "data:image/png" in (quick_start / "report.html").read_text()
     assert "gaussian_scaled@2.0" in (quick_start / "results" / "mine" / "across_seeds.md").read_text()
