@@ -30,6 +30,8 @@ from generation import (
     decode,
     gather_branches,
     generate_from,
+    jacobi_passes,
+    missing_passes,
     pass_bounds,
     question_indices,
     with_latents,
@@ -49,6 +51,7 @@ class Coconut(nn.Module):
         latent_token_id, start_latent_id, end_latent_id: ids of `<|latent|>`, `<|start-latent|>`, `<|end-latent|>`.
         eos_token_id: the token that ends a generation; finished rows are filled up with it.
         thought_map: what is fed back; None is the last hidden state as it is.
+        jacobi_iterations: thoughts are computed together, so many times (`jacobi_passes`); None is one after the other.
 
     Attributes:
         max_over_ranks: maximum of an int over all processes. Whoever shards the model sets it, so that all processes take
@@ -66,6 +69,7 @@ class Coconut(nn.Module):
         end_latent_id: int,
         eos_token_id: int,
         thought_map: ThoughtMap | None = None,
+        jacobi_iterations: int | None = None,
     ) -> None:
         super().__init__()
         self.base_causallm = base_causallm
@@ -74,6 +78,7 @@ class Coconut(nn.Module):
         self.end_latent_id = end_latent_id
         self.eos_token_id = eos_token_id
         self.thought_map = ThoughtMap() if thought_map is None else thought_map
+        self.jacobi_iterations = jacobi_iterations
         self.max_over_ranks: Callable[[int], int] = lambda value: value
         self.before_last_backward: Callable[[], None] | None = None
         self.trained: Any = None
@@ -192,7 +197,7 @@ class Coconut(nn.Module):
         """All latent passes of (B, T) tokens, without the language-model head."""
         prompt = self.prompt(input_ids, attention_mask, position_ids)
         bounds = pass_bounds(prompt.latent, prompt.mask)
-        idle = self.max_over_ranks(len(bounds)) - len(bounds)  # agreed on before the first pass gathers anything
+        idle = missing_passes(self, bounds)  # agreed on before the first pass gathers anything
         cache = DynamicCache() if keep_cache or len(bounds) > 1 else None
         embeds = self.embedding(input_ids)
         thinking = self.passes(embeds, prompt, bounds, cache, interventions=interventions, all_layers=all_layers)
@@ -218,6 +223,8 @@ class Coconut(nn.Module):
 
         embeds: (B, T, D) of their columns alone. before: what the map reads, each (B, 1, D), at the column before them.
         """
+        if self.jacobi_iterations is not None and (before is not None or len(bounds) > 1):  # there are latents
+            return jacobi_passes(self, embeds, prompt, bounds, cache, before, interventions, all_layers)
         hidden, filled, layers = [], [], cast("Sequence[Tensor]", ())
         for (start, end), segment in zip(bounds, embeds.split([end - start for start, end in bounds], dim=1), strict=True):
             if before is not None:
@@ -228,9 +235,10 @@ class Coconut(nn.Module):
                 first = torch.where(is_latent, thought.to(segment.dtype), segment[:, :1])
                 segment = torch.cat([first, segment[:, 1:]], dim=1)
             place = (prompt.mask[:, :end], prompt.positions[:, start:end])
-            states, before, layers = self.base_pass(segment, *place, cache, all_layers and end == bounds[-1][1])
+            states, given, layers = self.base_pass(segment, *place, cache, all_layers and end == bounds[-1][1])
+            before = [states[:, -1:] for states in given]
             if start == 0 and self.before_last_backward is not None and states.requires_grad:
-                states.register_hook(self._announce_last_backward)
+                states.register_hook(self.announce_last_backward)
             hidden.append(states)
             filled.append(segment)
         return Thinking(torch.cat(hidden, dim=1), torch.cat(filled, dim=1), cache, cast("Sequence[Tensor]", before), layers)
@@ -258,7 +266,7 @@ class Coconut(nn.Module):
             raise ValueError("the base model keeps no key-value cache, or gradient checkpointing has turned it off")
         device = inputs_embeds.device  # the last layers of a model that is spread over devices are on another one
         last = outputs.last_hidden_state.to(device)
-        before = [(last if layer == -1 else outputs.hidden_states[layer].to(device))[:, -1:] for layer in layers]
+        before = [last if layer == -1 else outputs.hidden_states[layer].to(device) for layer in layers]
         return Pass(last, before, outputs.hidden_states if all_layers else ())
 
     def idle_passes(self, count: int, with_map: bool = False) -> Tensor | None:
@@ -275,7 +283,7 @@ class Coconut(nn.Module):
             parts += [parameter.sum() for parameter in self.thought_map.parameters() if parameter.requires_grad]
         return 0 * torch.stack(parts).sum() if parts else None
 
-    def _announce_last_backward(self, grad: Tensor) -> None:
+    def announce_last_backward(self, grad: Tensor) -> None:
         if self.before_last_backward is not None:
             self.before_last_backward()
 

@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from methods import ALL_TOKENS, METHODS, MOST_THOUGHTS, Curriculum, EvalLatents
 from systems.optimization import LEARNING_RATES
-from thoughts import ThoughtMapSetting
+from thoughts import LatentMode, ThoughtMapSetting
 from utils import (
     LARGEST,
     Config,
@@ -135,6 +135,11 @@ class RunConfig(Config):
     thought_map: ThoughtMapSetting = "identity"
     """What is fed back as a thought: a name (identity, layer, norm, projection), or a mapping with it and options, such as
     {name: layer, layer: 6}."""
+    latent_mode: LatentMode = "sequential"
+    """How thoughts are computed: sequential, one after the other (Coconut), or jacobi, all at once and again from one another
+    (PCCoT, arXiv 2506.18582)."""
+    jacobi_iterations: Annotated[int, Field(ge=0, le=MOST_THOUGHTS)] = 3
+    """How often with latent_mode: jacobi; 0 leaves pause tokens, as many as there are thoughts is sequential."""
     attn_implementation: OptionalText = None
     """Attention of transformers: sdpa, eager, ...; null: its default."""
     trust_remote_code: bool = False
@@ -250,6 +255,8 @@ class RunConfig(Config):
         method = METHODS[str(self.method)]
         if self.thought_map != "identity" and not method.feeds_back:
             raise ValueError(f"thought_map: method {self.method} feeds no state back: leave it out")
+        if self.latent_mode == "jacobi" and not method.feeds_back:
+            raise ValueError(f"latent_mode: method {self.method} feeds no state back: leave it out")
         if method.markers and self.c_thought == 0:
             raise ValueError(f"c_thought: 0 leaves {self.method} without thoughts: set at least 1, or method: no_thoughts")
         if method.markers and not method.has_stages and self.max_latent_stage == 0:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 
 from noise import sampling_generator
-from states import Branch, Branches, BranchPoint, Decoded, Generated, Prompt
+from states import Branch, Branches, BranchPoint, Decoded, Generated, Prompt, Thinking
 from thoughts import ThoughtInterventions, count_passes, gather_thoughts, path_diversity
 
 if TYPE_CHECKING:
@@ -94,10 +94,16 @@ def gather_branches(generated: Generated, steps: Tensor, noise_at_step: int, sha
 
 def select_cache(cache: DynamicCache, rows: Tensor) -> DynamicCache:
     """A cache of these rows (R,) of another one, which stays as it is."""
-    selected = copy.copy(cache)
-    selected.layers = [copy.copy(layer) for layer in cache.layers]
+    selected = fork(cache)
     keep_rows(selected, rows)
     return selected
+
+
+def fork(cache: DynamicCache) -> DynamicCache:
+    """A cache that goes on from another one, which stays as it is; what they share is not copied."""
+    forked = copy.copy(cache)
+    forked.layers = [copy.copy(layer) for layer in cache.layers]
+    return forked
 
 
 def keep_rows(cache: DynamicCache, rows: Tensor) -> None:
@@ -183,6 +189,8 @@ def branch_point(
     bounds = pass_bounds(prompt.latent, prompt.mask)
     columns = [passes.index(noise_at_step) for passes in count_passes(prompt.latent) if noise_at_step in passes]
     column = min(columns, default=ids.shape[1])
+    if columns and model.jacobi_iterations is not None:  # thoughts are computed together: only the question is shared
+        column = bounds[1][0]
     embeds = model.embedding(ids)
     shared = [(start, end) for start, end in bounds if start < column]
     thinking = model.passes(embeds[:, :column], prompt, shared, DynamicCache())
@@ -242,7 +250,7 @@ def _think_on(
         thinking = model.passes(point.embeds[index, column:], prompt, bounds, cache, before, interventions)
         hidden = thinking.hidden[:, -1]
         fed_back.append(thinking.inputs_embeds[:, has_latent[column:]])
-    model.idle_passes(model.max_over_ranks(len(point.bounds)) - len(point.bounds))
+    model.idle_passes(missing_passes(model, point.bounds))
     return hidden, cache, gather_thoughts(torch.cat(fed_back, dim=1), prompt.latent[:, has_latent])
 
 
@@ -327,6 +335,59 @@ def check_generate(model: Coconut, mask: Tensor, max_new_tokens: int, temperatur
 def count_positions(attention_mask: Tensor) -> Tensor:
     """Position ids (B, T) that count the real tokens of each row from 0; 0 on padding."""
     return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+
+
+def jacobi_passes(
+    model: Coconut,
+    embeds: Tensor,
+    prompt: Prompt,
+    bounds: list[tuple[int, int]],
+    cache: DynamicCache | None,
+    before: Sequence[Tensor] | None,
+    interventions: ThoughtInterventions | None,
+    all_layers: bool,
+) -> Thinking:
+    """`Coconut.passes` with all thoughts at once (Jacobi iteration; PCCoT, arXiv 2506.18582, section 3).
+
+    First every latent holds the embedding of its token. Then, `model.jacobi_iterations` times, every latent is given the
+    thought that the last round computed at the position before it. Rounds go over the columns from the first latent to the
+    last; the question is computed once. No iteration is the pause tokens' one pass; as many as there are latents, or more,
+    give what one after the other gives.
+    """
+    assert cache is not None
+    hidden, filled, offset = [], [], bounds[0][0]
+    if before is None:
+        end = bounds[1][0]
+        states, given, _ = model.base_pass(embeds[:, :end], prompt.mask[:, :end], prompt.positions[:, :end], cache)
+        before = [one[:, -1:] for one in given]
+        if model.before_last_backward is not None and states.requires_grad:
+            states.register_hook(model.announce_last_backward)
+        hidden.append(states)
+        filled.append(embeds[:, :end])
+    start, stop, end = offset + sum(one.shape[1] for one in hidden), bounds[-1][0] + 1, bounds[-1][1]
+    own, rest = embeds[:, start - offset : stop - offset], embeds[:, stop - offset :]
+    latent = prompt.latent[:, start:stop, None]  # (B, n, 1)
+    segment = own
+    for _ in range(cast("int", model.jacobi_iterations)):
+        _, given, _ = model.base_pass(segment, prompt.mask[:, :stop], prompt.positions[:, start:stop], fork(cache))
+        thoughts = model.thought_map([torch.cat([b, one[:, :-1]], dim=1) for b, one in zip(before, given, strict=True)])
+        if interventions is not None:
+            interventions.restart()
+            columns = thoughts.split(1, dim=1)
+            thoughts = torch.cat([interventions.apply(one, start + number) for number, one in enumerate(columns)], dim=1)
+        segment = torch.where(latent, thoughts.to(own.dtype), own)
+    segment = torch.cat([segment, rest], dim=1)
+    place = (prompt.mask[:, :end], prompt.positions[:, start:end])
+    states, given, layers = model.base_pass(segment, *place, cache, all_layers)
+    hidden.append(states)
+    filled.append(segment)
+    return Thinking(torch.cat(hidden, dim=1), torch.cat(filled, dim=1), cache, [one[:, -1:] for one in given], layers)
+
+
+def missing_passes(model: Coconut, bounds: list[tuple[int, int]]) -> int:
+    """How many more passes the process that takes most takes than this one, which takes those of the bounds."""
+    own = len(bounds) if model.jacobi_iterations is None or len(bounds) == 1 else model.jacobi_iterations + 2
+    return model.max_over_ranks(own) - own
 
 
 def pass_bounds(latent: Tensor, attention_mask: Tensor) -> list[tuple[int, int]]:

@@ -28,7 +28,7 @@ class Outputs(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """What one pass gives: the states (B, T, D) that the head reads, those (B, 1, D) that the map reads, and all layers'."""
+    """What one pass gives: the states (B, T, D) that the head reads, those that the map reads, and all layers'."""
 
     states: Tensor
     before: Sequence[Tensor]

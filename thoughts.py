@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Annotated, Any, NamedTuple, cast
+from typing import Annotated, Any, Literal, NamedTuple, cast
 
 import torch
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
@@ -122,6 +122,7 @@ def check_thought_map(setting: Any) -> str | dict[str, Any]:
     return {"name": name, **options} if options else name
 
 
+LatentMode = Literal["sequential", "jacobi"]  # how thoughts are computed; `RunConfig.latent_mode` explains it
 ThoughtMapSetting = Annotated[str | dict[str, Any], AfterValidator(check_thought_map)]
 
 
@@ -218,8 +219,8 @@ class ThoughtInterventions:
             if len(values) != len(self.latent):
                 raise ValueError(f"{len(values)} {name} for {len(self.latent)} rows")
         self._passes = count_passes(self.latent)
-        self._norms: list[list[float]] = [[] for _ in self.rows]  # of the thoughts after the first noisy one
-        self.infos = [[] for _ in self.rows]
+        self._norms: list[list[float]] = []  # of each row the norms of the thoughts after the first noisy one
+        self.restart()
 
     @classmethod
     def of_noise(cls, noise: Noise, latent: Tensor, seed: int, questions: Sequence[int]) -> ThoughtInterventions:
@@ -229,6 +230,10 @@ class ThoughtInterventions:
             raise ValueError(f"{scale.numel()} scales for {rows} rows")
         each = [Intervention(noise._replace(scale=one)) for one in scale.expand(rows).tolist()]
         return cls(latent, each, questions, [0] * rows, seed)
+
+    def restart(self) -> None:
+        """Forget what was done: the thoughts of all columns are computed anew."""
+        self._norms, self.infos = [[] for _ in self.rows], [[] for _ in self.rows]
 
     def first_column(self) -> int:
         """The first column that is fed a changed thought in some row; T if there is none."""

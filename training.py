@@ -410,6 +410,8 @@ class Trainer:
             epoch=epoch,
             accuracy=accuracy,
             thought_map=config.thought_map,
+            latent_mode=config.latent_mode,
+            jacobi_iterations=config.jacobi_iterations,
             chat_template=config.chat_template,
             data=self.data,
             **checkpoint.id_facts(self.ids),

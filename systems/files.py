@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, InstanceOf, TypeAdapter, Vali
 
 from config import MOST_EPOCHS, MethodName
 from methods import ALL_TOKENS, MOST_THOUGHTS
-from thoughts import ThoughtMapSetting
+from thoughts import LatentMode, ThoughtMapSetting
 from utils import LARGEST, UserError, check_regular, get_logger, shown
 
 FACTS, STATE, MANIFEST = "coconut.json", "training_state.pt", "manifest.json"
@@ -50,6 +50,8 @@ class Facts:
     latent_token_id: TokenId
     eos_token_id: int | None
     thought_map: ThoughtMapSetting = "identity"
+    latent_mode: LatentMode = "sequential"
+    jacobi_iterations: Annotated[int, Field(ge=0, le=MOST_THOUGHTS)] = 3
     chat_template: bool = False
     data: dict[str, str] = field(default_factory=dict)  # SHA-256 of the files of train_path and val_path
     format: Literal[1] = FORMAT  # type: ignore[assignment]

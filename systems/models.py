@@ -116,7 +116,8 @@ def build_model(
     _warn_of_scaled_thoughts(base)
     fuse_activations(base)
     initialise_markers(base, tokenizer, markers, config.marker_init)
-    model = Coconut(base, ids.latent, ids.start, ids.end, ids.eos, thought_map_of(config, base))
+    iterations = config.jacobi_iterations if config.latent_mode == "jacobi" else None
+    model = Coconut(base, ids.latent, ids.start, ids.end, ids.eos, thought_map_of(config, base), iterations)
     if config.lora_r is not None:
         add_adapters(base, config.part(Lora), [cast("int", tokenizer.convert_tokens_to_ids(marker)) for marker in markers])
     _check_usable(model, source)

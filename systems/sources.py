@@ -22,7 +22,8 @@ from utils import UserError, check_regular, get_logger, no_such_file
 BEST = "@best"  # after a run's directory
 
 
-TRAINED_WITH = ("method", "c_thought", "max_latent_stage", "pad_latent_to_max", "chat_template", "thought_map")  # of Facts
+MODEL_KEYS = ("method", "thought_map", "latent_mode", "jacobi_iterations")  # of Facts: what the weights were trained for
+TRAINED_WITH = (*MODEL_KEYS, "c_thought", "max_latent_stage", "pad_latent_to_max", "chat_template")
 
 
 def newest_for(config: RunConfig, data: dict[str, str]) -> Path | None:
@@ -38,7 +39,7 @@ def newest_for(config: RunConfig, data: dict[str, str]) -> Path | None:
     facts = None if newest is None else read_facts(newest)
     if facts is None:
         return newest
-    for key in ("method", "thought_map"):
+    for key in MODEL_KEYS:
         trained, asked = getattr(facts, key), getattr(config, key)
         if trained != asked:
             raise CheckpointError(f"{newest} was trained with {key} {trained}, not {asked}: choose another name")

@@ -223,6 +223,22 @@ def fill_thoughts(
     return embeds
 
 
+def fill_together(
+    base: PreTrainedModel,
+    ids: HasTokenIds,
+    batch: dict[str, Tensor],
+    iterations: int,
+    thought_of: ThoughtOf = last_state,
+) -> Tensor:
+    """Input embeddings (B, T, D) of Jacobi iteration: all latents are filled in at once, so many times."""
+    embeds = base.get_input_embeddings()(batch["input_ids"])
+    latent = (batch["input_ids"] == ids.latent)[:, :, None]
+    for _ in range(iterations):
+        hidden = thought_of(full_pass(base, embeds, batch["attention_mask"], batch["position_ids"]).hidden_states)
+        embeds = torch.where(latent, torch.cat([torch.zeros_like(hidden[:, :1]), hidden[:, :-1]], dim=1), embeds)
+    return embeds
+
+
 def full_pass(base: PreTrainedModel, embeds: Tensor, attention_mask: Tensor, position_ids: Tensor):
     """One pass of the whole model over the whole sequence."""
     return base(
