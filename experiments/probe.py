@@ -159,7 +159,10 @@ def run(config: ProbeConfig) -> None:
         groups = [group for group in config.groups if any(group in by_group for by_group in found.values())]
         without = [group for group in config.groups if group not in groups]
         said = f"\n\nWithout thoughts, and so without numbers here: {', '.join(without)}." if without else ""
-        draw(found, groups, out / f"{name}.png", name, PROBES[name].unit)
+        if (own := PROBES[name].draw) is not None:
+            own(found, groups, out / f"{name}.png")
+        else:
+            draw(found, groups, out / f"{name}.png", name, PROBES[name].unit)
         sections.append(f"## {name}\n\n{table(PROBES[name], found, groups)}{said}")
         results[name] = found
     seeds = ", ".join(f"{group} {len(checkpoints)}" for group, checkpoints in config.groups.items())

@@ -23,6 +23,7 @@ from experiments.probes.forced import forced
 from experiments.probes.frontier import frontier, tree
 from experiments.probes.geometry import geometry
 from experiments.probes.layers import layers
+from experiments.probes.paths import kind_of, paths, stacked
 from experiments.probes.reachable import reachable
 from preprocessing.prosqa import CONCEPTS, chain_records
 from thoughts import gather_thoughts
@@ -36,7 +37,7 @@ def planted(states: torch.Tensor, tokenizer: Any, data: Path) -> Any:
     """A probed model whose states (Q, N, D) are given, and whose head reads their largest entry as the token."""
     steps = [[tokenizer(step)["input_ids"] for step in record["steps"]] for record in RECORDS]
     return SimpleNamespace(
-        dataset={"steps_tokenized": steps},
+        dataset={"steps_tokenized": steps, "steps": [record["steps"] for record in RECORDS]},
         thoughts=states.shape[1],
         data=data,
         records=lambda *keys: RECORDS,
@@ -226,6 +227,66 @@ def test_forced_asks_with_no_thoughts_and_with_too_many() -> None:
     assert found["0 thoughts, wrote steps"].mean() == 100
 
 
+GRAPH = {
+    "idx_to_symbol": ["Tom", "lempus", "yumpus", "zumpus", "rompus", "Sam"],
+    "edges": [[0, 1], [1, 2], [2, 3], [1, 3], [1, 4], [5, 4]],
+    "root": 0,
+    "target": 3,
+}
+
+
+@pytest.mark.parametrize(
+    ("output", "correct", "kind"),
+    [
+        ("Tom is a lempus.\nEvery lempus is a zumpus.\n### Tom is a zumpus.", True, "correct path"),
+        ("Every lempus is a zumpus.\n### Tom is a zumpus.", True, "correct path"),  # the first step was thought
+        ("lempus\nzumpus\n### zumpus", True, "correct path"),  # symbols
+        ("Tom is a lempus.\nEvery lempus is a yumpus.\nEvery yumpus is a zumpus.\n### Tom is a zumpus.", True, "longer path"),
+        ("Every lempus is a rompus.\n### Tom is a rompus.", False, "wrong target"),
+        ("Every lempus is a zumpus.\n### Tom is a rompus.", False, "wrong target"),
+        ("Every yumpus is a rompus.\n### Tom is a rompus.", False, "hallucination"),  # no such edge
+        ("Tom is a lempus.\nEvery yumpus is a zumpus.\n### Tom is a zumpus.", True, "hallucination"),  # does not go on
+        ("Sam is a rompus.\n### Tom is a rompus.", False, "hallucination"),  # from where the person never comes
+        ("Every wumpus is a dumpus.\n### Tom is a zumpus.", True, "hallucination"),
+        ("### Tom is a zumpus.", True, "correct label"),
+        ("### Tom is a rompus.", False, "incorrect label"),
+    ],
+)
+def test_kinds_of_what_is_written(output: str, correct: bool, kind: str) -> None:
+    assert kind_of(GRAPH, output, correct) == kind
+
+
+def test_paths_are_counted_for_each_number_of_thoughts_and_drawn(tmp_path: Path) -> None:
+    """With one thought the answer alone, else a path."""
+
+    def predict(model: Any, stage: int, latents: Any) -> list[Any]:
+        written = "" if latents else "Every lempus is a zumpus.\n"
+        return [SimpleNamespace(output=f"{written}### Tom is a zumpus.", correct=True)] * 2
+
+    probed: Any = SimpleNamespace(
+        records=lambda *keys: [GRAPH] * 2, thoughts=1, model=None, stage=1, evaluator=SimpleNamespace(predict=predict)
+    )
+    found = {key: values.mean() for key, values in paths(probed).items()}
+    assert {key for key, mean in found.items() if mean} == {"0 thoughts, correct path", "1 thoughts, correct label"}
+    stacked({key: {"mine": {"mean": mean}} for key, mean in found.items()}, ["mine"], tmp_path / "paths.png")
+    assert (tmp_path / "paths.png").stat().st_size > 5000
+
+
+def test_operators_and_results_of_equations(tokenizer: Any, tmp_path: Path) -> None:
+    calculator = make_tokenizer({"*": 0, "12": 1, "<<": 2, "<unk>": 3})
+    states = torch.tensor([[[9.0, 0, 0, 0], [0, 9.0, 0, 0]]])
+    probed = planted(states, calculator, tmp_path)
+    probed.dataset = {"steps": [["<<3*4=12>>"]], "steps_tokenized": [[[2, 1, 3]]]}
+    probed.states = lambda: iter([([0], states)])
+    found = {name: values.tolist() for name, values in decoded(probed).items()}
+    assert found == {
+        "thought 1 says what step 1 finds": [0],
+        "thought 2 says what step 1 finds": [100],
+        "thought 1 says the operator of step 1": [100],
+        "thought 2 says the operator of step 1": [0],
+    }
+
+
 @pytest.fixture
 def trained(run_arguments: list[str], tmp_path: Path) -> dict[str, list[str]]:
     start(run_arguments, "num_epochs=3")
@@ -281,7 +342,7 @@ def test_states_are_those_before_the_thoughts(trained: dict[str, list[str]], run
 def test_groups_must_have_checkpoints() -> None:
     with pytest.raises(UserError, match="groups: name at least one checkpoint in each"):
         load_config(probe.ProbeConfig, ["name=x", "data_path=d", "groups={a: []}"])
-    rows = {"forced", "decoded", "layers", "frontier", "tree", "reachable", "geometry", "causal", "confidence"}
+    rows = {"forced", "paths", "decoded", "layers", "frontier", "tree", "reachable", "geometry", "causal", "confidence"}
     assert set(PROBES) == rows
     page = (ROOT / "docs" / "PROBES.md").read_text()
     assert all(f"| `{name}` |" in page for name in PROBES)

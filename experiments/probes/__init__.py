@@ -9,6 +9,7 @@ from experiments.probes.forced import forced
 from experiments.probes.frontier import frontier, tree
 from experiments.probes.geometry import geometry
 from experiments.probes.layers import layers
+from experiments.probes.paths import paths, stacked
 from experiments.probes.reachable import reachable
 from experiments.probes.sketches import graph_after, lens
 
@@ -17,6 +18,9 @@ PROBES: dict[str, Probe] = {
         "Answers with fewer and more thoughts than it was trained with; where none is needed, they cannot carry the answer.",
         forced,
         needs_thoughts=False,
+    ),
+    "paths": Probe(
+        "What is written after k thoughts: paths through the graph, or bare answers.", paths, needs_thoughts=False, draw=stacked
     ),
     "decoded": Probe("The likeliest token of each thought: is it what a step finds out?", decoded),
     "layers": Probe(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor
 from coconut import Coconut
 from dataset import MyCollator, get_question_latent_dataset, load_records
 from evaluation import Asking, Evaluator
+from experiments.across_seeds import Numbers
 from methods import EvalLatents, stage_shape
 from states import Thinking
 from systems.tokens import get_dataset
@@ -30,6 +31,7 @@ class Probe:
 
     about: a sentence for the report. measure: of one model; the same conditions for every seed. unit: of its numbers.
     needs_thoughts: whether a model without latents or pauses has nothing to measure. sketch: draws one question to a file.
+    draw: the figure of what was found, by condition and group, in place of points with intervals.
     """
 
     about: str
@@ -37,6 +39,7 @@ class Probe:
     unit: str = "%"
     needs_thoughts: bool = True
     sketch: Callable[[Probed, Path], None] | None = None
+    draw: Callable[[Mapping[str, Mapping[str, Numbers]], Sequence[str], Path], None] | None = None
 
 
 @dataclass

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 from transformers import PreTrainedTokenizerBase
 
 from experiments.probes.base import Probed, Series, empty
 
 STEPS = 4  # of a question that are looked at
+OPERATOR = re.compile(r"<<[^>]*?\d\s*([-+*/])")  # the first one between two numbers
 
 
 def decoded(probed: Probed) -> Series:
@@ -19,13 +22,25 @@ def decoded(probed: Probed) -> Series:
     ends = [[finding(step, tokenizer) for step in own[:STEPS]] for own in steps]
     most = max(map(len, ends), default=0)
     found = {_name(thought, step): empty(len(ends)) for thought in range(probed.thoughts) for step in range(most)}
+    operators = [[_operator(step) for step in own[:STEPS]] for own in probed.dataset["steps"]]
     for places, states in probed.states():
         said = probed.model.project(states).argmax(dim=-1).tolist()  # (B, N)
         for place, tokens in zip(places, said, strict=True):
             for thought, token in enumerate(tokens):
                 for step, end in enumerate(ends[place]):
                     found[_name(thought, step)][place] = 100.0 * (token == end)
+                for step, operator in enumerate(operators[place]):
+                    if operator is not None:
+                        name = f"thought {thought + 1} says the operator of step {step + 1}"
+                        right = str(tokenizer.decode([token])).strip() == operator
+                        found.setdefault(name, empty(len(ends)))[place] = 100.0 * right
     return found
+
+
+def _operator(step: str) -> str | None:
+    """Of a step such as <<3*4=12>>; None of words."""
+    found = OPERATOR.search(step)
+    return found[1] if found else None
 
 
 def _name(thought: int, step: int) -> str:
