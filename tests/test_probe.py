@@ -276,7 +276,7 @@ def test_operators_and_results_of_equations(tokenizer: Any, tmp_path: Path) -> N
     calculator = make_tokenizer({"*": 0, "12": 1, "<<": 2, "<unk>": 3})
     states = torch.tensor([[[9.0, 0, 0, 0], [0, 9.0, 0, 0]]])
     probed = planted(states, calculator, tmp_path)
-    probed.dataset = {"steps": [["<<3*4=12>>"]], "steps_tokenized": [[[2, 1, 3]]]}
+    probed.dataset = {"steps": [["<<3*4=12>>"]], "steps_tokenized": [[[2, 1]]]}
     probed.states = lambda: iter([([0], states)])
     found = {name: values.tolist() for name, values in decoded(probed).items()}
     assert found == {
