@@ -103,6 +103,9 @@ class RunConfig(Config):
     """Beta 2 of AdamW."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     """Weight decay of AdamW."""
+    group_by_length: bool = False
+    """Make each optimizer step of examples of like length, so that little is padding; the order still depends on seed and epoch
+    alone, and on the global batch."""
     batch_size_training: Positive = 32
     """Questions of a micro-batch, per process."""
     gradient_accumulation_steps: Positive = 1

@@ -6,10 +6,8 @@ A record is {"question": str, "answer": str, "steps": [str, ...]}; further field
 from __future__ import annotations
 
 import json
-import math
 import os
-import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +30,6 @@ from methods import (
     sequence_key,
     stage_shape,
 )
-from systems.signals import STOP_SIGNALS
 from utils import UserError, read_text
 
 MOST_PASSES = 1000  # of an epoch: each takes a random order of its own
@@ -131,11 +128,6 @@ def row_of(index: int, record: dict[str, Any]) -> dict[str, Any]:
 
 def machine_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def available_cpus() -> int:
-    """CPUs that this process may use, shared among the processes that torchrun started on this machine."""
-    return max(1, machine_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 # --- stages ---
@@ -318,80 +310,3 @@ class MyCollator:
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The padding token; any token will do where the attention mask is 0, so EOS stands in where there is none."""
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-
-
-class MicroBatch(tuple[list[int], bool]):
-    """(indices into the data set, whether it only fills up: a process without a share of the last group repeats a sample)."""
-
-    __slots__ = ()
-
-
-def epoch_order(size: int, seed: int, epoch: int, examples: int | None = None) -> np.ndarray:
-    """Indices of an epoch's samples, from (seed, epoch) alone: all in random order.
-
-    With `examples`, so many instead: the epochs then take turns through one random order after another of the whole set.
-    """
-    if examples is None:
-        return np.random.default_rng((seed, epoch)).permutation(size)
-    first, last = epoch * examples, (epoch + 1) * examples
-    passes = range(first // size, (last - 1) // size + 1)
-    orders = np.concatenate([np.random.default_rng((seed, number)).permutation(size) for number in passes])
-    return orders[first - passes.start * size :][:examples]
-
-
-def epoch_groups(order: np.ndarray, batch_size: int, accumulation: int, rank: int, world_size: int) -> list[list[MicroBatch]]:
-    """This process's micro-batches of each optimizer step, through the indices in `order`.
-
-    A step takes the same batch_size * accumulation * world_size samples however they are spread over processes. The last,
-    shorter group is spread evenly.
-    """
-    per_step = batch_size * accumulation * world_size
-    groups = []
-    for start in range(0, len(order), per_step):
-        samples = order[start : start + per_step]
-        micro_steps = math.ceil(len(samples) / (batch_size * world_size))
-        shares = np.array_split(samples, micro_steps * world_size)[rank::world_size]
-        groups.append([MicroBatch((share.tolist() or [int(samples[0])], len(share) == 0)) for share in shares])
-    return groups
-
-
-class MicroBatches(torch.utils.data.Dataset):
-    """Map-style data set whose item k is the k-th collated micro-batch; fillers carry no label."""
-
-    def __init__(self, examples: Dataset, micro_batches: Sequence[MicroBatch], collator: MyCollator) -> None:
-        self.examples = examples
-        self.micro_batches = micro_batches
-        self.collator = collator
-
-    def __len__(self) -> int:
-        return len(self.micro_batches)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        indices, filler = self.micro_batches[index]
-        batch = self.collator(self.examples.__getitems__(indices))
-        for key in batch if filler else ():
-            if key.endswith("labels"):
-                batch[key].fill_(self.collator.label_pad_token_id)
-        return batch
-
-
-def batch_loader(
-    examples: Dataset, micro_batches: Sequence[MicroBatch], collator: MyCollator, num_workers: int | None = None
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Collated micro-batches in order, prepared by `num_workers` processes; None chooses from the machine."""
-    workers = min(4, available_cpus() - 1) if num_workers is None else num_workers
-    loader = torch.utils.data.DataLoader(
-        MicroBatches(examples, micro_batches, collator),
-        batch_size=None,
-        num_workers=min(workers, len(micro_batches)),
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_ignore_stop_signals,
-        generator=torch.Generator(),  # else each new loader draws from the generator of dropout, and resuming is not exact
-    )
-    return iter(loader)
-
-
-def _ignore_stop_signals(worker: int) -> None:
-    """Torchrun, SLURM and Ctrl-C signal all processes of a job; training still needs its batches for the last step."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)

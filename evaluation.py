@@ -19,14 +19,13 @@ from transformers import PreTrainedTokenizerBase
 from coconut import Coconut
 from dataset import (
     IGNORE_INDEX,
-    MicroBatch,
     MyCollator,
-    batch_loader,
     get_cot_latent_dataset,
     get_question_latent_dataset,
 )
 from methods import METHODS, Curriculum, EvalLatents, remaining_steps, sequence, stage_shape
 from systems import distributed
+from systems.batches import MicroBatch, batch_loader
 from systems.distributed import ParallelName, unwrap
 from systems.models import LatentIds
 from thoughts import gather_thoughts, thought_health

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from config import RunConfig
-from dataset import IGNORE_INDEX, MicroBatch, MyCollator, batch_loader, epoch_groups, epoch_order, get_cot_latent_dataset
+from dataset import MyCollator, get_cot_latent_dataset
 from evaluation import Evaluation, Evaluator
 from methods import (
     MAIN,
@@ -26,12 +26,24 @@ from methods import (
     first_epoch,
     last_stage_share,
     scheduled_stage,
-    sequence_key,
-    sequence_name,
     stage_at,
     stage_shape,
 )
 from systems import checkpoint, distributed
+from systems.batches import (
+    EXAMPLES,
+    POSITIONS,
+    TOKENS,
+    Batch,
+    MicroBatch,
+    batch_loader,
+    counts_of,
+    described,
+    epoch_groups,
+    epoch_order,
+    example_lengths,
+    group_by_length,
+)
 from systems.files import Facts, TrainingState, read_training_state
 from systems.machine import machine
 from systems.metrics import Reporter, epoch_table, save_nonfinite, save_predictions, show, strict
@@ -40,8 +52,6 @@ from systems.optimization import Optimization, learning_rate, new_optimizer
 from systems.signals import StopRequest
 from utils import UserError, get_logger, is_main_process
 
-Batch = dict[str, torch.Tensor]
-TOKENS, EXAMPLES = "tokens", "examples"  # of an optimizer step, beside the labelled tokens of each sequence
 SKIPPED_IN_A_ROW = 20  # with nonfinite_loss: skip; after so many steps it is not the data
 
 
@@ -95,6 +105,7 @@ class Trainer:
         self.evaluator = evaluator
         self.device = device
         self.data = data or {}
+        self.lengths = example_lengths(train_set) if config.group_by_length else None
         self.machine = machine(device)
         self.history: list[dict[str, Any]] = []
         self.stop = evaluator.stop
@@ -213,6 +224,10 @@ class Trainer:
         """This process's micro-batches of each optimizer step of the epoch in progress, after its first `done` samples."""
         config = self.config
         order = epoch_order(len(self.train_set), config.seed, self.state.epoch, config.examples_per_epoch)
+        if self.lengths is not None:
+            if done and done != self.state.step_in_epoch * self._samples_per_step:
+                raise UserError("group_by_length: inside an epoch a run goes on with the global batch that it began with only")
+            order = group_by_length(order, self.lengths, self._samples_per_step, (config.seed, self.state.epoch))
         size, accumulation = config.batch_size_training, config.gradient_accumulation_steps
         return epoch_groups(order[done:], size, accumulation, distributed.rank(), distributed.world_size())
 
@@ -238,12 +253,12 @@ class Trainer:
 
         Returns "loss" and its named parts ("loss_distillation"), and whether some process was asked to stop.
         """
-        counts = [_counts(batch) for batch in batches]
+        counts = [counts_of(batch) for batch in batches]
         keys = [*counts[0]]
         own = [float(sum(count[key] for count in counts)) for key in keys]
         *sums, stop = distributed.all_reduce([*own, float(self._must_stop)], self.device)
         counted = dict(zip(keys, sums, strict=True))
-        labels = {name: counted[name] / distributed.world_size() for name in keys if name not in (TOKENS, EXAMPLES)}
+        labels = {name: counted[name] / distributed.world_size() for name in keys if name not in (TOKENS, POSITIONS, EXAMPLES)}
         losses = self._accumulate_gradients(batches, Totals(labels, counted[EXAMPLES] / distributed.world_size()))
         norm = distributed.clip_gradients(self.model, self.config.grad_clip)
         stacked = [torch.stack([loss.total, *loss.parts.values()]) for loss in losses]
@@ -253,7 +268,7 @@ class Trainer:
         told = {name: value / distributed.world_size() for name, value in zip(names, values, strict=True)}
         loss, state = told["loss"], self.state
         if broken or not math.isfinite(loss):  # before the step, so that the weights stay as they were
-            self._leave_out(loss, norm, _describe(batches, [each.total for each in losses], labels[MAIN]))
+            self._leave_out(loss, norm, described(batches, [each.total for each in losses], labels[MAIN]))
         else:
             self.optimizer.step()
             state.epoch_loss += loss
@@ -266,6 +281,7 @@ class Trainer:
         state.samples_in_epoch += self._samples_per_step
         state.examples += int(counted[EXAMPLES])
         state.epoch_tokens += int(counted[TOKENS])
+        state.epoch_positions += int(counted[POSITIONS])
         return told, stop > 0
 
     def _accumulate_gradients(self, batches: list[Batch], totals: Totals) -> list[Loss]:
@@ -340,10 +356,7 @@ class Trainer:
         if improved:
             state.best[str(stage)] = evaluation.accuracy
             state.best_checkpoint = name
-        state.epoch = self._next_epoch(stage, evaluation)
-        state.step_in_epoch = state.samples_in_epoch = 0
-        state.epoch_loss, state.epoch_tokens, state.epoch_seconds, state.skipped_in_epoch = 0.0, 0, 0.0, 0
-        state.epoch_parts = {}
+        state.begin(self._next_epoch(stage, evaluation))
         if improved or not self.config.save_only_improve:
             self._save(name, stage, done, evaluation.accuracy)
         self.progress(f"epoch {done}")
@@ -362,6 +375,7 @@ class Trainer:
             "examples": state.examples,
             "skipped": state.skipped,
             "seconds": state.epoch_seconds,
+            "padding": 1 - state.epoch_tokens / state.epoch_positions if state.epoch_positions else None,
             "tokens_per_second": state.epoch_tokens / max(state.epoch_seconds, 1e-9),
             "machine": self.machine,
         }
@@ -416,31 +430,3 @@ class Trainer:
             data=self.data,
             **checkpoint.id_facts(self.ids),
         )
-
-
-def _labelled(batch: Batch, name: str = MAIN) -> float:
-    """Labelled tokens of a sequence of a micro-batch, as the loss counts them."""
-    return float((batch[sequence_key(name, "labels")][:, 1:] != IGNORE_INDEX).sum())
-
-
-def _counts(batch: Batch) -> dict[str, float]:
-    """Of a micro-batch: labelled tokens of each sequence by its name, all tokens, and examples (0 where it only fills up)."""
-    names = [sequence_name(key) for key in batch if key.endswith("labels")]
-    labelled = {name: _labelled(batch, name) for name in names}
-    tokens = sum(float(batch[sequence_key(name, "attention_mask")].sum()) for name in names)
-    return {**labelled, TOKENS: tokens, EXAMPLES: len(batch["idx"]) if labelled[MAIN] else 0}
-
-
-def _describe(batches: list[Batch], losses: list[torch.Tensor], items: float) -> list[dict[str, Any]]:
-    """Of each micro-batch its loss per labelled token, its labelled tokens, and its questions by their index in the file.
-
-    losses: each divided by `items`, as `Trainer._accumulate_gradients` returns them.
-    """
-    return [
-        {
-            "loss": float(loss) * items / max(1.0, _labelled(batch)),
-            "labelled_tokens": int(_labelled(batch)),
-            "questions": batch["idx"].tolist(),
-        }
-        for batch, loss in zip(batches, losses, strict=True)
-    ]

@@ -13,7 +13,10 @@ processes=${PROCESSES:-2}
 seed=${SEED:-0} save_path=checkpoints data=data/prosqa_quick out=results/quickstart
 if [ "$seed" != 0 ]; then save_path=checkpoints/seed$seed out=results/quickstart-seed$seed; fi
 if [ -n "${FRESH:-}" ]; then rm -rf "$save_path"/quick-* "$out"; [ "$seed" != 0 ] || rm -f "$data"_*.json; fi
-run() { .venv/bin/torchrun --standalone --nproc_per_node "$processes" run.py "$@" seed="$seed" save_path="$save_path"; }
+run() {
+    .venv/bin/torchrun --standalone --nproc_per_node "$processes" run.py "$@" seed="$seed" save_path="$save_path" \
+        batch_size_training=$((64 / processes))
+}
 
 echo "== 1/6 data: questions over two chains, made from a seed"
 if [ ! -e "${data}_test.json" ]; then

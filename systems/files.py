@@ -83,11 +83,17 @@ class TrainingState:
     epoch_loss: float = 0.0  # sums over the steps of the epoch in progress
     epoch_parts: dict[str, float] = field(default_factory=dict)  # the same of the loss's named parts
     epoch_tokens: Count = 0
+    epoch_positions: Count = 0  # the same with padding
     epoch_seconds: float = 0.0
     skipped: Count = 0  # optimizer steps left out, as their loss or gradients were not finite
     skipped_in_epoch: Count = 0
     skipped_in_a_row: Count = 0  # up to now
     wandb_id: str | None = None
+
+    def begin(self, epoch: int) -> None:
+        """Nothing of this epoch is done yet."""
+        self.epoch, self.step_in_epoch, self.samples_in_epoch, self.skipped_in_epoch = epoch, 0, 0, 0
+        self.epoch_loss, self.epoch_parts, self.epoch_seconds, self.epoch_tokens, self.epoch_positions = 0.0, {}, 0.0, 0, 0
 
 
 class _RandomState(BaseModel):

@@ -24,6 +24,7 @@ ORDER = (
     "systems.signals",
     "systems.watchdog",
     "dataset",
+    "systems.batches",
     "systems.tokens",
     "systems.lora",
     "systems.shards",

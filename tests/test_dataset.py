@@ -23,17 +23,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from coconut import Coconut
 from dataset import (
     DataError,
-    MicroBatches,
     MyCollator,
-    batch_loader,
     check_lengths,
-    epoch_groups,
-    epoch_order,
     get_cot_latent_dataset,
     get_question_latent_dataset,
     load_records,
 )
 from methods import stage_shape
+from systems.batches import MicroBatches, batch_loader, epoch_groups, epoch_order, example_lengths, group_by_length
 from systems.signals import STOP_SIGNALS
 from systems.tokens import get_dataset
 
@@ -274,6 +271,29 @@ def test_short_epochs_take_turns_through_the_whole_set(size: int, examples: int,
     assert len(stream) == examples * epochs
     for start in range(0, len(stream) - size + 1, size):
         assert sorted(stream[start : start + size]) == list(range(size))
+
+
+@given(size=st.integers(1, 400), per_step=st.integers(1, 9), epoch=st.integers(0, 3))
+def test_steps_by_length_take_every_sample_once_and_pad_little(size: int, per_step: int, epoch: int) -> None:
+    order = epoch_order(size, 7, epoch)
+    lengths = np.random.default_rng(0).integers(10, 100, size)
+    grouped = group_by_length(order, lengths, per_step, (7, epoch))
+    assert sorted(grouped) == sorted(order)
+    assert grouped.tolist() == group_by_length(order, lengths, per_step, (7, epoch)).tolist()
+    whole = size // per_step * per_step
+    assert grouped[whole:].tolist() == order[whole:].tolist()
+    if whole > 20 * per_step > 20:
+        spread = [np.ptp(lengths[taken[:whole].reshape(-1, per_step)], axis=1).mean() for taken in (order, grouped)]
+        assert spread[1] < spread[0] / 3
+        starts = lengths[grouped[:whole:per_step]]
+        assert (np.diff(starts) < 0).any()  # steps do not come in the order of their lengths
+
+
+def test_lengths_are_those_of_all_tokens(tokenizer: Any, tmp_path: Path) -> None:
+    base = get_dataset(write_json(tmp_path / "data.json", chain_records(9)), tokenizer)
+    examples = get_cot_latent_dataset(0, base, curriculum(), 500, 501, 502)
+    markers = 2  # stage 0 of coconut has its markers, side by side
+    assert example_lengths(base).tolist() == [len(examples[place]["input_ids"]) - markers for place in range(9)]
 
 
 def test_earlier_stages_are_mixed_in_but_never_later_ones(tokenizer: Any, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ import torch
 from conftest import ROOT, chain_records, read_rows, write_json
 from safetensors.torch import load_file
 from same_run import differences
+from test_run import launch
 
 import run
 import training
@@ -437,6 +438,34 @@ def test_a_resume_with_other_batches_takes_the_same_samples(
     start(run_arguments, *more, f"batch_size_training={samples}")
     assert seen == training.epoch_order(22, 0, 0).tolist()
     assert files.read_training_state(save_dir / "checkpoint_1")["state"]["epoch"] == 1
+
+
+def test_steps_by_length_go_on_exactly_and_with_the_same_global_batch_only(
+    run_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = ["num_epochs=1", "batch_size_training=3", "group_by_length=true"]
+    start(run_arguments, *more, "name=whole")
+    original = training.Trainer._optimizer_step
+
+    def optimizer_step(self: training.Trainer, batches: Any) -> Any:
+        if self.state.global_step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, batches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Trainer, "_optimizer_step", optimizer_step)
+        start(run_arguments, *more, "name=half")
+    with pytest.raises(UserError, match="group_by_length: inside an epoch a run goes on with the global batch that it began"):
+        start(run_arguments, *more, "name=half", "batch_size_training=4")
+    start(run_arguments, *more, "name=half")
+    checkpoints = tmp_path / "checkpoints"
+    assert differences(checkpoints / "whole", checkpoints / "half") == []
+    assert 0 <= read_rows(checkpoints / "half" / "metrics.jsonl", "epoch")[-1]["padding"] < 1
+    result = launch(2, run_arguments, *more[::2], "batch_size_training=3", "gradient_accumulation_steps=1", "name=two")
+    assert result.returncode == 0, result.stderr
+    start(run_arguments, *more[::2], "batch_size_training=6", "name=one")
+    rows = [read_rows(checkpoints / name / "metrics.jsonl", "epoch")[-1] for name in ("one", "two")]
+    assert rows[0]["train_loss"] == pytest.approx(rows[1]["train_loss"], rel=1e-5)
 
 
 # --- a full disk, a read-only one, a second run ---

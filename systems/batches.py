@@ -1,0 +1,162 @@
+"""Which samples an optimizer step takes, and its batches, loaded ahead; what is counted of them.
+
+The order depends on the seed and the epoch alone, however the samples are spread over processes.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+
+from coconut import IGNORE_INDEX
+from dataset import MyCollator, machine_cpus
+from methods import MAIN, sequence_key, sequence_name
+from systems.signals import STOP_SIGNALS
+
+Batch = dict[str, torch.Tensor]
+TOKENS, POSITIONS, EXAMPLES = "tokens", "positions", "examples"  # of an optimizer step, beside each sequence's labelled tokens
+WINDOW = 50  # optimizer steps whose samples are sorted by length together
+
+
+class MicroBatch(tuple[list[int], bool]):
+    """(indices into the data set, whether it only fills up: a process without a share of the last group repeats a sample)."""
+
+    __slots__ = ()
+
+
+def epoch_order(size: int, seed: int, epoch: int, examples: int | None = None) -> np.ndarray:
+    """Indices of an epoch's samples, from (seed, epoch) alone: all in random order.
+
+    With `examples`, so many instead: the epochs then take turns through one random order after another of the whole set.
+    """
+    if examples is None:
+        return np.random.default_rng((seed, epoch)).permutation(size)
+    first, last = epoch * examples, (epoch + 1) * examples
+    passes = range(first // size, (last - 1) // size + 1)
+    orders = np.concatenate([np.random.default_rng((seed, number)).permutation(size) for number in passes])
+    return orders[first - passes.start * size :][:examples]
+
+
+def example_lengths(dataset: Dataset) -> np.ndarray:
+    """(size,) tokens of each tokenised record: question, steps and answer."""
+    columns = (dataset[name] for name in ("question_tokenized", "steps_tokenized", "answer_tokenized"))
+    return np.array([len(q) + sum(map(len, steps)) + len(a) for q, steps, a in zip(*columns, strict=True)])
+
+
+def group_by_length(order: np.ndarray, lengths: np.ndarray, per_step: int, seed: tuple[int, int]) -> np.ndarray:
+    """The samples of an epoch in another order: those of an optimizer step are of like length, so that little is padding.
+
+    WINDOW steps' samples are sorted at a time; steps then come in random order. The last, shorter step stays what it was.
+    order: indices. lengths: of all samples. per_step: samples of a step of all processes together.
+    """
+    generator, whole = np.random.default_rng((*seed, per_step)), len(order) // per_step * per_step
+    steps = []
+    for begin in range(0, whole, WINDOW * per_step):
+        window = order[begin : min(begin + WINDOW * per_step, whole)]
+        by_length = window[np.argsort(lengths[window], kind="stable")].reshape(-1, per_step)
+        steps.append(generator.permutation(by_length).ravel())
+    return np.concatenate([*steps, order[whole:]])
+
+
+def epoch_groups(order: np.ndarray, batch_size: int, accumulation: int, rank: int, world_size: int) -> list[list[MicroBatch]]:
+    """This process's micro-batches of each optimizer step, through the indices in `order`.
+
+    A step takes the same batch_size * accumulation * world_size samples however they are spread over processes. The last,
+    shorter group is spread evenly.
+    """
+    per_step = batch_size * accumulation * world_size
+    groups = []
+    for start in range(0, len(order), per_step):
+        samples = order[start : start + per_step]
+        micro_steps = math.ceil(len(samples) / (batch_size * world_size))
+        shares = np.array_split(samples, micro_steps * world_size)[rank::world_size]
+        groups.append([MicroBatch((share.tolist() or [int(samples[0])], len(share) == 0)) for share in shares])
+    return groups
+
+
+class MicroBatches(torch.utils.data.Dataset):
+    """Map-style data set whose item k is the k-th collated micro-batch; fillers carry no label."""
+
+    def __init__(self, examples: Dataset, micro_batches: Sequence[MicroBatch], collator: MyCollator) -> None:
+        self.examples = examples
+        self.micro_batches = micro_batches
+        self.collator = collator
+
+    def __len__(self) -> int:
+        return len(self.micro_batches)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        indices, filler = self.micro_batches[index]
+        batch = self.collator(self.examples.__getitems__(indices))
+        for key in batch if filler else ():
+            if key.endswith("labels"):
+                batch[key].fill_(self.collator.label_pad_token_id)
+        return batch
+
+
+def batch_loader(
+    examples: Dataset, micro_batches: Sequence[MicroBatch], collator: MyCollator, num_workers: int | None = None
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Collated micro-batches in order, prepared by `num_workers` processes; None chooses from the machine."""
+    workers = min(4, available_cpus() - 1) if num_workers is None else num_workers
+    loader = torch.utils.data.DataLoader(
+        MicroBatches(examples, micro_batches, collator),
+        batch_size=None,
+        num_workers=min(workers, len(micro_batches)),
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_ignore_stop_signals,
+        generator=torch.Generator(),  # else each new loader draws from the generator of dropout, and resuming is not exact
+    )
+    return iter(loader)
+
+
+def _ignore_stop_signals(worker: int) -> None:
+    """Torchrun, SLURM and Ctrl-C signal all processes of a job; training still needs its batches for the last step."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def available_cpus() -> int:
+    """CPUs that this process may use, shared among the processes that torchrun started on this machine."""
+    return max(1, machine_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+# --- what is counted ---
+
+
+def labelled_tokens(batch: Batch, name: str = MAIN) -> float:
+    """Labelled tokens of a sequence of a micro-batch, as the loss counts them."""
+    return float((batch[sequence_key(name, "labels")][:, 1:] != IGNORE_INDEX).sum())
+
+
+def counts_of(batch: Batch) -> dict[str, float]:
+    """Of a micro-batch: labelled tokens of each sequence by its name, all tokens, and examples (0 where it only fills up)."""
+    names = [sequence_name(key) for key in batch if key.endswith("labels")]
+    labelled = {name: labelled_tokens(batch, name) for name in names}
+    masks = [batch[sequence_key(name, "attention_mask")] for name in names]
+    tokens, positions = (
+        sum(float(count) for count in counts) for counts in zip(*((m.sum(), m.numel()) for m in masks), strict=True)
+    )
+    return {**labelled, TOKENS: tokens, POSITIONS: positions, EXAMPLES: len(batch["idx"]) if labelled[MAIN] else 0}
+
+
+def described(batches: list[Batch], losses: list[torch.Tensor], items: float) -> list[dict[str, Any]]:
+    """Of each micro-batch its loss per labelled token, its labelled tokens, and its questions by their index in the file.
+
+    losses: each divided by `items`, as `Trainer._accumulate_gradients` returns them.
+    """
+    return [
+        {
+            "loss": float(loss) * items / max(1.0, labelled_tokens(batch)),
+            "labelled_tokens": int(labelled_tokens(batch)),
+            "questions": batch["idx"].tolist(),
+        }
+        for batch, loss in zip(batches, losses, strict=True)
+    ]
