@@ -63,6 +63,17 @@ def test_losses_and_gradients_stay_and_memory_falls(family: str) -> None:
     assert less < kept / 8
 
 
+def test_thoughts_that_are_computed_together_stay_as_well() -> None:
+    results = []
+    for recomputed in (False, True):
+        model = coconut("llama", recomputed)
+        model.jacobi_iterations = 2
+        results.append(step(model))
+    (loss, gradients, _), (again, recomputed_gradients, _) = results
+    assert torch.equal(again, loss)
+    assert all(torch.equal(recomputed_gradients[name], gradients[name]) for name in gradients)
+
+
 def test_dropout_is_drawn_once() -> None:
     dropout = {"resid_pdrop": 0.3, "embd_pdrop": 0.3, "attn_pdrop": 0.3}
     loss, gradients, _ = step(coconut("gpt2", recomputed=False, **dropout))
