@@ -6,6 +6,7 @@
 `--shape chains`: the small questions of the quick start, two chains of one length.
 `--shape 7hop` (8hop, dag, dense): graphs unlike those of training (data/prosqa_7hop_test.json).
 `--shape search --symbolic`: small graphs to train on, in which no shortcut works (data/prosqa_symbolic_search_train.json, ...).
+`--shape walk --symbolic`: chains without options, to learn first how to follow an edge (data/prosqa_symbolic_walk_train.json).
 Each draw has its own generator, seeded with (seed, split, index), so a file is the same on every run.
 """
 
@@ -27,7 +28,7 @@ from preprocessing.prosqa_graphs import Edge, Question, find_matched_questions, 
 from preprocessing.prosqa_ood import SHAPES, ood_questions
 from preprocessing.prosqa_shortcuts import PUBLISHED, print_table, statistics
 from preprocessing.prosqa_symbolic import HOPS as SYMBOLIC_HOPS
-from preprocessing.prosqa_symbolic import NODES, symbolic_record
+from preprocessing.prosqa_symbolic import NODES, symbolic_record, walk_record
 
 PROGRAM = "prosqa.py"
 EXAMPLES = ("--symbolic", "--shape chains --train 5000 --valid 200 --test 200 --out-prefix data/mine")
@@ -40,6 +41,7 @@ SIZES = {
     "prosqa_symbolic_matched": {"train": 0, "valid": 0, "test": 500},
     **{f"prosqa_{shape}": {"train": 0, "valid": 0, "test": 1000} for shape in SHAPES},
     "prosqa_symbolic_search": {"train": 100_000, "valid": 300, "test": 1000},
+    "prosqa_symbolic_walk": {"train": 60_000, "valid": 300, "test": 0},
 }
 
 # The published data set's vocabulary: one tokenizer then serves the published files and these.
@@ -52,7 +54,7 @@ _CONCEPTS = (
 NAMES, CONCEPTS = tuple(_NAMES.split()), tuple(_CONCEPTS.split())
 STREAMS = {
     "matched": 1,
-    **{shape: number for number, shape in enumerate(SHAPES, start=2)},
+    **{shape: number for number, shape in enumerate([*SHAPES, "walk"], start=2)},
 }  # keep their graphs apart from others
 MAX_DRAWS = 1000  # of one record, before the vocabulary is judged too small for so many different questions
 
@@ -208,6 +210,8 @@ def draw_group(
     rng: np.random.Generator, symbolic: bool = False, matched: bool = False, shape: str = "graph", training: bool = False
 ) -> list[Record]:
     """The record over a new graph; with `matched` and with another shape the two records (see find_matched_questions)."""
+    if shape == "walk":
+        return [walk_record(rng)]
     hops = {"hops": SYMBOLIC_HOPS} if symbolic else {}
     if shape in SHAPES:
         questions: Sequence[Question] = ood_questions(rng, shape, training)
@@ -235,7 +239,7 @@ def prosqa_records(
     """
     draw = functools.partial(draw_group, symbolic=symbolic, matched=matched, shape=shape, training=split == "train")
     paired = matched or shape in SHAPES
-    stream = (STREAMS["matched" if matched else shape],) if paired else ()
+    stream = (STREAMS["matched" if matched else shape],) if paired or shape == "walk" else ()
 
     def rngs(index: int) -> np.random.Generator:
         return record_rng(seed, split, index, *stream)
@@ -247,7 +251,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Command line, checked; a contradiction ends with one line and exit code 2."""
     parser = OneLineParser(PROGRAM, __doc__, EXAMPLES)
     parser.add_argument(
-        "--shape", choices=("graph", "chains", *SHAPES), default="graph", help="ProsQA, two chains, or out of distribution"
+        "--shape", choices=("graph", "chains", "walk", *SHAPES), default="graph", help="ProsQA, or other graphs"
     )
     parser.add_argument("--depth-matched", action="store_true", help="options of equal depth, each graph asked about twice")
     parser.add_argument("--symbolic", action="store_true", help="symbols in place of sentences, 3 and 4 hops")
@@ -277,6 +281,8 @@ def find_problem(args: argparse.Namespace) -> str | None:
             return f"--{only_chains[0].replace('_', '-')} needs --shape chains"
     if args.depth_matched and args.shape != "graph":
         return "--depth-matched needs --shape graph"
+    if args.shape == "walk" and not args.symbolic:
+        return "--shape walk needs --symbolic"
     if args.symbolic and args.shape == "chains":
         return "--symbolic needs graphs, not --shape chains"
     for key in ("train", "valid", "test", "branches", "seed"):
@@ -301,7 +307,7 @@ def find_problem(args: argparse.Namespace) -> str | None:
 def fill_defaults(args: argparse.Namespace) -> argparse.Namespace:
     """The values that depend on other options."""
     parts = {"small": args.shape == "chains", "symbolic": args.symbolic, "matched": args.depth_matched}
-    parts[args.shape] = args.shape in SHAPES
+    parts[args.shape] = args.shape in (*SHAPES, "walk")
     name = "_".join(["prosqa", *(part for part, chosen in parts.items() if chosen)])
     args.out_prefix = args.out_prefix or Path("data", name)
     for split, size in SIZES.get(name, SIZES["prosqa"]).items():
@@ -341,6 +347,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         exit_with(PROGRAM, f"cannot write to {args.out_prefix.parent}: {error.strerror}")
     except ValueError as error:
         exit_with(PROGRAM, str(error))
+    if args.shape == "walk":
+        return  # without options there are no shortcuts to count
     columns = {split: statistics(records) for split, records in splits.items()}
     print_table(columns | (PUBLISHED if args.shape != "chains" and not args.symbolic else {}))
 

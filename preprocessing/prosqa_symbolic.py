@@ -6,6 +6,8 @@ A question is its edges, each `source target <e>`, then `<q>` and the two option
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from preprocessing.common import Record
 from preprocessing.prosqa_graphs import Edge, Question
 
@@ -13,6 +15,39 @@ from preprocessing.prosqa_graphs import Edge, Question
 EDGE, OPTIONS, ROOT = "<e>", "<q>", "<r>"
 NODES = tuple(f"n{number}" for number in range(30))
 HOPS = (3, 4)
+
+
+WALK_EDGES, WALK_STEPS = (2, 22), (1, 2, 3, 4)
+
+
+def walk_record(rng: np.random.Generator) -> Record:
+    """Chains of edges, and the way from the head of one of them to its end; there are no options.
+
+    To follow an edge is learned here, in small graphs first; with options from the start a small model is content with guessing
+    between the two.
+    """
+    count = int(rng.integers(*WALK_EDGES, endpoint=True))
+    lengths: list[int] = []
+    while (left := count - sum(lengths)) and sum(lengths) + len(lengths) + 1 < len(NODES):
+        room = len(NODES) - sum(lengths) - len(lengths) - 1
+        lengths.append(min(int(rng.choice(WALK_STEPS)), left, room))
+    starts = [sum(lengths[:chain]) + chain for chain in range(len(lengths))]
+    edges = [(node, node + 1) for start, length in zip(starts, lengths, strict=True) for node in range(start, start + length)]
+    symbols = [NODES[node] for node in rng.permutation(len(NODES))[: sum(lengths) + len(lengths)]]
+    chain = int(rng.integers(len(starts)))
+    path = list(range(starts[chain], starts[chain] + lengths[chain] + 1))
+    written = [
+        f"{symbols[parent]} {symbols[child]} {EDGE}" for parent, child in (edges[one] for one in rng.permutation(len(edges)))
+    ]
+    return {
+        "question": " ".join([*written, ROOT, symbols[path[0]]]),
+        "answer": symbols[path[-1]],
+        "steps": [symbols[node] for node in path[1:]],
+        "idx_to_symbol": symbols,
+        "edges": [list(edge) for edge in edges],
+        "root": path[0],
+        "target": path[-1],
+    }
 
 
 def symbolic_record(symbols: list[str], question: Question, order: Sequence[Edge], options: Sequence[int]) -> Record:

@@ -65,7 +65,7 @@ QUICK = LLAMA | {
 SYMBOLIC = GPT2 | {"n_layer": 2, "n_embd": 768, "n_head": 8}
 WORD_MODELS = {"gpt2_small": GPT2, "llama_small": LLAMA}
 PHRASE_MODELS = {"llama_quick": QUICK}
-SYMBOL_MODELS = {"gpt2_symbolic": SYMBOLIC}
+SYMBOL_MODELS = {"gpt2_symbolic": SYMBOLIC, "llama_symbolic": QUICK | {"num_attention_heads": 4, "num_key_value_heads": 4}}
 
 # The phrases of ProsQA text, each with the concept in it; what is left are single words.
 PHRASES = ("Every {}", "is a {}.", "a {}", "or {}?")

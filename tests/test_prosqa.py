@@ -160,6 +160,42 @@ def test_questions_out_of_distribution_are_sound(shape):
     assert not {record["question"] for record in records} & {record["question"] for record in train}
 
 
+def test_walks_state_one_way_and_no_options():
+    records = prosqa.prosqa_records(200, seed=0, split="train", symbolic=True, shape="walk")
+    counts = set()
+    for record in records:
+        graph = nx.DiGraph(record["edges"])
+        names, question = record["idx_to_symbol"], record["question"].split()
+        assert max(degree for _, degree in graph.out_degree()) == max(degree for _, degree in graph.in_degree()) == 1
+        path = [names[node] for node in nx.descendants(graph, record["root"]) | {record["root"]}]
+        walked = [question[-1], *record["steps"]]
+        assert set(walked) == set(path)
+        assert all((names.index(a), names.index(b)) in graph.edges for a, b in itertools.pairwise(walked))
+        assert record["answer"] == record["steps"][-1]
+        assert graph.in_degree(record["root"]) == graph.out_degree(record["target"]) == 0
+        assert question[-2] == "<r>"
+        assert "<q>" not in question
+        assert question.count("<e>") == len(graph.edges)
+        assert len(names) == len(graph) <= 30
+        counts.add(len(graph.edges))
+    assert {2, 22} <= counts
+    assert len({record["question"] for record in records}) == 200
+
+
+def test_search_trains_on_graphs_of_all_sizes():
+    train, test = (
+        prosqa.prosqa_records(200, seed=0, split=split, symbolic=True, shape="search") for split in ("train", "test")
+    )
+    sizes = [len(record["edges"]) for record in train]
+    assert min(sizes) == 2
+    assert max(sizes) == 26
+    assert {len(record["steps"]) for record in train} == {1, 2, 3, 4}
+    assert {len(record["steps"]) for record in test} == {3, 4}
+    assert min(len(record["edges"]) for record in test) >= 24
+    found = prosqa_shortcuts.statistics(train)["shortcuts"]
+    assert {score for name, score in found.items() if name not in PERSON} == {0.5}
+
+
 def test_matched_questions_come_in_pairs_that_differ_in_the_person_alone(matched):
     for one, other in zip(matched[::2], matched[1::2], strict=True):
         persons = [record["idx_to_symbol"][record["root"]] for record in (one, other)]
@@ -316,6 +352,7 @@ def test_the_files_in_data_are_what_the_command_writes(split):
         (["--depth-matched", "--shape", "chains"], "--depth-matched needs --shape graph"),
         (["--symbolic", "--shape", "chains"], "--symbolic needs graphs, not --shape chains"),
         (["--symbolic", "--names", "3"], "--names needs --shape chains"),
+        (["--shape", "walk"], "--shape walk needs --symbolic"),
         (["--symbolic", "--train", "-4"], "--train must be at least 0, is -4"),
         (["--unknown"], "unrecognized arguments: --unknown"),
         (
