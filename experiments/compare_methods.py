@@ -8,14 +8,18 @@ experiment with another question's thoughts. Writes to OUT: summary.json, table.
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import numpy as np
+
 from config import RunConfig
 from dataset import load_records
+from experiments.across_seeds import Numbers, numbers
 from experiments.noise.progress import finished_records
 from experiments.noise.summary import JUDGE
 from experiments.plots import method_bars
@@ -25,7 +29,7 @@ from methods import LATENT, METHODS, scheduled_stage, stage_shape
 from preprocessing.prosqa_shortcuts import depth_shortcut
 from systems.metrics import METRICS
 from systems.writing import write_json, write_text
-from utils import entry_point, get_logger, load_config
+from utils import entry_point, get_logger, load_config, read_text
 
 TIMED = "-single"  # suffix of the runs that answer one question at a time
 
@@ -34,16 +38,28 @@ def summarise(save_path: Path, out: Path, test_file: Path, seeds: Sequence[int],
     """The content of summary.json. Accuracies are fractions; deviations are those of a sample (n - 1), None of one seed.
 
     zero_thoughts: accuracies where the same model is given no thoughts; others_thoughts: where it is given another question's.
-    Both are None where a method has none.
+    Both are None where a method has none. over_seeds: accuracy in percent with its interval over seeds and questions;
+    minus_first: the same of the difference to the first method, paired by seed and question.
     """
     records = load_records(test_file)
+    right = {method: right_answers([save_path / f"{method}-seed{seed}" for seed in seeds]) for method in methods}
+    found = {method: summarise_method(save_path, out, records, method, seeds) for method in methods}
+    for method, row in found.items():
+        row["over_seeds"] = numbers(right[method])
+        row["minus_first"] = None if method == methods[0] else numbers(right[method] - right[methods[0]])
     return {
-        "methods": {method: summarise_method(save_path, out, records, method, seeds) for method in methods},
+        "methods": found,
         "seeds": list(seeds),
         "questions": len(records),
         "depth_shortcut": mean(depth_shortcut(record) for record in records),
         "chance": CHANCE,
     }
+
+
+def right_answers(runs: Sequence[Path]) -> np.ndarray:
+    """(seeds, questions): 1 where a run's answer is right, as its newest evaluation says, else 0."""
+    files = [next(evaluation_of(run).glob("predictions_*.jsonl")) for run in runs]
+    return np.array([[json.loads(line)["correct"] for line in read_text(file).splitlines()] for file in files], float)
 
 
 def summarise_method(
@@ -88,7 +104,8 @@ def thoughts(config_file: Path, records: list[dict[str, Any]]) -> float:
 def table(summary: dict[str, Any]) -> str:
     """Markdown."""
     columns = [
-        "accuracy, mean ± deviation",
+        "accuracy, 95% over seeds and questions",
+        f"minus {METHODS[next(iter(summary['methods']))].label}",
         "each seed",
         "zero thoughts (wrote steps)",
         "another question's thoughts",
@@ -102,7 +119,8 @@ def table(summary: dict[str, Any]) -> str:
     rows = [
         [
             f"{METHODS[method].label} (`{method}`)",
-            f"{100 * row['accuracy']:.1f}" + text(row["deviation"] and 100 * row["deviation"], " ± {:.1f}"),
+            _with_interval(row["over_seeds"]),
+            _with_interval(row["minus_first"], "+"),
             ", ".join(f"{100 * accuracy:.1f}" for accuracy in row["accuracies"]),
             _mean(row["zero_thoughts"]) + text(_percent(row["zero_thoughts_wrote_steps"]), " ({:.0f}%)"),
             _mean(row["others_thoughts"]),
@@ -118,6 +136,10 @@ def table(summary: dict[str, Any]) -> str:
     for key in ("depth_shortcut", "chance"):
         rows.append([key.replace("_", " "), f"{100 * summary[key]:.1f}", *[""] * (len(columns) - 1)])
     return markdown(["", *columns], rows) + "\n"
+
+
+def _with_interval(row: Numbers | None, sign: str = "") -> str:
+    return "" if row is None else f"{row['mean']:{sign}.1f} ({row['low']:{sign}.1f} to {row['high']:{sign}.1f})"
 
 
 def _mean(accuracies: Sequence[float] | None) -> str:

@@ -38,7 +38,8 @@ def write_run(directory: Path, accuracies: list[tuple[int, float]], test_accurac
         "new_tokens": 6.5,
     }
     append_jsonl(evaluation / "metrics.jsonl", {"kind": "evaluation", **facts})
-    append_jsonl(evaluation / "predictions_4.jsonl", {"idx": 0, "correct": True})
+    for idx in range(40):
+        append_jsonl(evaluation / "predictions_4.jsonl", {"idx": idx, "correct": idx < round(40 * test_accuracy)})
     if fixed is not None:
         append_jsonl(evaluation / "fixed_predictions_4.jsonl", {"idx": 0, "correct": False})
 
@@ -75,7 +76,7 @@ def test_the_summary_says_what_was_measured(
         assert picture[..., :3].std() > 0.05  # something is drawn
     for method in ("coconut", "cot", "no_cot"):
         assert (out / f"metrics_{method}.jsonl").is_file()
-        assert json.loads((out / f"predictions_{method}.jsonl").read_text())["correct"]
+        assert json.loads((out / f"predictions_{method}.jsonl").read_text().splitlines()[0])["correct"]
     assert not json.loads((out / "fixed_predictions_coconut.jsonl").read_text())["correct"]
     shown = capsys.readouterr().out
     assert re.search(r"gold thoughts +90.0% +80.0% to 95.0% +75.0% +89.0%", shown)
@@ -164,9 +165,10 @@ def test_comparison_of_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert summary["depth_shortcut"] == 0.5
     table = (out / "table.md").read_text().splitlines()
     assert table[2].startswith(
-        "| Coconut (`coconut`) | 95.0 ± 7.1 | 90.0, 100.0 | 65.0 (100%) | 25.0 | 25.0% | 6.5 | 4.0 | 0.1250 | 0 to 0 |"
+        "| Coconut (`coconut`) | 95.0 (82.5 to 100.0) |  | 90.0, 100.0 | 65.0 (100%) | 25.0 | 25.0% | 6.5 | 4.0 | 0.1250 | 0 to 0 |"
     )
-    assert table[3].startswith("| no-CoT (`no_cot`) | 50.0 ± 0.0 | 50.0, 50.0 |  |  | 25.0% |")  # it has no thoughts
+    assert table[3].startswith("| no-CoT (`no_cot`) | 50.0 (35.0 to 65.0) | -45.0 (")
+    assert "| 50.0, 50.0 |  |  | 25.0% |" in table[3]  # it has no thoughts
     assert len({line.count("|") for line in table}) == 1
     assert image.imread(out / "accuracy.png").shape[0] > 300
     assert (out / "metrics" / "no_cot-seed1-test.jsonl").is_file()
