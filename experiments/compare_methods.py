@@ -2,7 +2,8 @@
 
 Reads what scripts/compare_methods.sh left in SAVE_PATH: METHOD-seedSEED (training, and in eval/ the evaluations on
 TEST_FILE) and METHOD-seedSEED-single of one seed (evaluation, one question at a time), and in OUT/METHOD-seedSEED the noise
-experiment with another question's thoughts. Writes to OUT: summary.json, table.md, accuracy.png and metrics/RUN.jsonl.
+experiment with another question's thoughts. Writes to OUT: summary.json, table.md, accuracy.png, learning_curves.png and
+metrics/RUN.jsonl.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from dataset import load_records
 from experiments.across_seeds import Numbers, numbers
 from experiments.noise.progress import finished_records
 from experiments.noise.summary import JUDGE
-from experiments.plots import method_bars
+from experiments.plots import learning_curves, method_bars
 from experiments.quickstart import CHANCE, evaluation_of, read_evaluation, read_metrics
 from experiments.tables import markdown, text
 from methods import LATENT, METHODS, scheduled_stage, stage_shape
@@ -150,11 +151,16 @@ def _percent(share: float | None) -> float | None:
     return None if share is None else 100 * share
 
 
-def write_results(summary: dict[str, Any], save_path: Path, out: Path) -> None:
+def write_results(summary: dict[str, Any], save_path: Path, out: Path, title: str) -> None:
     (out / "metrics").mkdir(parents=True, exist_ok=True)
     bars = {METHODS[method].label: row["accuracies"] for method, row in summary["methods"].items()}
-    title = f"Small ProsQA from scratch: {summary['questions']:,} test questions, {len(summary['seeds'])} seeds"
+    title = f"{title}: {summary['questions']:,} test questions, {len(summary['seeds'])} seeds"
     method_bars(bars, summary["chance"], out / "accuracy.png", title)
+    curves = {
+        METHODS[method].label: [read_metrics(save_path / f"{method}-seed{seed}", "epoch") for seed in summary["seeds"]]
+        for method in summary["methods"]
+    }
+    learning_curves(curves, summary["chance"], out / "learning_curves.png", title)
     for method in summary["methods"]:
         for seed in summary["seeds"]:
             name = f"{method}-seed{seed}"
@@ -172,9 +178,10 @@ def main(given: list[str]) -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--title", default="Small ProsQA from scratch", help="of the figures")
     arguments = parser.parse_args(given)
     summary = summarise(arguments.save_path, arguments.out, arguments.test_file, arguments.seeds, arguments.methods)
-    write_results(summary, arguments.save_path, arguments.out)
+    write_results(summary, arguments.save_path, arguments.out, arguments.title)
     get_logger().info(table(summary))
     get_logger().info(f"table, figure and metrics: {arguments.out}")
 

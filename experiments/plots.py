@@ -123,6 +123,22 @@ def method_bars(accuracies: dict[str, list[float]], chance: float, path: Path, t
         axes.tick_params(axis="x", rotation=25)
 
 
+def learning_curves(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], chance: float, path: Path, title: str) -> None:
+    """Validation accuracy by examples trained: method -> seeds -> rows of kind "epoch" of metrics.jsonl.
+
+    The thick line is the median of the seeds at each of the first seed's epochs, the thin ones are the seeds.
+    """
+    labels = {"xlabel": "examples trained, thousands", "ylabel": "validation accuracy in %", "title": title}
+    with drawing(path, (9, 4.6), **labels) as axes:
+        for number, (method, seeds) in enumerate(runs.items()):
+            curves = [([row["examples"] / 1000 for row in rows], [100 * row["accuracy"] for row in rows]) for rows in seeds]
+            for curve in curves if len(curves) > 1 else ():
+                axes.plot(*curve, f"C{number}", linewidth=0.6, alpha=0.5)
+            middle = np.median([np.interp(curves[0][0], *curve) for curve in curves], axis=0)
+            axes.plot(curves[0][0], middle, f"C{number}", linewidth=2, label=method)
+        references(axes, {"chance": 100 * chance})
+
+
 # --- shared by all figures ---
 
 

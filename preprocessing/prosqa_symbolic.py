@@ -17,16 +17,16 @@ NODES = tuple(f"n{number}" for number in range(30))
 HOPS = (3, 4)
 
 
-WALK_EDGES, WALK_STEPS = (2, 22), (1, 2, 3, 4)
+WALK_EDGES, FEW_EDGES, WALK_STEPS = (2, 22), (2, 6), (1, 2, 3, 4)
 
 
 def walk_record(rng: np.random.Generator) -> Record:
     """Chains of edges, and the way from the head of one of them to its end; there are no options.
 
-    To follow an edge is learned here, in small graphs first; with options from the start a small model is content with guessing
-    between the two.
+    To follow an edge is learned here; with options from the start a small model is content with guessing between the two. Half
+    of the graphs have few edges: with them it is learned in about 600 steps of 64, without them not in 1,000 or more.
     """
-    count = int(rng.integers(*WALK_EDGES, endpoint=True))
+    count = int(rng.integers(*(FEW_EDGES if rng.random() < 0.5 else WALK_EDGES), endpoint=True))
     lengths: list[int] = []
     while (left := count - sum(lengths)) and sum(lengths) + len(lengths) + 1 < len(NODES):
         room = len(NODES) - sum(lengths) - len(lengths) - 1

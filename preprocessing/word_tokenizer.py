@@ -93,7 +93,7 @@ def build_word_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
     return wrap_tokenizer(build_vocabulary(words), pieces)
 
 
-def wrap_tokenizer(vocabulary: dict[str, int], pieces: list[Any]) -> PreTrainedTokenizerFast:
+def wrap_tokenizer(vocabulary: dict[str, int], pieces: list[Any], decoded: Sequence[Any] = ()) -> PreTrainedTokenizerFast:
     """A word-level tokenizer over the pieces that the pre-tokenizers make, in Hugging Face form."""
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNK))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(pieces)
@@ -103,7 +103,7 @@ def wrap_tokenizer(vocabulary: dict[str, int], pieces: list[Any]) -> PreTrainedT
     ]
     # Not decoders.Metaspace: it drops every space of the first token, those inside a phrase too.
     spaces = [decoders.Replace(SPACE, " "), decoders.Fuse(), decoders.Replace(Regex("^ "), "")]
-    tokenizer.decoder = decoders.Sequence([*spaces, *unspace])
+    tokenizer.decoder = decoders.Sequence([*spaces, *unspace, *decoded])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         unk_token=UNK,
@@ -134,16 +134,18 @@ def build_phrase_tokenizer(names: Iterable[str], concepts: Iterable[str]) -> Pre
 def build_symbol_tokenizer() -> PreTrainedTokenizerFast:
     """One token per symbol of the symbolic ProsQA; with the three markers that training adds they are 40.
 
-    37 stand here: <unk>, <eos>, newline, `###`, <e>, <q>, <r> and 30 nodes. Text decodes to itself as with
-    `build_word_tokenizer`.
+    37 stand here: <unk>, <eos>, newline (never written), `###`, <e>, <q>, <r>, 30 nodes. A line break makes no token, so that a
+    step is one token, as in arXiv 2505.12514, and each is predicted at the one before; decoding puts the breaks in again,
+    before steps and `###`.
     """
     spaced = [SPACE + symbol for symbol in ("\n", "###", EDGE, OPTIONS, ROOT, *NODES)]
     vocabulary = {token: index for index, token in enumerate([UNK, EOS, *spaced])}
     pieces = [
-        pre_tokenizers.Split("\n", "isolated"),
+        pre_tokenizers.Split(Regex(r"\s+"), "removed"),
         pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="always"),
     ]
-    return wrap_tokenizer(vocabulary, pieces)
+    step_or_answer = Regex(r"(?<=\d) (?=n\d+( n|$| #)|###)")
+    return wrap_tokenizer(vocabulary, pieces, [decoders.Replace(step_or_answer, "\n")])
 
 
 def tokenizer_config() -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -48,9 +48,10 @@ def load(source: str, dtype: torch.dtype) -> Coconut:
 
 
 def save(model: Coconut, directory: Path) -> None:
-    """See `Coconut.save_pretrained`."""
+    """See `Coconut.save_pretrained`. The thought map is the model's own, which may have been changed since it was loaded."""
     trained = _trained(model)
-    checkpoint.write_model(directory, model, trained.tokenizer, trained.facts)
+    facts = replace(trained.facts, thought_map=model.thought_map.setting)
+    checkpoint.write_model(directory, model, trained.tokenizer, facts)
 
 
 def answer(model: Coconut, question: str, max_new_tokens: int, latents: EvalLatents) -> tuple[str, Tensor]:

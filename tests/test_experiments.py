@@ -13,7 +13,7 @@ from conftest import ROOT, write_json
 from matplotlib import image
 
 from config import RunConfig
-from experiments import compare_methods, methods_page, quickstart
+from experiments import compare_methods, methods_page, plots, quickstart
 from preprocessing.prosqa import chain_records
 from systems.writing import append_jsonl, save_config
 from utils import UserError, load_config
@@ -170,8 +170,20 @@ def test_comparison_of_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert table[3].startswith("| no-CoT (`no_cot`) | 50.0 (35.0 to 65.0) | -45.0 (")
     assert "| 50.0, 50.0 |  |  | 25.0% |" in table[3]  # it has no thoughts
     assert len({line.count("|") for line in table}) == 1
-    assert image.imread(out / "accuracy.png").shape[0] > 300
+    for name in ("accuracy", "learning_curves"):
+        assert image.imread(out / f"{name}.png").shape[0] > 300
     assert (out / "metrics" / "no_cot-seed1-test.jsonl").is_file()
+
+
+def test_learning_curves_are_medians_over_seeds_by_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: drawn.append(figure))
+    short, long, middle = ([{"examples": 1000 * n, "accuracy": a * n / 10} for n in (1, 2)] for a in (1, 5, 2))
+    plots.learning_curves({"Coconut": [short, long, middle]}, 0.5, tmp_path / "x.png", "title")
+    [axes] = drawn[0].axes
+    thick = [line for line in axes.get_lines() if line.get_label() == "Coconut"]
+    assert thick[0].get_xydata().tolist() == [[1, 20], [2, 40]]
+    assert len(axes.get_lines()) == 3 + 1 + 1  # the seeds, their median, chance
 
 
 def test_comparison_names_the_run_that_is_missing(

@@ -13,6 +13,7 @@ from test_run import start
 from tiny_models import tiny_model
 
 from coconut import Coconut
+from thoughts import ThoughtMap
 from utils import UserError
 
 
@@ -43,6 +44,18 @@ def test_round_trip_and_answers_of_an_evaluation(run_arguments: list[str], tmp_p
     assert Path(best).parent == run
     with pytest.raises(UserError, match="again is there already"):
         model.save_pretrained(tmp_path / "again")
+
+
+def test_another_thought_map_is_saved_as_what_it_is(run_arguments: list[str], tmp_path: Path) -> None:
+    start(run_arguments, "thought_map=norm")
+    model = Coconut.from_pretrained(tmp_path / "checkpoints" / "run")
+    model.thought_map = ThoughtMap()
+    model.save_pretrained(tmp_path / "plain")
+    again = Coconut.from_pretrained(tmp_path / "plain")
+    assert type(again.thought_map) is ThoughtMap
+    start(
+        run_arguments, "method=pause_as_thought", "from_scratch=false", f"load_model_path={tmp_path / 'plain'}", "name=pauses"
+    )
 
 
 def test_another_number_of_latents(run_arguments: list[str], tmp_path: Path) -> None:

@@ -79,15 +79,17 @@ def test_symbols_are_one_token_each_and_lossless_and_forty_with_the_markers():
         assert tokenizer.unk_token_id not in ids
         assert tokenizer.decode(ids) == "".join(parts)
         assert list(itertools.chain(*map(tokenizer.encode, parts))) == ids
-        assert len(ids) == 3 * len(record["edges"]) + 6 + 2 * len(record["steps"]) + 2
+        assert len(ids) == 3 * len(record["edges"]) + 5 + len(record["steps"]) + 2  # a line break makes no token
+        assert tokenizer.decode(ids[-len(record["steps"]) - 2 :]) == "".join(parts[1:])
     for symbol in (*prosqa_symbolic.NODES, prosqa_symbolic.EDGE, prosqa_symbolic.OPTIONS, prosqa_symbolic.ROOT):
         assert len(tokenizer.encode(symbol)) == 1
         assert tokenizer.unk_token_id not in tokenizer.encode(symbol)
     tokenizer.add_tokens(MARKERS, special_tokens=True)
     assert len(tokenizer) == 40
-    text = "<q> n1 n2 <r> n4\n<|start-latent|><|latent|><|end-latent|>n7\n### n2"
+    text = "n4 n7 <e> <q> n1 n2 <r> n4<|start-latent|><|latent|><|end-latent|>n7\nn12\n### n2"
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.decode([*tokenizer.encode(text), tokenizer.eos_token_id], skip_special_tokens=True).endswith("### n2")
+    assert all("▁\n" not in tokenizer.convert_ids_to_tokens(tokenizer.encode(one)) for one in ("n4\n", "n4\nn5", "\n### n5"))
 
 
 def test_the_symbolic_model_is_the_papers():
