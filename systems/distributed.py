@@ -178,15 +178,14 @@ def wrap(model: Coconut, config: Parallelism, device: torch.device, loss_options
     """The method's objective around the model, ready for training on all processes: with DDP, FSDP2, or alone.
 
     bf16: True computes in bfloat16 from float32 weights; under FSDP2 that is its own mixed precision, else see `autocast`.
-    compile: torch.compile on each transformer block, for any number of positions. loss_options: what the method's loss needs
-    beside the batch.
+    compile: torch.compile on the decoder, for any number of positions. Not on each block: a block knows its place in the cache,
+    so each would be another graph, and eight are the most. loss_options: what the method's loss needs beside the batch.
     """
     model.to(device)
     if config.activation_checkpointing:
         recompute_activations(transformer_blocks(model))
     if config.compile:
-        for block in transformer_blocks(model):
-            block.compile(dynamic=True)
+        model.decoder.compile(dynamic=True)
     method = METHODS[config.method]
     loss = method.loss if loss_options is None else functools.partial(method.loss, options=loss_options)
     objective = Objective(model, loss)
@@ -234,7 +233,7 @@ def transformer_blocks(model: Coconut) -> list[nn.Module]:
     if not blocks:
         family = model.base_causallm.config.model_type
         raise UserError(
-            f"model family {family!r} does not name its transformer blocks, which parallel: fsdp, compile and "
+            f"model family {family!r} does not name its transformer blocks, which parallel: fsdp and "
             "activation_checkpointing need: leave them out"
         )
     return blocks

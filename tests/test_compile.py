@@ -1,0 +1,77 @@
+"""compile: True gives the losses and gradients of the plain model, and a bounded number of graphs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import tiny_model
+from torch._dynamo.utils import counters
+
+from coconut import IGNORE_INDEX, Coconut
+from systems.distributed import Parallelism, unwrap, wrap
+
+TRAINING_GRAPHS = 4  # the columns before the first latent, one position after them, the rest, and a batch without latents
+EVALUATION_GRAPHS = 4  # the same without gradients, where the rest is a pass like the first, and decoding one like a latent's
+
+
+def compiled(family: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Coconut, Coconut]:
+    """A plain model and the same one compiled by `wrap`."""
+    torch._dynamo.reset()
+    counters.clear()
+    plain_compile = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: plain_compile(self, backend=backend, **options))
+    pair = []
+    for compile_it in (False, True):
+        base, ids = tiny_model(family)
+        model = Coconut(base, ids.latent, ids.start_latent, ids.end_latent, ids.eos)
+        part = Parallelism("coconut", "ddp", "pass", False, False, compile_it)
+        pair.append(unwrap(wrap(model, part, torch.device("cpu"))))
+    pair[1].load_state_dict(pair[0].state_dict())
+    return pair[0], pair[1]
+
+
+def batch(model: Coconut, rows: int, columns: int, latents: int) -> dict[str, torch.Tensor]:
+    """Rows of which the first is padded on the left; loss on the last five positions."""
+    ids = torch.randint(2, 40, (rows, columns))
+    first = columns - 6 - latents
+    ids[:, first - 1], ids[:, first : first + latents], ids[:, first + latents] = (
+        model.start_latent_id,
+        model.latent_token_id,
+        model.end_latent_id,
+    )
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    labels = ids.clone()
+    labels[:, : columns - 5] = IGNORE_INDEX
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def losses_agree(plain: Coconut, fast: Coconut, inputs: dict[str, torch.Tensor]) -> None:
+    for model in (plain, fast):
+        model.zero_grad()
+        model(**inputs, labelled_only=True).loss.backward()
+    for (name, one), other in zip(plain.named_parameters(), fast.parameters(), strict=True):
+        if one.grad is not None:
+            assert torch.allclose(one.grad, other.grad, rtol=1e-4, atol=1e-5), name
+    first, second = (model(**inputs, labelled_only=True).loss.item() for model in (plain, fast))
+    assert first == pytest.approx(second, abs=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_training_and_answers_take_a_handful_of_graphs(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, fast = compiled(family, "eager", monkeypatch)
+    for rows, columns, latents in ((5, 24, 3), (5, 27, 3), (3, 22, 2), (2, 30, 6), (5, 24, 0), (6, 33, 4)):
+        losses_agree(plain, fast, batch(fast, rows, columns, latents))
+    assert counters["stats"]["unique_graphs"] <= TRAINING_GRAPHS
+    for rows, columns, latents in ((5, 24, 3), (3, 21, 2)):
+        prompt = {key: value[:, :-5] for key, value in batch(fast, rows, columns, latents).items() if key != "labels"}
+        answers = [model.eval().generate(**prompt, max_new_tokens=4) for model in (plain, fast)]
+        assert torch.equal(*answers)
+    assert counters["stats"]["unique_graphs"] <= TRAINING_GRAPHS + EVALUATION_GRAPHS
+    assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("family", ["llama"])  # the compiler takes a minute; the graphs of both are compared above
+def test_generated_code_computes_the_same(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, fast = compiled(family, "inductor", monkeypatch)
+    losses_agree(plain, fast, batch(fast, 3, 20, 2))
