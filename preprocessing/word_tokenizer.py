@@ -1,6 +1,6 @@
 """A word tokenizer for ProsQA and small model definitions around it, for training from scratch without a download.
 
-`python preprocessing/word_tokenizer.py` writes configs/gpt2_small and configs/llama_small, one token per word, and
+`python preprocessing/word_tokenizer.py` writes configs/gpt2_small, llama_small and gpt2_124m, one token per word, and
 configs/llama_quick, one token per phrase, and configs/gpt2_symbolic, one token per symbol, which
 `AutoConfig.from_pretrained(DIR)` and `AutoTokenizer.from_pretrained(DIR)` load.
 """
@@ -63,7 +63,8 @@ QUICK = LLAMA | {
 }
 # Two layers, eight heads, width 768 (arXiv 2505.12514, section on the experiments).
 SYMBOLIC = GPT2 | {"n_layer": 2, "n_embd": 768, "n_head": 8}
-WORD_MODELS = {"gpt2_small": GPT2, "llama_small": LLAMA}
+# The size of GPT-2's blocks; with one token per word the embeddings are small.
+WORD_MODELS = {"gpt2_small": GPT2, "llama_small": LLAMA, "gpt2_124m": GPT2 | {"n_layer": 12, "n_embd": 768, "n_head": 12}}
 PHRASE_MODELS = {"llama_quick": QUICK}
 SYMBOL_MODELS = {"gpt2_symbolic": SYMBOLIC, "llama_symbolic": QUICK | {"num_attention_heads": 4, "num_key_value_heads": 4}}
 
