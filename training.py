@@ -6,21 +6,21 @@ import itertools
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from datasets import Dataset
 from torch import nn
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from config import RunConfig
 from dataset import MyCollator, get_cot_latent_dataset
 from evaluation import Evaluation, Evaluator
 from methods import (
     MAIN,
+    Curriculum,
     Loss,
     Totals,
     first_epoch,
@@ -36,18 +36,14 @@ from systems.batches import (
     TOKENS,
     Batch,
     MicroBatch,
+    Samples,
     batch_loader,
     counts_of,
     described,
-    epoch_groups,
-    epoch_order,
-    example_lengths,
-    group_by_length,
 )
 from systems.files import Facts, TrainingState, read_training_state
 from systems.machine import machine
-from systems.metrics import Reporter, epoch_table, save_nonfinite, save_predictions, show, strict
-from systems.models import LatentIds
+from systems.metrics import Outputs, Reporter, epoch_table, save_nonfinite, save_predictions, show, strict
 from systems.optimization import Optimization, learning_rate, new_optimizer
 from systems.signals import StopRequest
 from utils import UserError, get_logger, is_main_process
@@ -79,6 +75,22 @@ class InterruptibleEvaluator(Evaluator):
                 yield batch
 
 
+@dataclass(frozen=True)
+class Loop:
+    """The part of a configuration about epochs and optimizer steps; `RunConfig` explains the keys."""
+
+    num_epochs: int
+    bf16: bool | Literal["pure"]
+    parallel: distributed.ParallelName
+    fsdp_gather: distributed.GatherName
+    grad_clip: float | None
+    reset_optimizer: bool | Literal["epoch"]
+    nonfinite_loss: Literal["stop", "skip"]
+    advance_accuracy: float | None
+    advance_cot_match: float | None
+    log_every: int
+
+
 class Trainer:
     """Everything that one run changes: the wrapped model, the optimizer, and the state that a checkpoint saves."""
 
@@ -86,44 +98,40 @@ class Trainer:
         self,
         config: RunConfig,
         model: nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
-        ids: LatentIds,
-        train_set: Dataset,
+        samples: Samples,
         evaluator: InterruptibleEvaluator,
-        device: torch.device,
+        facts: Facts,
         resume_from: Path | None = None,
-        data: dict[str, str] | None = None,
     ) -> None:
-        """data: the hashes that checkpoints remember, as `sources.data_hashes` gives them."""
-        self.config = config
-        self.curriculum = config.curriculum
+        """facts: what checkpoints say of the run; `facts.epoch` epochs count as done."""
+        self.loop = config.part(Loop)
         self.optimization = config.part(Optimization)
+        self.saving = config.part(checkpoint.Saving)
+        self.outputs = config.part(Outputs)
+        self.curriculum = evaluator.curriculum
         self.model = model
-        self.tokenizer = tokenizer
-        self.ids = ids
-        self.train_set = train_set
+        self.samples = samples
         self.evaluator = evaluator
-        self.device = device
-        self.data = data or {}
-        self.lengths = example_lengths(train_set) if config.group_by_length else None
-        self.machine = machine(device)
+        self.device = evaluator.device
+        self.facts = facts
+        self.machine = machine(self.device)
         self.history: list[dict[str, Any]] = []
         self.stop = evaluator.stop
         self.progress = evaluator.progress
-        self.writer = checkpoint.Writer(config.async_save)
+        self.writer = checkpoint.Writer(self.saving.async_save)
         self.saved: tuple[int, int] | None = None  # (epoch, step in it) of the newest checkpoint
-        self.state = TrainingState(epoch=config.resume, optimizer_stage=stage_at(self.curriculum, config.resume, 0, 1))
+        self.state = TrainingState(epoch=facts.epoch, optimizer_stage=stage_at(self.curriculum, facts.epoch, 0, 1))
         self.optimizer = self._new_optimizer()
         if resume_from is not None:
             self._resume(resume_from)
-        self.reporter = Reporter(config, self.state.metrics_rows, self.state.wandb_id)
+        self.reporter = Reporter(self.outputs, config.model_dump(), self.state.metrics_rows, self.state.wandb_id)
         self.state.wandb_id = self.reporter.wandb_id
 
     def _resume(self, directory: Path) -> None:
         loaded = read_training_state(directory)
         self.state = state = TrainingState(**loaded["state"])
         if state.samples_in_epoch < 0:
-            state.samples_in_epoch = state.step_in_epoch * self._samples_per_step
+            state.samples_in_epoch = state.step_in_epoch * self.samples.per_step
         self.saved = (state.epoch, state.step_in_epoch)
         checkpoint.restore(directory, loaded, self.model, self.optimizer)
         get_logger().info(f"resuming from {directory}: epoch {state.epoch + 1}, after step {state.global_step}")
@@ -143,7 +151,7 @@ class Trainer:
                 raise
 
     def _epochs(self) -> bool:
-        while self.state.epoch < self.config.num_epochs:
+        while self.state.epoch < self.loop.num_epochs:
             if not self._epoch():
                 self._save_inside_epoch()
                 self.writer.wait()
@@ -175,8 +183,8 @@ class Trainer:
 
     def _renew_optimizer(self, stage: int) -> None:
         """A fresh optimizer where reset_optimizer asks for it: on a new stage, or on every epoch."""
-        new_epoch = self.config.reset_optimizer == "epoch" and self.state.step_in_epoch == 0
-        new_stage = self.config.reset_optimizer is True and stage != self.state.optimizer_stage
+        new_epoch = self.loop.reset_optimizer == "epoch" and self.state.step_in_epoch == 0
+        new_stage = self.loop.reset_optimizer is True and stage != self.state.optimizer_stage
         self.state.optimizer_stage = stage
         if self.state.global_step > 0 and (new_epoch or new_stage):
             self.optimizer = self._new_optimizer()
@@ -184,7 +192,7 @@ class Trainer:
     def _train_epoch(self) -> bool:
         """The rest of the epoch in progress, stage by stage; False if a signal cut it short."""
         self.model.train()
-        groups = self.groups(self.state.samples_in_epoch)
+        groups = self.groups()
         done = self.state.step_in_epoch
         stages = [stage_at(self.curriculum, self.state.epoch, done + step, done + len(groups)) for step in range(len(groups))]
         for stage, part in itertools.groupby(zip(stages, groups, strict=True), key=lambda pair: pair[0]):
@@ -196,13 +204,13 @@ class Trainer:
     def _train_steps(self, stage: int, groups: list[list[MicroBatch]], steps_in_epoch: int) -> bool:
         """Optimizer steps of one stage; False if a signal cut them short."""
         loader = self._loader(stage, groups)
-        title = f"epoch {self.state.epoch + 1}/{self.config.num_epochs} stage {stage}"
+        title = f"epoch {self.state.epoch + 1}/{self.loop.num_epochs} stage {stage}"
         bar = tqdm(groups, desc=title, leave=False, disable=not is_main_process(), mininterval=1)
         for group in bar:
             began = time.perf_counter()
             batches = [next(loader) for _ in group]
             if self.state.step_in_epoch == 0:
-                self.reporter.first_batch(batches[0], self.tokenizer, self.state.epoch + 1, self.state.global_step)
+                self.reporter.first_batch(batches[0], self.evaluator.tokenizer, self.state.epoch + 1, self.state.global_step)
             self._set_learning_rate(steps_in_epoch)
             losses, stop = self._optimizer_step(batches)
             self.progress(f"step {self.state.global_step}")
@@ -210,39 +218,30 @@ class Trainer:
             self._log_step(losses, stage, bar)
             if stop:
                 return False
-            every = self.config.save_every_steps
+            every = self.saving.save_every_steps
             if every and self.state.global_step % every == 0 and self.state.step_in_epoch < steps_in_epoch:
                 self._save_inside_epoch()
         return True
 
-    @property
-    def _samples_per_step(self) -> int:
-        """Samples of an optimizer step of all processes together; the last step of an epoch may have fewer."""
-        return self.config.batch_size_training * self.config.gradient_accumulation_steps * distributed.world_size()
-
-    def groups(self, done: int = 0) -> list[list[MicroBatch]]:
-        """This process's micro-batches of each optimizer step of the epoch in progress, after its first `done` samples."""
-        config = self.config
-        order = epoch_order(len(self.train_set), config.seed, self.state.epoch, config.examples_per_epoch)
-        if self.lengths is not None:
-            if done and done != self.state.step_in_epoch * self._samples_per_step:
-                raise UserError("group_by_length: inside an epoch a run goes on with the global batch that it began with only")
-            order = group_by_length(order, self.lengths, self._samples_per_step, (config.seed, self.state.epoch))
-        size, accumulation = config.batch_size_training, config.gradient_accumulation_steps
-        return epoch_groups(order[done:], size, accumulation, distributed.rank(), distributed.world_size())
+    def groups(self) -> list[list[MicroBatch]]:
+        """This process's micro-batches of each optimizer step that is left of the epoch in progress."""
+        state = self.state
+        return self.samples.groups(state.epoch, state.samples_in_epoch, state.step_in_epoch)
 
     def _loader(self, stage: int, groups: list[list[MicroBatch]]) -> Iterator[Batch]:
-        ids = self.ids
+        ids = self.evaluator.ids
         examples = get_cot_latent_dataset(
-            stage, self.train_set, self.curriculum, ids.start, ids.thought, ids.end, self.state.epoch
+            stage, self.samples.dataset, self.curriculum, ids.start, ids.thought, ids.end, self.state.epoch
         )
         micro_batches = [micro_batch for group in groups for micro_batch in group]
-        return batch_loader(examples, micro_batches, MyCollator(self.tokenizer, ids.latent), self.config.num_workers)
+        return batch_loader(
+            examples, micro_batches, MyCollator(self.evaluator.tokenizer, ids.latent), self.samples.config.num_workers
+        )
 
     def _set_learning_rate(self, steps_in_epoch: int) -> None:
         state = self.state
         epochs = state.epoch + state.step_in_epoch / steps_in_epoch
-        share = last_stage_share(self.curriculum, epochs, self.config.num_epochs)
+        share = last_stage_share(self.curriculum, epochs, self.loop.num_epochs)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.optimization, state.global_step, share)
 
@@ -260,7 +259,7 @@ class Trainer:
         counted = dict(zip(keys, sums, strict=True))
         labels = {name: counted[name] / distributed.world_size() for name in keys if name not in (TOKENS, POSITIONS, EXAMPLES)}
         losses = self._accumulate_gradients(batches, Totals(labels, counted[EXAMPLES] / distributed.world_size()))
-        norm = distributed.clip_gradients(self.model, self.config.grad_clip)
+        norm = distributed.clip_gradients(self.model, self.loop.grad_clip)
         stacked = [torch.stack([loss.total, *loss.parts.values()]) for loss in losses]
         values = sum(stacked, torch.zeros_like(stacked[0])).tolist()
         *values, broken = distributed.all_reduce([*values, float(not math.isfinite(norm))], self.device)
@@ -278,7 +277,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         state.global_step += 1
         state.step_in_epoch += 1
-        state.samples_in_epoch += self._samples_per_step
+        state.samples_in_epoch += self.samples.per_step
         state.examples += int(counted[EXAMPLES])
         state.epoch_tokens += int(counted[TOKENS])
         state.epoch_positions += int(counted[POSITIONS])
@@ -292,8 +291,8 @@ class Trainer:
         losses = []
         for number, batch in enumerate(batches):
             inputs = {key: value.to(self.device, non_blocking=True) for key, value in batch.items() if key != "idx"}
-            with distributed.gradient_sync(self.model, number + 1 == len(batches), self.config.fsdp_gather):
-                with distributed.autocast(self.config.bf16, self.config.parallel, self.device):
+            with distributed.gradient_sync(self.model, number + 1 == len(batches), self.loop.fsdp_gather):
+                with distributed.autocast(self.loop.bf16, self.loop.parallel, self.device):
                     loss: Loss = self.model(inputs, totals)
                 loss.total.backward()
             losses.append(Loss(loss.total.detach(), {name: part.detach() for name, part in loss.parts.items()}))
@@ -306,11 +305,11 @@ class Trainer:
         """
         state = self.state
         step = {"step": state.global_step + 1, "epoch": state.epoch + 1, "stage": state.optimizer_stage}
-        facts = {**step, "train_path": self.config.train_path, "loss": loss, "gradient_norm": norm}
-        place = save_nonfinite(self.config, facts, distributed.gather_objects(micro_batches))
+        facts = {**step, "train_path": self.samples.path, "loss": loss, "gradient_norm": norm}
+        place = save_nonfinite(self.outputs, facts, distributed.gather_objects(micro_batches))
         what = f"the norm of the gradients is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
         problem = f"step {step['step']}: {what}"
-        if self.config.nonfinite_loss == "stop":
+        if self.loop.nonfinite_loss == "stop":
             raise UserError(f"{problem}; lower lr or set grad_clip: 1.0, or skip such steps (nonfinite_loss: skip); {place}")
         state.skipped += 1
         state.skipped_in_epoch += 1
@@ -325,7 +324,7 @@ class Trainer:
             get_logger().warning(f"{problem}; skipped, {state.skipped} so far; {place}")
 
     def _log_step(self, losses: dict[str, float], stage: int, bar: tqdm) -> None:
-        if self.state.skipped_in_a_row or self.state.global_step % self.config.log_every:
+        if self.state.skipped_in_a_row or self.state.global_step % self.loop.log_every:
             return
         bar.set_postfix({name: f"{value:.4f}" for name, value in losses.items()})
         self.reporter.row(
@@ -348,7 +347,7 @@ class Trainer:
         done = state.epoch + 1
         row = self._epoch_row(stage, evaluation)
         self.reporter.row("epoch", row)
-        save_predictions(self.config, done, evaluation.predictions)
+        save_predictions(self.outputs, done, evaluation.predictions)
         self.history.append(row)
         show(epoch_table(self.history))
         name = f"checkpoint_{done}"
@@ -356,8 +355,8 @@ class Trainer:
         if improved:
             state.best[str(stage)] = evaluation.accuracy
             state.best_checkpoint = name
-        state.begin(self._next_epoch(stage, evaluation))
-        if improved or not self.config.save_only_improve:
+        state.begin(next_epoch(self.loop, self.curriculum, done, stage, evaluation))
+        if improved or not self.saving.save_only_improve:
             self._save(name, stage, done, evaluation.accuracy)
         self.progress(f"epoch {done}")
 
@@ -380,53 +379,33 @@ class Trainer:
             "machine": self.machine,
         }
 
-    def _next_epoch(self, stage: int, evaluation: Evaluation) -> int:
-        """The next epoch; with advance_accuracy, the next stage's first one as soon as this stage is learned."""
-        epoch, config = self.state.epoch + 1, self.config
-        if config.advance_accuracy is None or stage >= config.max_latent_stage:
-            return epoch  # nothing to go on to: the last stage takes all its epochs
-        if evaluation.accuracy < config.advance_accuracy:
-            return epoch
-        if evaluation.cot_match < (config.advance_cot_match or 0):
-            return epoch
-        first = first_epoch(self.curriculum, stage + 1)
-        if first > epoch:
-            get_logger().info(f"stage {stage} learned in epoch {epoch} (advance_accuracy): going on with epoch {first + 1}")
-        return max(first, epoch)
-
     def _save_inside_epoch(self) -> None:
         state = self.state
         self._save(f"checkpoint_{state.epoch}_step{state.global_step}", state.optimizer_stage, state.epoch, None)
 
     def _save(self, name: str, stage: int, epoch: int, accuracy: float | None) -> None:
         """Save under a name, unless this very state is saved already. Raises UserError if something cannot be written."""
-        config, state = self.config, self.state
+        config, state = self.saving, self.state
         distributed.run_on_main(self.reporter.flush)
         self.writer.wait()
         if config.debug or self.saved == (state.epoch, state.step_in_epoch):
             return
         state.metrics_rows = self.reporter.rows
-        facts = self._facts(stage, epoch, accuracy)
+        facts = replace(self.facts, stage=stage, epoch=epoch, accuracy=accuracy)
         path = config.save_dir / name
-        trained = (self.model, self.optimizer, self.tokenizer)
+        trained = (self.model, self.optimizer, self.evaluator.tokenizer)
         checkpoint.save(path, *trained, facts, state, self.writer, config.keep_last, config.sharded_checkpoints)
         self.saved = (state.epoch, state.step_in_epoch)
         self.progress(f"saving {name}")
 
-    def _facts(self, stage: int, epoch: int, accuracy: float | None) -> Facts:
-        config = self.config
-        return Facts(
-            method=str(config.method),
-            stage=stage,
-            c_thought=config.c_thought,
-            max_latent_stage=config.max_latent_stage,
-            pad_latent_to_max=config.pad_latent_to_max,
-            epoch=epoch,
-            accuracy=accuracy,
-            thought_map=config.thought_map,
-            latent_mode=config.latent_mode,
-            jacobi_iterations=config.jacobi_iterations,
-            chat_template=config.chat_template,
-            data=self.data,
-            **checkpoint.id_facts(self.ids),
-        )
+
+def next_epoch(loop: Loop, curriculum: Curriculum, done: int, stage: int, evaluation: Evaluation) -> int:
+    """The epoch after the first `done`; with advance_accuracy, the next stage's first one as soon as this stage is learned."""
+    if loop.advance_accuracy is None or stage >= curriculum.max_latent_stage:
+        return done  # nothing to go on to: the last stage takes all its epochs
+    if evaluation.accuracy < loop.advance_accuracy or evaluation.cot_match < (loop.advance_cot_match or 0):
+        return done
+    first = first_epoch(curriculum, stage + 1)
+    if first > done:
+        get_logger().info(f"stage {stage} learned in epoch {done} (advance_accuracy): going on with epoch {first + 1}")
+    return max(first, done)

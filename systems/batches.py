@@ -9,6 +9,7 @@ import math
 import os
 import signal
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from coconut import IGNORE_INDEX
 from dataset import MyCollator, machine_cpus
 from methods import MAIN, sequence_key, sequence_name
 from systems.signals import STOP_SIGNALS
+from utils import UserError
 
 Batch = dict[str, torch.Tensor]
 TOKENS, POSITIONS, EXAMPLES = "tokens", "positions", "examples"  # of an optimizer step, beside each sequence's labelled tokens
@@ -79,6 +81,45 @@ def epoch_groups(order: np.ndarray, batch_size: int, accumulation: int, rank: in
         shares = np.array_split(samples, micro_steps * world_size)[rank::world_size]
         groups.append([MicroBatch((share.tolist() or [int(samples[0])], len(share) == 0)) for share in shares])
     return groups
+
+
+@dataclass(frozen=True)
+class Batching:
+    """The part of a configuration that says of which samples optimizer steps are made; `RunConfig` explains the keys."""
+
+    seed: int
+    examples_per_epoch: int | None
+    group_by_length: bool
+    batch_size_training: int
+    gradient_accumulation_steps: int
+    num_workers: int | None
+
+
+class Samples:
+    """The tokenised training records of a file, and which of them each optimizer step takes on each process."""
+
+    def __init__(self, config: Batching, dataset: Dataset, path: str, rank: int = 0, world_size: int = 1) -> None:
+        self.config = config
+        self.dataset = dataset
+        self.path = path
+        self.rank, self.world_size = rank, world_size
+        self.lengths = example_lengths(dataset) if config.group_by_length else None
+
+    @property
+    def per_step(self) -> int:
+        """Samples of an optimizer step of all processes together; the last step of an epoch may have fewer."""
+        return self.config.batch_size_training * self.config.gradient_accumulation_steps * self.world_size
+
+    def groups(self, epoch: int, done: int = 0, steps: int = 0) -> list[list[MicroBatch]]:
+        """This process's micro-batches of each optimizer step of an epoch, after its first `done` samples in `steps` steps."""
+        config = self.config
+        order = epoch_order(len(self.dataset), config.seed, epoch, config.examples_per_epoch)
+        if self.lengths is not None:
+            if done and done != steps * self.per_step:
+                raise UserError("group_by_length: inside an epoch a run goes on with the global batch that it began with only")
+            order = group_by_length(order, self.lengths, self.per_step, (config.seed, epoch))
+        size, accumulation = config.batch_size_training, config.gradient_accumulation_steps
+        return epoch_groups(order[done:], size, accumulation, self.rank, self.world_size)
 
 
 class MicroBatches(torch.utils.data.Dataset):

@@ -17,7 +17,7 @@ import json
 import random
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -53,10 +53,20 @@ BASE = "base_causallm."
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
-# --- finding ---
-
-
 # --- saving ---
+
+
+@dataclass(frozen=True)
+class Saving:
+    """The part of a configuration that says where and when checkpoints are written; `RunConfig` explains the keys."""
+
+    save_dir: Path
+    debug: bool
+    async_save: bool
+    save_only_improve: bool
+    save_every_steps: int | None
+    keep_last: int | None
+    sharded_checkpoints: bool
 
 
 def save(

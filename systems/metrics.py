@@ -7,7 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -17,24 +17,36 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from config import RunConfig
 from evaluation import Prediction
-from methods import ALL_TOKENS, scheduled_stage, stage_shape
+from methods import ALL_TOKENS, Curriculum, scheduled_stage, stage_shape
 from systems import distributed
+from systems.batches import Samples
 from systems.writing import append_jsonl, fsync, replacing, write_jsonl, write_text, writing
 from utils import Config, UserError, check_regular, get_logger, is_main_process, telling
 
 METRICS = "metrics.jsonl"
 
 
+@dataclass(frozen=True)
+class Outputs:
+    """The part of a configuration that says where a run tells what it does; `RunConfig` explains the keys."""
+
+    save_dir: Path
+    debug: bool
+    name: str
+    project: str
+    wandb: Literal["online", "offline", "disabled"]
+
+
 class Reporter:
     """Writes on rank 0 and does nothing on the others. `rows` counts the rows of metrics.jsonl.
 
+    settings: the whole configuration, for wandb.
     keep_rows: rows that stay of a metrics.jsonl that is there already; None keeps all.
     failure: why a row could not be written. `flush` raises it, where all processes can stop together.
     """
 
-    def __init__(self, config: RunConfig, keep_rows: int | None, wandb_id: str | None = None) -> None:
+    def __init__(self, config: Outputs, settings: dict[str, Any], keep_rows: int | None, wandb_id: str | None = None) -> None:
         self.active = is_main_process()
         self.path = path = None if config.debug else config.save_dir / METRICS
         self.failure: UserError | None = None
@@ -42,7 +54,7 @@ class Reporter:
         self.rows: int = 0 if path is None else distributed.run_on_main(lambda: _truncate(path, keep_rows))
         mode = "disabled" if config.debug else config.wandb
         if self.active and mode != "disabled":
-            self.wandb = _start_wandb(config, mode, wandb_id)
+            self.wandb = _start_wandb(config, settings, mode, wandb_id)
 
     @property
     def wandb_id(self) -> str | None:
@@ -110,7 +122,7 @@ def _truncate(path: Path, keep_rows: int | None) -> int:
     return len(kept)
 
 
-def _start_wandb(config: RunConfig, mode: str, run_id: str | None) -> Any:
+def _start_wandb(config: Outputs, settings: dict[str, Any], mode: str, run_id: str | None) -> Any:
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
 
@@ -124,7 +136,7 @@ def _start_wandb(config: RunConfig, mode: str, run_id: str | None) -> Any:
         resume="allow",
         mode=cast("Literal['online', 'offline']", mode),
         dir=str(config.save_dir),
-        config=config.model_dump(),
+        config=settings,
     )
 
 
@@ -143,30 +155,29 @@ def show(table: Table) -> None:
             sys.stdout.flush()
 
 
-def schedule_table(config: RunConfig, start_epoch: int, examples: int, steps_per_epoch: int, world_size: int) -> Table:
-    """Which epochs are which stage, how many latents each has, how many optimizer steps."""
-    batch = config.batch_size_training * config.gradient_accumulation_steps * world_size
+def schedule_table(curriculum: Curriculum, samples: Samples, epochs: range, steps_per_epoch: int) -> Table:
+    """Which epochs are which stage, how many latents each has, how many optimizer steps. epochs: those to come, from 0."""
+    sizes = (samples.world_size, samples.config.batch_size_training, samples.config.gradient_accumulation_steps)
     table = Table(
-        title=f"{config.method}: {examples:,} examples, global batch {batch} "
-        f"({world_size} x {config.batch_size_training} x {config.gradient_accumulation_steps} accumulated)",
+        title=f"{curriculum.method}: {len(samples.dataset):,} examples, global batch {samples.per_step} "
+        "({} x {} x {} accumulated)".format(*sizes),
         title_justify="left",
     )
     for column in ("stage", "epochs", "steps removed", "latent tokens", "optimizer steps"):
         table.add_column(column, justify="right")
-    for stage, first, last in _stages(config, start_epoch):
-        latents, removed, tokens = stage_shape(config.curriculum, stage, 1000)
+    for stage, first, last in _stages(curriculum, epochs):
+        latents, removed, tokens = stage_shape(curriculum, stage, 1000)
         gone = "all" if removed == 1000 or tokens == ALL_TOKENS else f"{tokens} tokens" if tokens else str(removed)
-        most = "" if config.pad_latent_to_max or not latents else "at most "
-        epochs = f"{first + 1}-{last + 1}" if last > first else str(first + 1)
-        table.add_row(str(stage), epochs, gone, f"{most}{latents}", f"{(last - first + 1) * steps_per_epoch:,}")
+        most = "" if curriculum.pad_latent_to_max or not latents else "at most "
+        these = f"{first + 1}-{last + 1}" if last > first else str(first + 1)
+        table.add_row(str(stage), these, gone, f"{most}{latents}", f"{(last - first + 1) * steps_per_epoch:,}")
     return table
 
 
-def _stages(config: RunConfig, start_epoch: int) -> list[tuple[int, int, int]]:
+def _stages(curriculum: Curriculum, epochs: range) -> list[tuple[int, int, int]]:
     """(stage, first epoch, last epoch) from 0; stages that look alike, past max_latent_stage, are one row."""
     rows: list[tuple[int, int, int]] = []
-    curriculum = config.curriculum
-    for epoch in range(start_epoch, config.num_epochs):
+    for epoch in epochs:
         stage = scheduled_stage(curriculum, epoch)
         if rows and rows[-1][0] == stage:
             rows[-1] = (stage, rows[-1][1], epoch)
@@ -197,25 +208,25 @@ def epoch_table(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
-def save_predictions(config: RunConfig, epoch: int, predictions: Sequence[Prediction], kind: str = "predictions") -> None:
+def save_predictions(config: Outputs, epoch: int, predictions: Sequence[Prediction], kind: str = "predictions") -> None:
     """KIND_<epoch>.jsonl, for all processes. Raises UserError on all of them if it cannot be written."""
     rows = [asdict(one) for one in predictions]
     if not config.debug:
         distributed.run_on_main(lambda: write_jsonl(config.save_dir / f"{kind}_{epoch}.jsonl", rows))
 
 
-def save_nonfinite(config: RunConfig, facts: dict[str, Any], processes: list[list[dict[str, Any]]]) -> str:
+def save_nonfinite(config: Outputs, facts: dict[str, Any], processes: list[list[dict[str, Any]]]) -> str:
     """nonfinite_step_<n>.json: of what an optimizer step was made whose loss or gradients are not finite; for all processes.
 
     Args:
-        facts: of the step.
+        facts: of the step, with train_path.
         processes: of each process its micro-batches: {"loss", "labelled_tokens", "questions"}.
 
     Returns:
         Words that say where it is, or why it is not there; with debug, which saves nothing, the questions.
     """
     if config.debug:
-        return f"its questions, counted from 0 in {config.train_path}: {', '.join(map(str, _suspects(processes)))}"
+        return f"its questions, counted from 0 in {facts['train_path']}: {', '.join(map(str, _suspects(processes)))}"
     path = config.save_dir / f"nonfinite_step_{facts['step']}.json"
     ranks = [{"rank": rank, "micro_batches": batches} for rank, batches in enumerate(processes)]
     record = {**facts, "questions_are": "indices of records in train_path, from 0", "processes": ranks}

@@ -20,6 +20,7 @@ import coconut
 import run
 import training
 from systems import files, metrics
+from systems.batches import epoch_order
 from systems.storage import newest_whole
 from utils import UserError
 
@@ -67,7 +68,7 @@ def infinite_gradient(patch: pytest.MonkeyPatch, step: int) -> None:
 
 def questions_of(step: int) -> list[list[int]]:
     """The micro-batches of a step (from 0) of the first epoch."""
-    samples = training.epoch_order(22, 0, 0).tolist()[8 * step : 8 * step + 8]
+    samples = epoch_order(22, 0, 0).tolist()[8 * step : 8 * step + 8]
     return [samples[: len(samples) // 2], samples[len(samples) // 2 :]]
 
 

@@ -29,6 +29,7 @@ import run
 import training
 from config import RunConfig
 from systems import checkpoint, files, metrics, sources, storage
+from systems.batches import epoch_order
 from systems.checkpoint import CheckpointError
 from systems.storage import complete_checkpoints, newest_whole
 from utils import UserError, load_config
@@ -436,7 +437,7 @@ def test_a_resume_with_other_batches_takes_the_same_samples(
     start(run_arguments, *more)
     assert len(seen) == 15
     start(run_arguments, *more, f"batch_size_training={samples}")
-    assert seen == training.epoch_order(22, 0, 0).tolist()
+    assert seen == epoch_order(22, 0, 0).tolist()
     assert files.read_training_state(save_dir / "checkpoint_1")["state"]["epoch"] == 1
 
 

@@ -11,7 +11,7 @@ from conftest import read_rows
 
 import run
 from config import RunConfig
-from training import Trainer
+from training import Loop, next_epoch
 from utils import load_config
 
 
@@ -32,9 +32,8 @@ def test_a_stage_is_left_once_it_is_learned(
 ) -> None:
     """The first epoch of three of a stage is done; the next stage begins with epoch 3 (counted from 0)."""
     config = load_config(RunConfig, [*run_arguments, "epochs_per_stage=3", *settings])
-    trainer: Any = SimpleNamespace(config=config, curriculum=config.curriculum, state=SimpleNamespace(epoch=0))
     evaluation: Any = SimpleNamespace(accuracy=accuracy, cot_match=cot_match)
-    assert Trainer._next_epoch(trainer, stage, evaluation) == following
+    assert next_epoch(config.part(Loop), config.curriculum, 1, stage, evaluation) == following
 
 
 def test_the_learning_rate_grows_over_the_warm_up(run_arguments: list[str], tmp_path: Path, monkeypatch: Any) -> None:
