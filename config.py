@@ -180,6 +180,9 @@ class RunConfig(Config):
     # evaluation
     batch_size_eval: Positive = 16
     """Questions of an evaluation batch."""
+    tokens_per_batch: Annotated[int | None, Field(ge=1, le=ALL_TOKENS), BeforeValidator(null)] = None
+    """Evaluation batches of as many questions as fit into so many positions, padding and the longest answers included, in place
+    of batch_size_eval; null: batch_size_eval."""
     max_new_tokens: Positive = 128
     """Most tokens of an answer. Not given or null: as in the published code, 64 where val_path holds "gsm", else 128."""
     eval_latents: EvalLatents = "gold"

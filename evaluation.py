@@ -25,7 +25,7 @@ from dataset import (
 )
 from methods import METHODS, Curriculum, EvalLatents, remaining_steps, sequence, stage_shape
 from systems import distributed
-from systems.batches import MicroBatch, batch_loader
+from systems.batches import MicroBatch, batch_loader, cut
 from systems.distributed import ParallelName, unwrap
 from systems.models import LatentIds
 from thoughts import gather_thoughts, thought_health
@@ -85,6 +85,7 @@ class Asking:
     eval_latents: EvalLatents
     max_new_tokens: int
     batch_size_eval: int
+    tokens_per_batch: int | None
     num_workers: int
     bf16: bool | Literal["pure"]
     parallel: ParallelName
@@ -181,7 +182,7 @@ class Evaluator:
         prompts = get_question_latent_dataset(stage, self.dataset, self.curriculum, *markers, latents)
         collator = MyCollator(self.tokenizer, self.ids.latent, align_end=True)
         predictions = []
-        for batch, filler in self._batches(prompts, collator, "answers"):
+        for batch, filler in self._batches(prompts, collator, "answers", self.config.max_new_tokens):
             new = self._generate(unwrap(model), batch)
             if not filler:
                 predictions += [self._judge(int(idx), row, stage) for idx, row in zip(batch["idx"], new, strict=True)]
@@ -216,16 +217,21 @@ class Evaluator:
             new_tokens=len(new),
         )
 
-    def _batches(self, examples: Dataset, collator: MyCollator, title: str) -> Any:
+    def _batches(self, examples: Dataset, collator: MyCollator, title: str, new_tokens: int = 0) -> Any:
         """(batch on the device, whether it repeats another): this process's share, questions of like length together.
+
+        new_tokens: for which there must be room beside the examples, where tokens_per_batch counts.
 
         Sharded models take every pass together, so there all processes get equally many batches.
         """
         lengths = [len(ids) for ids in self.dataset["question_tokenized"]]
         order = sorted(range(len(lengths)), key=lambda index: lengths[index])
         size, world = self.config.batch_size_eval, distributed.world_size()
-        size = min(size, -(-len(order) // world))  # a small set still gives every process its share
-        chunks = [MicroBatch((order[at : at + size], False)) for at in range(0, len(order), size)]
+        room = self.config.tokens_per_batch
+        widths = [0] * len(order) if room is None else [len(one["input_ids"]) + new_tokens for one in examples]
+        most = -(-len(order) // world)  # a small set still gives every process its share
+        rows = min(size, most) if room is None else most
+        chunks = [MicroBatch((chunk, False)) for chunk in cut(order, widths, rows, room)]
         mine = chunks[distributed.rank() :: world]
         if self.config.parallel == "fsdp" and len(mine) < -(-len(chunks) // world):
             mine.append(MicroBatch((chunks[0][0], True)))

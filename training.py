@@ -61,9 +61,9 @@ class InterruptibleEvaluator(Evaluator):
 
     stop: StopRequest = field(default_factory=StopRequest)
 
-    def _batches(self, examples: Dataset, collator: MyCollator, title: str) -> Iterator[Any]:
+    def _batches(self, examples: Dataset, collator: MyCollator, title: str, new_tokens: int = 0) -> Iterator[Any]:
         """As in Evaluator. Raises EvaluationStopped; processes with fewer batches wait for the others."""
-        batches = super()._batches(examples, collator, title)
+        batches = super()._batches(examples, collator, title, new_tokens)
         while True:
             batch = next(batches, None)
             more, stopped = distributed.all_reduce([float(batch is not None), float(self.stop.requested)], self.device)

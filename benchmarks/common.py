@@ -77,6 +77,7 @@ def parser(description: str, batch_size: int, repeats: int) -> argparse.Argument
     options.add_argument("--threads", type=int, help="threads of torch on a CPU (default: torch's own choice)")
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--out", type=Path, help="write the result to this JSON file")
+    options.add_argument("--no-memory", action="store_true", help="leave out peak memory, for which each variant starts anew")
     options.add_argument("--tiny", action="store_true", help="a tiny model and short rows: does it run at all?")
     options.add_argument("--memory-of", help=argparse.SUPPRESS)  # one variant, in a process of its own
     return options

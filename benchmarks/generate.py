@@ -73,7 +73,7 @@ def main(argv: Sequence[str]) -> None:
     arguments = options.parse_args(argv)
     if arguments.repeats > arguments.batch_size:
         options.error("--repeats: each repeat answers another question of the batch, so at most --batch-size")
-    memory = {} if arguments.memory_of else common.peak_memories(__file__, argv, VARIANTS)
+    memory = {} if arguments.memory_of or arguments.no_memory else common.peak_memories(__file__, argv, VARIANTS)
     setting, device = common.prepare(arguments)
     model = common.random_model(setting, device).eval()
     questions = common.random_questions(setting, arguments.batch_size)

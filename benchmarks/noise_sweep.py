@@ -128,7 +128,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str]) -> None:
     arguments = parse(argv)
-    memory = {} if arguments.memory_of else common.peak_memories(__file__, argv, VARIANTS[:1])
+    memory = {} if arguments.memory_of or arguments.no_memory else common.peak_memories(__file__, argv, VARIANTS[:1])
     setting, device = common.prepare(arguments)
     model = common.random_model(setting, device).eval()
     of = decoders(model, setting, arguments, device)

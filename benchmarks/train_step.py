@@ -8,7 +8,8 @@
 - naive: every thought recomputes the whole sequence with full logits (`tests/naive.py`). It keeps the activations of all
   its passes, more than 20 GB for 4 rows, so it takes `--naive-rows` at a time and adds up the gradients.
 
-A step is forward, backward and AdamW.
+A step is forward, backward and AdamW. --bf16 and --compile are the keys of run.py of these names. The share of the matrix rate
+is that of the plain step's operations (`experiments.race`) and of the rate of matrix products measured in the same run.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ from naive import naive_forward
 from torch import Tensor
 
 from coconut import IGNORE_INDEX, Coconut
+from experiments.race import matrix_rate, operations_of_a_token
 from generation import count_positions
+from systems import distributed
+from systems.distributed import Parallelism
 
 VARIANTS = ("coconut", "plain", "naive")
 PARTS = ("step", "forward_backward")
@@ -52,21 +56,28 @@ def without_thoughts(batch: dict[str, Tensor], latent: int) -> dict[str, Tensor]
 
 
 def losses(
-    model: Coconut, setting: common.Setting, batch: dict[str, Tensor], naive_rows: int
+    model: Coconut, setting: common.Setting, batch: dict[str, Tensor], naive_rows: int, bf16: bool = False
 ) -> dict[str, Callable[[], Iterator[Tensor]]]:
     """How each variant computes its loss: in parts, each of which can be differentiated before the next begins."""
-    plain = without_thoughts(batch, setting.latent)
+    plain, device = without_thoughts(batch, setting.latent), batch["input_ids"].device
+
+    def loss(inputs: dict[str, Tensor]) -> Iterator[Tensor]:
+        with distributed.autocast(bf16, "ddp", device):
+            loss = model(**inputs, labelled_only=True).loss
+        yield loss
 
     def naive() -> Iterator[Tensor]:
         rows = len(batch["input_ids"])
         for start in range(0, rows, naive_rows):
             part = {key: value[start : start + naive_rows] for key, value in batch.items()}
             share = len(part["input_ids"]) / rows  # every row has as many labels
-            yield naive_forward(model.base_causallm, setting, **part)[0] * share
+            with distributed.autocast(bf16, "ddp", device):
+                loss = naive_forward(model.base_causallm, setting, **part)[0]
+            yield loss * share
 
     return {
-        "coconut": lambda: iter([model(**batch, labelled_only=True).loss]),
-        "plain": lambda: iter([model(**plain, labelled_only=True).loss]),
+        "coconut": lambda: loss(batch),
+        "plain": lambda: loss(plain),
         "naive": naive,
     }
 
@@ -86,12 +97,12 @@ def training_step(
 
 
 @torch.no_grad()
-def loss_difference(model: Coconut, of: dict[str, Callable[[], Iterator[Tensor]]]) -> float:
-    """|loss - naive loss| without dropout: is it the same thing that is measured?"""
+def loss_difference(model: Coconut, of: dict[str, Callable[[], Iterator[Tensor]]], most: float) -> float:
+    """|loss - naive loss| without dropout: is it the same thing that is measured? RuntimeError where it is more than `most`."""
     model.eval()
     difference = abs(sum(of["coconut"]()) - sum(of["naive"]())).item()
     model.train()
-    if difference > 1e-3:
+    if difference > most:
         raise RuntimeError(f"the loss differs from that of the naive forward by {difference}")
     return difference
 
@@ -103,6 +114,7 @@ def report(result: dict) -> str:
     lines = [
         f"{name}: {value['step']:.2f} (forward and backward {value['forward_backward']:.2f})" for name, value in ratios.items()
     ]
+    lines += [f"{name}: {share:.0%} of the matrix rate" for name, share in result["matrix_rate_share"].items()]
     return "\n".join([common.table(header, rows), *lines])
 
 
@@ -114,22 +126,35 @@ def ratios(milliseconds: dict[str, dict[str, float]]) -> dict[str, dict[str, flo
     }
 
 
+def rate_shares(
+    model: Coconut, batch: dict[str, Tensor], milliseconds: dict[str, dict[str, float]], dtype: torch.dtype
+) -> dict[str, float]:
+    """The plain step's operations in a second of each variant's step, by the machine's rate in matrix products."""
+    tokens, positions = int(batch["attention_mask"].sum()), batch["input_ids"].shape[1]
+    operations = tokens * operations_of_a_token(model.base_causallm, positions)
+    rate = matrix_rate(batch["input_ids"].device, dtype)
+    return {name: operations / (milliseconds[name]["step"] / 1e3) / rate for name in ("coconut", "plain")}
+
+
 def main(argv: Sequence[str]) -> None:
     options = common.parser("Time and memory of a training step.", batch_size=4, repeats=5)
+    options.add_argument("--bf16", action="store_true", help="compute in bfloat16 from float32 weights")
+    options.add_argument("--compile", action="store_true", help="compile the decoder")
     options.add_argument("--naive-rows", type=int, default=1, help="rows the naive forward takes at a time")
     arguments = options.parse_args(argv)
-    memory = {} if arguments.memory_of else common.peak_memories(__file__, argv, VARIANTS)
+    memory = {} if arguments.memory_of or arguments.no_memory else common.peak_memories(__file__, argv, VARIANTS)
     setting, device = common.prepare(arguments)
     model = common.random_model(setting, device).train()
+    distributed.wrap(model, Parallelism("coconut", "ddp", "pass", arguments.bf16, False, arguments.compile), device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01, fused=True)
     batch = training_batch(setting, arguments.batch_size, device)
-    of = losses(model, setting, batch, arguments.naive_rows)
+    of = losses(model, setting, batch, arguments.naive_rows, arguments.bf16)
     if arguments.memory_of:
         training_step(of[arguments.memory_of], optimizer, device)
         training_step(of[arguments.memory_of], optimizer, device)  # the second has the optimizer's state beside it
         print(json.dumps({"peak_memory_mib": common.peak_memory(device)}))
         return
-    difference = loss_difference(model, of)
+    difference = loss_difference(model, of, 0.05 if arguments.bf16 else 1e-3)
     steps = {name: lambda _, name=name: training_step(of[name], optimizer, device) for name in VARIANTS}
     measured = common.measure(steps, arguments.warmup, arguments.repeats)
     milliseconds = {name: common.median_by_key(results) for name, results in measured.items()}
@@ -138,6 +163,7 @@ def main(argv: Sequence[str]) -> None:
         "tokens_per_row": batch["input_ids"].shape[1],
         "milliseconds": milliseconds,
         "ratios": ratios(milliseconds),
+        "matrix_rate_share": rate_shares(model, batch, milliseconds, torch.bfloat16 if arguments.bf16 else torch.float32),
         "peak_memory_mib": memory,
         "loss_difference": difference,
         "all_steps": measured,

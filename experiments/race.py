@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from rich.table import Table
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from config import RunConfig
 from experiments.quickstart import read_metrics
@@ -42,11 +42,15 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     return best
 
 
-def operations_of_a_token(model_id: str, positions: float) -> float:
-    """Forward and backward, in rows of so many positions. The model is made without memory for its weights."""
-    config = AutoConfig.from_pretrained(model_id).get_text_config()
+def model_without_memory(model_id: str) -> PreTrainedModel:
+    """The model of a configuration, with no memory for its weights."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_id).get_text_config())
+
+
+def operations_of_a_token(model: PreTrainedModel, positions: float) -> float:
+    """Forward and backward, in rows of so many positions."""
+    config = model.config
     ends = [*model.get_input_embeddings().parameters(), *model.get_output_embeddings().parameters()]
     left_out = {id(parameter) for parameter in ends}
     weights = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in left_out)
@@ -85,9 +89,9 @@ def report(run: Path) -> tuple[Table, str]:
     title = f"{run}: {machine['device']}, {rate / 1e12:.3g} TFLOP/s in matrix products"
     columns = ["stage", "epochs", "questions/s", "tokens/s", "MFU", "seconds an epoch", "accuracy"]
     lines = []
-    model = newest_whole(run) or Path(config.model_id)
+    model = model_without_memory(str(newest_whole(run) or Path(config.model_id)))
     for row in found:
-        share = row["tokens_per_second"] * operations_of_a_token(str(model), row["tokens_per_question"]) / rate
+        share = row["tokens_per_second"] * operations_of_a_token(model, row["tokens_per_question"]) / rate
         cells = [f"{row['questions_per_second']:.1f}", f"{row['tokens_per_second']:,.0f}", f"{100 * share:.1f}%"]
         lines.append(
             [str(row["stage"]), str(row["epochs"]), *cells, f"{row['seconds_per_epoch']:.1f}", f"{100 * row['accuracy']:.1f}%"]

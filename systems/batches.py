@@ -122,6 +122,23 @@ class Samples:
         return epoch_groups(order[done:], size, accumulation, self.rank, self.world_size)
 
 
+def cut(order: Sequence[int], widths: Sequence[int], rows: int, room: int | None = None) -> list[list[int]]:
+    """Batches of neighbours in an order of items: at most `rows`, and no more than fit into `room` positions, but one at least.
+
+    widths: positions of each item, which `order` holds the number of. Every item of a batch takes those of its widest one.
+    """
+    batches: list[list[int]] = []
+    widest = 0
+    for item in order:
+        widest = max(widest, widths[item])
+        count = len(batches[-1]) + 1 if batches else 1
+        if not batches or count > rows or (room is not None and count * widest > room):
+            batches.append([])
+            widest = widths[item]
+        batches[-1].append(item)
+    return batches
+
+
 class MicroBatches(torch.utils.data.Dataset):
     """Map-style data set whose item k is the k-th collated micro-batch; fillers carry no label."""
 

@@ -29,6 +29,7 @@ from utils import UserError, get_logger
 
 ParallelName = Literal["ddp", "fsdp"]
 GatherName = Literal["pass", "step"]
+GRAPHS = 16  # that the compiler may make of the decoder
 # Seconds for gloo's threads to let go of the last tensors. Where DDP keeps the group alive they outlive it, and one that
 # wants Python's lock while Python ends aborts the process: https://github.com/pytorch/pytorch/pull/179291
 THREADS_END = 0.2
@@ -179,13 +180,14 @@ def wrap(model: Coconut, config: Parallelism, device: torch.device, loss_options
 
     bf16: True computes in bfloat16 from float32 weights; under FSDP2 that is its own mixed precision, else see `autocast`.
     compile: torch.compile on the decoder, for any number of positions. Not on each block: a block knows its place in the cache,
-    so each would be another graph, and eight are the most. loss_options: what the method's loss needs beside the batch.
+    so each would be another graph. loss_options: what the method's loss needs beside the batch.
     """
     model.to(device)
     if config.activation_checkpointing:
         recompute_activations(transformer_blocks(model))
     if config.compile:
         model.decoder.compile(dynamic=True)
+        _allow_graphs()
     method = METHODS[config.method]
     loss = method.loss if loss_options is None else functools.partial(method.loss, options=loss_options)
     objective = Objective(model, loss)
@@ -198,6 +200,13 @@ def wrap(model: Coconut, config: Parallelism, device: torch.device, loss_options
     renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
     buffers: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
     return DistributedDataParallel(objective, device_ids=ids, gradient_as_bucket_view=True, **buffers)
+
+
+def _allow_graphs() -> None:
+    """Of itself the compiler stops at eight graphs of a function. These are eight, and sizes that are equal make one more."""
+    config: Any = torch._dynamo.config
+    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # older versions
+    setattr(config, limit, max(GRAPHS, getattr(config, limit)))
 
 
 def shard(model: Coconut, config: Parallelism, device: torch.device) -> None:

@@ -43,6 +43,9 @@ def test_train_step(load, tmp_path, capsys):
     assert result["loss_difference"] < 1e-5
     assert result["tokens_per_row"] == 24 + 8 + 10
     assert "peak MiB" in capsys.readouterr().out
+    assert 0 < result["matrix_rate_share"]["coconut"] < 1
+    half = run(train_step, tmp_path / "bf16.json", "--naive-rows", "4", "--bf16")
+    assert 0 < half["loss_difference"] < 0.05
 
 
 def test_generate(load, tmp_path, capsys):

@@ -71,6 +71,22 @@ def test_training_and_answers_take_a_handful_of_graphs(family: str, monkeypatch:
     assert not counters["graph_break"]
 
 
+def test_sizes_that_are_equal_make_more_graphs_and_all_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many rows as heads, and as many rows as columns: more than the eight graphs at which the compiler stops by itself."""
+    plain, fast = compiled("gpt2", "eager", monkeypatch)
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    try:
+        heads = plain.base_causallm.config.n_head
+        for rows in (5, heads, 22):
+            losses_agree(plain, fast, batch(fast, rows, 22, 3))
+            prompt = {key: value[:, :-5] for key, value in batch(fast, rows, 22, 3).items() if key != "labels"}
+            assert torch.equal(*(model.eval().generate(**prompt, max_new_tokens=4) for model in (plain, fast)))
+            plain.train(), fast.train()
+    finally:
+        torch._dynamo.config.fail_on_recompile_limit_hit = False
+    assert counters["stats"]["unique_graphs"] > TRAINING_GRAPHS + EVALUATION_GRAPHS
+
+
 @pytest.mark.parametrize("family", ["llama"])  # the compiler takes a minute; the graphs of both are compared above
 def test_generated_code_computes_the_same(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, fast = compiled(family, "inductor", monkeypatch)

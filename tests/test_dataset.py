@@ -30,7 +30,7 @@ from dataset import (
     load_records,
 )
 from methods import stage_shape
-from systems.batches import MicroBatches, batch_loader, epoch_groups, epoch_order, example_lengths, group_by_length
+from systems.batches import MicroBatches, batch_loader, cut, epoch_groups, epoch_order, example_lengths, group_by_length
 from systems.signals import STOP_SIGNALS
 from systems.tokens import get_dataset
 
@@ -287,6 +287,18 @@ def test_steps_by_length_take_every_sample_once_and_pad_little(size: int, per_st
         assert spread[1] < spread[0] / 3
         starts = lengths[grouped[:whole:per_step]]
         assert (np.diff(starts) < 0).any()  # steps do not come in the order of their lengths
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=40), st.integers(1, 9), st.none() | st.integers(1, 100))
+def test_batches_hold_as_many_as_fit(widths: list[int], rows: int, room: int | None) -> None:
+    order = [*reversed(range(len(widths)))]
+    batches = cut(order, widths, rows, room)
+    assert [item for batch in batches for item in batch] == order
+    for number, batch in enumerate(batches):
+        following = batches[number + 1][:1] if number + 1 < len(batches) else []
+        for members, fits in ((batch, True), (batch + following, not following)):
+            size = len(members) * max(widths[item] for item in members)
+            assert fits == (len(members) <= rows and (room is None or size <= room)) or len(batch) == 1 == len(members)
 
 
 def test_lengths_are_those_of_all_tokens(tokenizer: Any, tmp_path: Path) -> None:

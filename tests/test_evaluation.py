@@ -89,6 +89,30 @@ def test_the_validation_loss_is_a_mean_over_tokens(run_arguments: list[str]) -> 
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
 
 
+def test_batches_by_positions_give_the_same_answers_and_never_take_more(
+    run_arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, model = evaluator(run_arguments, "max_new_tokens=4")
+    room = 120
+    by_positions, _ = evaluator(run_arguments, "max_new_tokens=4", f"tokens_per_batch={room}")
+    seen = []
+    generate = Evaluator._generate
+
+    def watched(self: Evaluator, model: Any, batch: dict[str, torch.Tensor]) -> Any:
+        seen.append(tuple(batch["input_ids"].shape))
+        return generate(self, model, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Evaluator, "_generate", watched)
+        found = by_positions.evaluate(model, 1)
+    wanted = plain.evaluate(model, 1)
+    assert [one.output for one in found.predictions] == [one.output for one in wanted.predictions]
+    assert found.loss == pytest.approx(wanted.loss, rel=1e-5)
+    assert sum(rows for rows, _ in seen) == len(found.predictions)
+    assert all(rows * (columns + 4) <= room for rows, columns in seen)
+    assert len(seen) < len(found.predictions)
+
+
 def test_the_health_is_that_of_the_thoughts_of_the_questions(run_arguments: list[str]) -> None:
     """The same from one question at a time, with the thoughts that `think` gives; none where nothing is latent."""
     judge, model = evaluator(run_arguments, "batch_size_eval=3")

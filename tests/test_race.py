@@ -1,4 +1,4 @@
-"""scripts/race.sh and its report, for a few steps."""
+"""scripts/race.sh and its report, and scripts/gpu_day.sh, for a few steps."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def start(checkout: Path, **settings: str) -> str:
+def start(checkout: Path, script: str = "race.sh", *arguments: str, **settings: str) -> str:
     environment = {**os.environ, "BATCH": "8", "OMP_NUM_THREADS": "1", "CONFIG": "configs/gpt2_small", **settings}
     ended = subprocess.run(
-        ["bash", str(checkout / "scripts" / "race.sh")], env=environment, capture_output=True, text=True, timeout=300
+        ["bash", str(checkout / "scripts" / script), *arguments], env=environment, capture_output=True, text=True, timeout=300
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
     return ended.stdout
@@ -63,12 +63,28 @@ def test_one_stage_alone(checkout: Path) -> None:
     assert "race-coconut-stage2" in told
 
 
+@pytest.mark.parametrize("piece", ["1", "2"])  # the third is the race
+def test_pieces_of_a_gpu_day(checkout: Path, piece: str) -> None:
+    start(checkout, "gpu_day.sh", piece, TINY="1")
+    kept = (checkout / "results" / "gpu_day" / f"{piece}.txt").read_text()
+    expected = {
+        "1": [
+            "a layer, forward + backward",
+            "of the matrix rate",
+            "--naive-rows 4 --bf16",
+            "answers compared: 1, different: 0",
+        ],
+        "2": ["gpu-day-coconut-stage1", "gpu-day-cot-stage0"],
+    }
+    assert [text for text in expected[piece] if text not in kept] == []
+
+
 def test_operations_of_a_token_are_those_of_the_blocks(tmp_path: Path) -> None:
     config = GPT2Config(vocab_size=50, n_layer=2, n_embd=8, n_head=2, n_positions=16, bos_token_id=0, eos_token_id=0)
     config.save_pretrained(tmp_path)
     inner = GPT2LMHeadModel(config).transformer
     blocks = sum(parameter.numel() for part in (inner.h, inner.ln_f, inner.wpe) for parameter in part.parameters())
-    assert race.operations_of_a_token(str(tmp_path), 10) == 6 * blocks + 6 * 2 * 8 * 10
+    assert race.operations_of_a_token(race.model_without_memory(str(tmp_path)), 10) == 6 * blocks + 6 * 2 * 8 * 10
 
 
 def test_the_rate_is_that_of_matrix_products() -> None:

@@ -267,6 +267,22 @@ def test_the_prompt_is_read_once_and_no_scale_twice(arguments: dict[str, Any], m
     assert sum(rows) == QUESTIONS * (1 + 1 + 6 + 2 + 1)  # six types, targeted both ways, and snr at 0, which is noise
 
 
+def test_batches_by_positions_never_take_more(arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    original = sweep.generate_from
+
+    def watched(model: Any, point: Any, branches: Any, *rest: Any) -> Any:
+        sizes.append(len(branches) * (point.prompt.mask.shape[1] + arguments["max_new_tokens"]))
+        return original(model, point, branches, *rest)
+
+    monkeypatch.setattr(sweep, "generate_from", watched)
+    wanted = texts(run(arguments, **BRANCHES, name="rows", num_questions=3))
+    sizes.clear()
+    assert texts(run(arguments, **BRANCHES, name="positions", num_questions=3, tokens_per_batch=300)) == wanted
+    assert max(sizes) <= 300
+    assert len(sizes) > 3
+
+
 def test_answers_do_not_depend_on_the_batch(arguments: dict[str, Any]) -> None:
     """Nor do the distances of the branches: 200 rows hold questions of one, two and three thoughts."""
     one, many = (run(arguments, **BRANCHES, name=f"b{size}", batch_size=size, num_questions=3) for size in (1, 200))

@@ -121,6 +121,8 @@ class SweepConfig(Config):
     # running
     batch_size: Positive = 64
     """Branches decoded at once; no answer depends on it."""
+    tokens_per_batch: Annotated[int | None, Field(ge=1), BeforeValidator(_null)] = None
+    """As many branches at once as fit into so many positions, padding and the longest answers included; null: batch_size."""
 
     @model_validator(mode="after")
     def _consistent(self) -> SweepConfig:

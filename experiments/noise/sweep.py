@@ -36,6 +36,7 @@ from generation import generate_from
 from noise import find_noise
 from states import Branch, BranchPoint
 from systems import distributed
+from systems.batches import cut
 from systems.machine import machine
 from systems.storage import alone
 from thoughts import Intervention, path_diversity
@@ -45,6 +46,7 @@ WITHOUT_INFLUENCE = (
     "results_path",
     "fresh",
     "batch_size",
+    "tokens_per_batch",
     "trust_remote_code",
     "device_map",
 )  # keys that may differ when a run goes on
@@ -137,9 +139,26 @@ class Answerer:
     conditions: list[Condition]
     thoughts: Thoughts | None
 
-    @property
-    def chunk_size(self) -> int:
-        return max(1, self.config.batch_size // sum(condition.distinct for condition in self.conditions))
+    def chunks(self, questions: Sequence[BenchmarkQuestion]) -> list[list[BenchmarkQuestion]]:
+        """Questions that are answered together: their branches fill a batch."""
+        branches, room = sum(condition.distinct for condition in self.conditions), self.config.tokens_per_batch
+        if room is None:
+            return [list(chunk) for chunk in _cut(questions, max(1, self.config.batch_size // branches))]
+        widths = [self._width(question) for question in questions]
+        return [
+            [questions[at] for at in chunk] for chunk in cut(range(len(questions)), widths, len(questions), room // branches)
+        ]
+
+    def _width(self, question: BenchmarkQuestion) -> int:
+        try:
+            return len(self.subject.prompt(question)) + self.config.max_new_tokens
+        except (UserError, ValueError):  # said when the question is answered
+            return self.config.max_new_tokens
+
+    def branches_at_once(self, point: BranchPoint) -> int:
+        room = self.config.tokens_per_batch
+        width = point.prompt.mask.shape[1] + self.config.max_new_tokens
+        return self.config.batch_size if room is None else max(1, room // width)
 
     def answer(self, questions: Sequence[BenchmarkQuestion]) -> list[Record]:
         """The records of some questions. One that fails takes no other with it."""
@@ -181,7 +200,7 @@ class Answerer:
     def _branches(
         self, point: BranchPoint, questions: Sequence[BenchmarkQuestion], asked: Sequence[Condition]
     ) -> dict[tuple[int, str], list[Answer]]:
-        """The answers of every question under some conditions, `batch_size` branches at a time."""
+        """The answers of every question under some conditions, a batch of branches at a time."""
         answers: dict[tuple[int, str], list[Answer]] = {}
         wanted = [
             (row, condition, branch)
@@ -189,7 +208,7 @@ class Answerer:
             for condition in asked
             for branch in range(condition.distinct)
         ]
-        for part in _cut(wanted, self.config.batch_size):
+        for part in _cut(wanted, self.branches_at_once(point)):
             rows = [self._row(questions[row], row, condition, branch) for row, condition, branch in part]
             for (row, condition, _), answer in zip(part, self._generate(point, rows), strict=True):
                 answers.setdefault((row, condition.key), []).append(answer)
@@ -330,7 +349,7 @@ def _run(config: SweepConfig, subject: Subject, questions: list[BenchmarkQuestio
         thoughts = None
     answerer = Answerer(config, subject, wanted, thoughts)
     by_length = sorted(questions, key=lambda question: (len(question.question), question.index))  # little padding
-    chunks = _cut(by_length, answerer.chunk_size)
+    chunks = answerer.chunks(by_length)
     left = [chunk for chunk in chunks if not {question.index for question in chunk} <= done]
     branches = sum(condition.distinct for condition in wanted)
     title = f"{config.name}: {branches} branches a question"
