@@ -30,6 +30,7 @@ from generation import (
     decode,
     gather_branches,
     generate_from,
+    idle_passes,
     jacobi_passes,
     missing_passes,
     pass_bounds,
@@ -58,6 +59,7 @@ class Coconut(nn.Module):
             equally many passes; by itself this module knows nothing of process groups.
         before_last_backward: called in the backward pass when only the gradients of the first pass are still to come; all
             later passes depend on it.
+        step_decoder: the second model of SIM-CoT (`methods.step_supervision`), in training alone.
         trained: what `from_pretrained` knows of the training (`systems.pretrained.Trained`).
     """
 
@@ -81,6 +83,7 @@ class Coconut(nn.Module):
         self.jacobi_iterations = jacobi_iterations
         self.max_over_ranks: Callable[[int], int] = lambda value: value
         self.before_last_backward: Callable[[], None] | None = None
+        self.step_decoder: nn.Module | None = None
         self.trained: Any = None
 
     @classmethod
@@ -201,7 +204,7 @@ class Coconut(nn.Module):
         cache = DynamicCache() if keep_cache or len(bounds) > 1 else None
         embeds = self.embedding(input_ids)
         thinking = self.passes(embeds, prompt, bounds, cache, interventions=interventions, all_layers=all_layers)
-        nothing = self.idle_passes(idle, with_map=torch.is_grad_enabled())
+        nothing = idle_passes(self, idle, with_map=torch.is_grad_enabled())
         return thinking if nothing is None else thinking._replace(hidden=thinking.hidden + nothing)
 
     def prompt(self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None = None) -> Prompt:
@@ -269,19 +272,9 @@ class Coconut(nn.Module):
         before = [last if layer == -1 else outputs.hidden_states[layer].to(device) for layer in layers]
         return Pass(last, before, outputs.hidden_states if all_layers else ())
 
-    def idle_passes(self, count: int, with_map: bool = False) -> Tensor | None:
-        """Zero, by way of `count` passes over one token and, `with_map`, of the map's parameters; None where there is nothing.
-
-        Sharded parameters are gathered for each pass, forward and backward, by all processes together: one with fewer
-        latents than the others must still take part. Processes also expect a gradient for each parameter, and where a batch
-        has no latents no other one reaches the map.
-        """
-        token = torch.full((1, 1), self.eos_token_id, device=self.embedding.weight.device)
-        mask, position = torch.ones_like(token), torch.zeros_like(token)
-        parts = [self.base_pass(self.embedding(token), mask, position, None).states.sum() for _ in range(count)]
-        if with_map:
-            parts += [parameter.sum() for parameter in self.thought_map.parameters() if parameter.requires_grad]
-        return 0 * torch.stack(parts).sum() if parts else None
+    def gathered(self, compute: Callable[[], Any]) -> Any:
+        """What a function computes with embeddings, thought map and head; sharded parameters are whole in it."""
+        return compute()
 
     def announce_last_backward(self, grad: Tensor) -> None:
         if self.before_last_backward is not None:

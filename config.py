@@ -90,6 +90,8 @@ class RunConfig(Config):
     """codi: weight of the teacher's cross entropy."""
     codi_distillation_weight: Annotated[float, Field(ge=0)] = 1.0
     """codi: weight of the distance of the student's states from the teacher's; published 1 for GPT-2, 20 for Llama 3.2 1B."""
+    simcot_weight: Annotated[float, Field(ge=0)] = 1.0
+    """simcot, codi_simcot: weight of the cross entropy of the second model, which writes steps from thoughts."""
     num_epochs: Annotated[int, Field(ge=1, le=MOST_EPOCHS)] = 1
     """Epochs of the whole training."""
     lr: Annotated[float, Field(gt=0)] = 1e-4
@@ -253,6 +255,8 @@ class RunConfig(Config):
             raise ValueError(f"resume: {self.resume} leaves nothing to train: num_epochs is {self.num_epochs}")
         self._check_lora()
         self._check_systems()
+        if METHODS[str(self.method)].step_decoder:
+            self._check_step_decoder()
         if self.from_scratch and self.load_model_path is not None:
             raise ValueError("from_scratch and load_model_path contradict each other: set one of them")
         if self.uniform_prob and self.earlier_stage_prob:
@@ -272,6 +276,12 @@ class RunConfig(Config):
         for key in ("uniform_prob", "earlier_stage_prob", "advance_accuracy"):
             if getattr(self, key) and not method.has_stages:
                 raise ValueError(f"{key}: method {self.method} has no stages; leave it out, or use {', '.join(staged)}")
+
+    def _check_step_decoder(self) -> None:
+        """A second model is gathered whole: it is small beside what sharding by parts is for."""
+        if self.sharded_checkpoints or self.fsdp_gather == "step":
+            key = "sharded_checkpoints" if self.sharded_checkpoints else "fsdp_gather: step"
+            raise ValueError(f"{key}: not with method {self.method}, which trains a second model: leave it out")
 
     def _check_lora(self) -> None:
         options = [key for key in ("lora_alpha", "lora_dropout", "lora_target_modules") if getattr(self, key) is not None]

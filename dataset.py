@@ -24,9 +24,9 @@ from methods import (
     METHODS,
     Curriculum,
     EvalLatents,
-    Parts,
+    StageShape,
+    example_parts,
     example_sequences,
-    remaining_steps,
     sequence_key,
     stage_shape,
 )
@@ -166,11 +166,11 @@ class _StageExamples:
         prompt = question + thoughts
         if not self.with_labels:
             return {**_tensors(prompt, []), "idx": idx}
-        parts = Parts(question, prompt, remaining_steps(shape, steps), steps, answer)
+        parts = example_parts(self.curriculum, shape, question, prompt, steps, answer, self.thought_id)
         example: dict[str, Any] = {"idx": idx}
-        for name, (before, target) in example_sequences(method, parts).items():
+        for name, (before, target, has_answer) in example_sequences(method, parts).items():
             values = {**_tensors(before, target), "labels": [IGNORE_INDEX] * len(before) + target}
-            if method.sequences is not None:
+            if method.sequences is not None and has_answer:
                 values[ANSWER_AT] = len(before) + len(target) - len(answer) + before_answer
             example |= {sequence_key(name, key): value for key, value in values.items()}
         return example
@@ -246,8 +246,8 @@ def check_lengths(
             longest = max(sum(map(len, steps)) + len(answer), max_new_tokens)
             needed = len(question) + markers + thoughts + longest
             if method.sequences is not None:
-                written = [token for step in steps for token in step]
-                parts = Parts(question, question + [0] * (markers + thoughts), written, steps, answer)
+                prompt = question + [0] * (markers + thoughts)
+                parts = example_parts(curriculum, StageShape(thoughts, 0), question, prompt, steps, answer)
                 needed = max([needed, *(len(one.prompt) + len(one.target) for one in method.sequences(parts).values())])
             if needed > positions:
                 raise DataError(

@@ -250,7 +250,7 @@ def _think_on(
         thinking = model.passes(point.embeds[index, column:], prompt, bounds, cache, before, interventions)
         hidden = thinking.hidden[:, -1]
         fed_back.append(thinking.inputs_embeds[:, has_latent[column:]])
-    model.idle_passes(missing_passes(model, point.bounds))
+    idle_passes(model, missing_passes(model, point.bounds))
     return hidden, cache, gather_thoughts(torch.cat(fed_back, dim=1), prompt.latent[:, has_latent])
 
 
@@ -304,7 +304,7 @@ def _accompany(model: Coconut) -> None:
     """Take part in the passes of processes that are given more new tokens, until they end."""
     going = 1
     while going:
-        model.idle_passes(1)
+        idle_passes(model, 1)
         going = model.max_over_ranks(0)
 
 
@@ -388,6 +388,21 @@ def missing_passes(model: Coconut, bounds: list[tuple[int, int]]) -> int:
     """How many more passes the process that takes most takes than this one, which takes those of the bounds."""
     own = len(bounds) if model.jacobi_iterations is None or len(bounds) == 1 else model.jacobi_iterations + 2
     return model.max_over_ranks(own) - own
+
+
+def idle_passes(model: Coconut, count: int, with_map: bool = False) -> Tensor | None:
+    """Zero, by way of `count` passes over one token and, `with_map`, of the map's parameters; None where there is nothing.
+
+    Sharded parameters are gathered for each pass, forward and backward, by all processes together: one with fewer
+    latents than the others must still take part. Processes also expect a gradient for each parameter, and where a batch
+    has no latents no other one reaches the map.
+    """
+    token = torch.full((1, 1), model.eos_token_id, device=model.embedding.weight.device)
+    mask, position = torch.ones_like(token), torch.zeros_like(token)
+    parts = [model.base_pass(model.embedding(token), mask, position, None).states.sum() for _ in range(count)]
+    if with_map:
+        parts += [parameter.sum() for parameter in model.thought_map.parameters() if parameter.requires_grad]
+    return 0 * torch.stack(parts).sum() if parts else None
 
 
 def pass_bounds(latent: Tensor, attention_mask: Tensor) -> list[tuple[int, int]]:

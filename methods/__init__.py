@@ -46,6 +46,15 @@ from methods.losses import (
     sequence_loss,
     sequence_name,
 )
+from methods.step_supervision import (
+    CodiSimcotOptions,
+    SimcotOptions,
+    StepDecoder,
+    coconut_steps,
+    codi_simcot_loss,
+    codi_steps,
+    simcot_loss,
+)
 
 START_LATENT, END_LATENT, LATENT, PAUSE = "<|start-latent|>", "<|end-latent|>", "<|latent|>", "<pause>"
 MARKERS = (START_LATENT, END_LATENT, LATENT)
@@ -58,7 +67,8 @@ class Method:
     label: in figures and tables. about: a paragraph for docs/METHODS.md. markers: special tokens that it adds.
     schedule: which stage an epoch belongs to. shape: what a question looks like at a stage. loss: what is minimised.
     sequences: further sequences of an example that go through the model beside the main one, say a teacher's.
-    options: a dataclass of the configuration's keys that the loss is given.
+    options: a dataclass of the configuration's keys that the loss is given. step_decoder: whether `Coconut.step_decoder`, a
+    second model, is trained along.
     """
 
     label: str
@@ -69,6 +79,7 @@ class Method:
     loss: LossFunction = cross_entropy
     sequences: Sequences | None = None
     options: type | None = None
+    step_decoder: bool = False
 
     @property
     def has_stages(self) -> bool:
@@ -166,6 +177,34 @@ the answer's first one (`codi_distillation_weight`). Published with `thought_map
         sequences=teacher_sequence,
         options=CodiOptions,
     ),
+    "simcot": Method(
+        label="SIM-CoT",
+        about="""
+Coconut whose thoughts are told what they stand for (arXiv 2509.20317): a second model, a copy of the one that training starts
+from, must write step *k* from the `c_thought` vectors of thought *k* alone. Its cross entropy is added (`simcot_weight`). The
+last thought writes all steps that are left over; thoughts without a step write the answer. Checkpoints hold the second model
+for resuming, exported models do not.""",
+        shape=latents_for_steps,
+        schedule=Stages(),
+        markers=MARKERS,
+        loss=simcot_loss,
+        sequences=coconut_steps,
+        options=SimcotOptions,
+        step_decoder=True,
+    ),
+    "codi_simcot": Method(
+        label="CODI + SIM-CoT",
+        about="""
+CODI, and the second model of `simcot`: it must write step *k* from latent *k*; the state after the last one counts as one
+more. Latents without a step write nothing.""",
+        shape=latents_for_all_steps,
+        schedule=OneStage(last=True),
+        markers=MARKERS,
+        loss=codi_simcot_loss,
+        sequences=codi_steps,
+        options=CodiSimcotOptions,
+        step_decoder=True,
+    ),
 }
 
 
@@ -198,6 +237,22 @@ def stage_shape(curriculum: Curriculum, stage: int, number_of_steps: int, latent
 def remaining_steps(shape: StageShape, steps: Sequence[Sequence[int]]) -> list[int]:
     """The tokens of the steps that are still written."""
     return [token for step in steps[shape.steps_removed :] for token in step][shape.tokens_removed :]
+
+
+def example_parts(
+    curriculum: Curriculum,
+    shape: StageShape,
+    question: list[int],
+    prompt: list[int],
+    steps: list[list[int]],
+    answer: list[int],
+    latent_id: int = 0,
+) -> Parts:
+    """What the sequences of an example are made of. prompt: the question with its thoughts."""
+    per_step = max(1, curriculum.c_thought)
+    most = per_step * curriculum.max_latent_stage
+    remaining = remaining_steps(shape, steps)
+    return Parts(question, prompt, remaining, steps, answer, shape.steps_removed, shape.thoughts, most, per_step, latent_id)
 
 
 def example_sequences(method: Method, parts: Parts) -> dict[str, TokenSequence]:

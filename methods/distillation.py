@@ -17,6 +17,7 @@ from methods.losses import MAIN, Batch, Loss, Parts, TokenSequence, Totals, befo
 
 if TYPE_CHECKING:
     from coconut import Coconut
+    from states import Details
 
 TEACHER = "teacher"
 
@@ -40,19 +41,25 @@ def codi_loss(model: Coconut, batch: Batch, totals: Totals, options: CodiOptions
 
     The cross entropies are means over the labelled tokens of the step, the distillation is a mean over its examples.
     """
-    losses, states = {}, {}
+    return distilled(model, batch, totals, options)[0]
+
+
+def distilled(model: Coconut, batch: Batch, totals: Totals, options: CodiOptions) -> tuple[Loss, Details]:
+    """That loss, and the details of the student's passes with all layers."""
+    losses, details = {}, {}
     for name in (TEACHER, MAIN):
         labels = totals.labels[name]
-        outputs, details = model(
+        outputs, details[name] = model(
             **sequence(batch, name), labelled_only=True, num_items_in_batch=labels, return_details=True, all_layers=True
         )
         losses[name] = outputs.loss
-        states[name] = [before_answer(layer, batch, name) for layer in details.layers]  # each (B, D)
+    states = {name: [before_answer(layer, batch, name) for layer in one.layers] for name, one in details.items()}  # (B, D)
     real = (batch["labels"] >= 0).any(dim=1)  # a row that fills up a batch has no label
     distance = layer_distance(states[MAIN], states[TEACHER])  # (B,)
     parts = {"student": losses[MAIN], "teacher": losses[TEACHER], "distillation": (distance * real).sum() / totals.examples}
     weights = {"student": 1.0, "teacher": options.codi_teacher_weight, "distillation": options.codi_distillation_weight}
-    return Loss(torch.stack([weights[name] * part for name, part in parts.items()]).sum(), parts)
+    total = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
+    return Loss(total, parts), details[MAIN]
 
 
 def layer_distance(student: list[Tensor], teacher: list[Tensor]) -> Tensor:

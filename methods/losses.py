@@ -87,13 +87,22 @@ class Objective(nn.Module):
 
 
 class Parts(NamedTuple):
-    """The tokens of an example: the prompt with its thoughts, the steps still written, each step, and the answer."""
+    """The tokens of an example: the prompt with its thoughts, the steps still written, each step, and the answer with its end.
+
+    steps_removed: how many of the steps, from the first on, are not written. latents: in the prompt; most_latents: that any
+    example of the run may have; latents_per_step: `c_thought`. latent_id: the token in their places.
+    """
 
     question: list[int]
     prompt: list[int]
     remaining: list[int]
     each_step: list[list[int]]
     answer: list[int]
+    steps_removed: int
+    latents: int
+    most_latents: int
+    latents_per_step: int
+    latent_id: int
 
     @property
     def steps(self) -> list[int]:
@@ -102,10 +111,11 @@ class Parts(NamedTuple):
 
 
 class TokenSequence(NamedTuple):
-    """Tokens without and with loss."""
+    """Tokens without and with loss; has_answer: whether the answer stands at its end (`before_answer`)."""
 
     prompt: list[int]
     target: list[int]
+    has_answer: bool = True
 
 
 Sequences = Callable[[Parts], dict[str, TokenSequence]]

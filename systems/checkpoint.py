@@ -46,7 +46,17 @@ from systems.storage import (
     remove_old,
     write_directory,
 )
-from systems.weights import THOUGHT_MAP, fill_map, read_map, whole_map, write_map
+from systems.weights import (
+    STEP_DECODER,
+    THOUGHT_MAP,
+    fill_map,
+    fill_step_decoder,
+    read_map,
+    whole_map,
+    whole_step_decoder,
+    write_map,
+    write_weights,
+)
 from utils import get_logger
 
 BASE = "base_causallm."
@@ -112,7 +122,7 @@ def _gathered(
 ) -> Callable[[Path], None]:
     """Gather everything in rank 0; what writes it there."""
     base = unwrap(model).base_causallm
-    weights, thought_map = _plain_weights(model), whole_map(unwrap(model))
+    weights, thought_map, step_decoder = _plain_weights(model), whole_map(unwrap(model)), whole_step_decoder(unwrap(model))
     # An optimizer that has not stepped yet has no state; asking for it would make one up by a step with zero gradients.
     optimizer_state = get_optimizer_state_dict(unwrap(model), optimizer, options=_WHOLE) if optimizer.state else None
     training = {**training, "optimizer": optimizer_state, "adapter": adapter_state(base)}
@@ -121,6 +131,7 @@ def _gathered(
 
     def fill(partial: Path) -> None:
         _fill_model(partial, base, weights, thought_map, tokenizer, facts)
+        write_weights(partial / STEP_DECODER, step_decoder)
         torch.save(training, partial / STATE)
 
     return fill
@@ -212,6 +223,7 @@ def restore(directory: Path, loaded: dict[str, Any], model: nn.Module, optimizer
     load_adapter_state(inner.base_causallm, loaded["adapter"])
     if is_adapted(inner.base_causallm):  # which was loaded from where the run began; elsewhere the map came with the weights
         fill_map(inner.thought_map, read_map(directory), str(directory / THOUGHT_MAP))
+    fill_step_decoder(inner, directory)
     if loaded["optimizer"] is None:
         pass  # it had not stepped yet
     elif (directory / SHARDS).is_dir():

@@ -228,9 +228,12 @@ def shard(model: Coconut, config: Parallelism, device: torch.device) -> None:
     each_pass = config.fsdp_gather == "pass"
     for block in transformer_blocks(model):
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=each_pass)
+    if model.step_decoder is not None:
+        fully_shard(model.step_decoder, mesh=mesh, mp_policy=policy)
     # The root too: parameters left gathered after an evaluation are other tensors than those an optimizer must hold.
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=each_pass)
-    register_fsdp_forward_method(model, "generate")
+    for method in ("generate", "gathered"):
+        register_fsdp_forward_method(model, method)
     if each_pass:
         model.max_over_ranks = max_over_ranks
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from transformers.activations import NewGELUActivation
 
 from coconut import Coconut
 from config import RunConfig
-from methods import END_LATENT, LATENT, METHODS, PAUSE, START_LATENT
+from methods import END_LATENT, LATENT, METHODS, PAUSE, START_LATENT, StepDecoder
 from systems.lora import Lora, add_adapters
 from systems.shards import SHARDS, read_shards
 from systems.weights import check_weights, embedding_weight, first_line, load_state_dict_file, thought_map_of
@@ -118,6 +119,8 @@ def build_model(
     initialise_markers(base, tokenizer, markers, config.marker_init)
     iterations = config.jacobi_iterations if config.latent_mode == "jacobi" else None
     model = Coconut(base, ids.latent, ids.start, ids.end, ids.eos, thought_map_of(config, base), iterations)
+    if METHODS[str(config.method)].step_decoder and not config.only_eval:
+        model.step_decoder = StepDecoder(Coconut(copy.deepcopy(base), ids.latent, ids.start, ids.end, ids.eos))
     if config.lora_r is not None:
         add_adapters(base, config.part(Lora), [cast("int", tokenizer.convert_tokens_to_ids(marker)) for marker in markers])
     _check_usable(model, source)

@@ -21,6 +21,7 @@ from utils import UserError
 WRAPPER_PREFIXES = ("module.", "_orig_mod.", "base_causallm.")  # DDP, torch.compile, Coconut
 OLD_BUFFERS = (".attn.bias", ".masked_bias", ".attention.bias", ".inv_freq")  # masks and angles that old checkpoints hold
 THOUGHT_MAP, MAP_PREFIX = "thought_map.safetensors", "thought_map."
+STEP_DECODER = "step_decoder.safetensors"
 
 
 def embedding_weight(base: PreTrainedModel) -> Tensor:
@@ -107,6 +108,25 @@ def thought_map_of(config: RunConfig, base: PreTrainedModel) -> ThoughtMap:
     return thought_map.to(embedding_weight(base))
 
 
+def fill_step_decoder(model: Coconut, directory: Path) -> None:
+    """Load the second model of SIM-CoT, where training has one. Raises UserError if the checkpoint does not hold just that."""
+    if model.step_decoder is None:
+        return
+    own = dict(model.step_decoder.named_parameters())
+    path = directory / STEP_DECODER
+    weights = read_state_dict(path) if path.is_file() else {}
+    shapes = [key for key in own.keys() & weights.keys() if own[key].shape != weights[key].shape]
+    check_weights(str(path), [*(own.keys() - weights.keys())], [*(weights.keys() - own.keys())], shapes)
+    with torch.no_grad():
+        for key, parameter in own.items():
+            parameter.copy_(weights[key])
+
+
+def whole_step_decoder(model: Coconut) -> dict[str, Tensor]:
+    """Copies of its weights on the CPU, sharded ones whole; called by all processes. Empty where there is none."""
+    return {} if model.step_decoder is None else _whole(dict(model.step_decoder.named_parameters()))
+
+
 def fill_map(thought_map: ThoughtMap, weights: dict[str, Tensor], place: str) -> None:
     """Load all weights of a map. Raises UserError, which begins with `place`, if they are not those that it has."""
     own = thought_map.state_dict()
@@ -128,14 +148,22 @@ def read_map(source: Path) -> dict[str, Tensor]:
 
 def whole_map(model: Coconut) -> dict[str, Tensor]:
     """Copies of the thought map's weights on the CPU, sharded ones whole; called by all processes."""
-    state = model.thought_map.state_dict()
+    return _whole(model.thought_map.state_dict())
+
+
+def _whole(state: dict[str, Tensor]) -> dict[str, Tensor]:
     whole = {key: value.full_tensor() if hasattr(value, "full_tensor") else value for key, value in state.items()}
     return {key: value.detach().to("cpu", copy=True).contiguous() for key, value in whole.items()}
 
 
 def write_map(directory: Path, weights: dict[str, Tensor]) -> None:
+    write_weights(directory / THOUGHT_MAP, weights)
+
+
+def write_weights(path: Path, weights: dict[str, Tensor]) -> None:
+    """Nothing where there are none."""
     if weights:
-        save_file(weights, directory / THOUGHT_MAP)
+        save_file(weights, path)
 
 
 def _listed(keys: list[str], most: int = 8) -> str:
