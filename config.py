@@ -255,7 +255,7 @@ class RunConfig(Config):
             raise ValueError(f"resume: {self.resume} leaves nothing to train: num_epochs is {self.num_epochs}")
         self._check_lora()
         self._check_systems()
-        if METHODS[str(self.method)].step_decoder:
+        if METHODS[str(self.method)].step_vectors is not None:
             self._check_step_decoder()
         if self.from_scratch and self.load_model_path is not None:
             raise ValueError("from_scratch and load_model_path contradict each other: set one of them")

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from config import RunConfig
 from dataset import IGNORE_INDEX, get_cot_latent_dataset
-from methods import ALL_TOKENS, METHODS, TokenRemoval, scheduled_stage
+from methods import ALL_TOKENS, MAIN, METHODS, TokenRemoval, scheduled_stage, sequence_name
 from systems.models import latent_ids, load_tokenizer
 from systems.tokens import get_dataset
 from systems.writing import write_text
@@ -53,35 +53,41 @@ def tokenised(tokenizer: PreTrainedTokenizerBase) -> Dataset:
         return get_dataset(path, tokenizer)
 
 
-def example(config: RunConfig, stage: int) -> tuple[list[str], list[str]]:
-    """(tokens without loss, tokens with loss) of the example at a stage."""
+def example(config: RunConfig, stage: int) -> dict[str, tuple[list[str], list[str]]]:
+    """(tokens without loss, tokens with loss) of each sequence of the example at a stage, the main one first."""
     tokenizer = load_tokenizer(str(ROOT / TOKENIZER))
     ids = latent_ids(tokenizer, config.method)
-    dataset = get_cot_latent_dataset(stage, tokenised(tokenizer), config.curriculum, ids.start, ids.thought, ids.end)
-    row = dataset[0]
-    tokens = [token.replace("\n", "⏎").lstrip("▁") for token in tokenizer.convert_ids_to_tokens(row["input_ids"])]
-    pairs = list(zip(tokens, row["labels"], strict=True))
-    return [token for token, label in pairs if label == IGNORE_INDEX], [
-        token for token, label in pairs if label != IGNORE_INDEX
-    ]
+    row = get_cot_latent_dataset(stage, tokenised(tokenizer), config.curriculum, ids.start, ids.thought, ids.end)[0]
+    sequences = {}
+    for key in row:
+        if key.endswith("input_ids") and row[key]:
+            labels = row[key.replace("input_ids", "labels")]
+            tokens = [token.replace("\n", "⏎").lstrip("▁") for token in tokenizer.convert_ids_to_tokens(row[key])]
+            without = [token for token, label in zip(tokens, labels, strict=True) if label == IGNORE_INDEX]
+            sequences[sequence_name(key)] = (without, tokens[len(without) :])
+    return sequences
 
 
 def section(method: str) -> str:
     config = configuration(method)
     added = ", ".join(f"`{token}`" for token in METHODS[method].markers) or "none"
     lines = [f"## {method}", "", METHODS[method].about.strip(), "", f"New tokens: {added}.", ""]
-    question = example(configuration("no_cot"), 0)[0]
+    question = example(configuration("no_cot"), 0)[MAIN][0]
     for stage in stages(config):
-        prompt, target = example(config, stage)
+        (prompt, target), *further = example(config, stage).values()
         name = "all" if stage == ALL_TOKENS else stage
         title = f"Stage {name}" if len(stages(config)) > 1 else "All epochs"
         shown = ["[question]", *prompt[len(question) :]]
-        lines += [f"{title}:", "", f"    without loss: {' '.join(shown)}", f"    with loss:    {' '.join(target)}", ""]
+        lines += [f"{title}:", "", f"    without loss: {' '.join(shown)}", f"    with loss:    {' '.join(target)}"]
+        for prompt, target in further:
+            begun = ["[question]", *prompt[len(question) :]] if prompt[: len(question)] == question else prompt
+            lines.append(f"    and:          {' '.join(begun)} | {' '.join(target)}")
+        lines.append("")
     return "\n".join(lines)
 
 
 def page() -> str:
-    question = " ".join(example(configuration("no_cot"), 0)[0])
+    question = " ".join(example(configuration("no_cot"), 0)[MAIN][0])
     staged = [name for name, method in METHODS.items() if method.has_stages]
     heading = f"""# Methods
 
@@ -96,9 +102,10 @@ blanks, ⏎ is a newline. `[question]` stands for
     {question}
 
 and is never trained on. Loss is the mean cross entropy over the tokens with loss. At evaluation the model gets what is
-without loss and writes the rest. With `pad_latent_to_max: False` a question has no more latents (or pauses) than its steps ×
-`c_thought`, at evaluation too unless `eval_latents` says otherwise. `uniform_prob` and `earlier_stage_prob` give a sample the
-sequence of another stage, drawn from (seed, epoch, index); the methods with stages have them: {", ".join(staged)}.
+without loss and writes the rest. Where an example has further sequences, a teacher's or those of a second model, they follow:
+what is without loss, a bar, what is with it. With `pad_latent_to_max: False` a question has no more latents (or pauses) than
+its steps × `c_thought`, at evaluation too unless `eval_latents` says otherwise. `uniform_prob` and `earlier_stage_prob` give a
+sample the sequence of another stage, drawn from (seed, epoch, index); the methods with stages have them: {", ".join(staged)}.
 
 """
     return heading + "\n".join(section(method) for method in METHODS)

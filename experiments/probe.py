@@ -155,16 +155,19 @@ def run(config: ProbeConfig) -> None:
     for name in config.probes:
         found = over_seeds({group: [one[name] for one in series] for group, series in each.items()})
         if not found:
-            raise UserError(f"{name}: none of the checkpoints has thoughts to look at")
+            sections.append(f"## {name}\n\n{PROBES[name].about}\n\nNone of these checkpoints has what it looks at.")
+            continue
         groups = [group for group in config.groups if any(group in by_group for by_group in found.values())]
         without = [group for group in config.groups if group not in groups]
-        said = f"\n\nWithout thoughts, and so without numbers here: {', '.join(without)}." if without else ""
+        said = f"\n\nWithout what it looks at, and so without numbers here: {', '.join(without)}." if without else ""
         if (own := PROBES[name].draw) is not None:
             own(found, groups, out / f"{name}.png")
         else:
             draw(found, groups, out / f"{name}.png", name, PROBES[name].unit)
         sections.append(f"## {name}\n\n{table(PROBES[name], found, groups)}{said}")
         results[name] = found
+    if not results:
+        raise UserError(f"{', '.join(config.probes)}: none of the checkpoints has thoughts to look at")
     seeds = ", ".join(f"{group} {len(checkpoints)}" for group, checkpoints in config.groups.items())
     where = machine(device)
     heading = f"# Probes\n\n{config.num_questions} questions of {config.data_path}; checkpoints: {seeds}. {described(where)}."

@@ -8,7 +8,7 @@ method is a new row: docs/EXTENDING.md has an example.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from methods.curriculum import (
@@ -67,8 +67,8 @@ class Method:
     label: in figures and tables. about: a paragraph for docs/METHODS.md. markers: special tokens that it adds.
     schedule: which stage an epoch belongs to. shape: what a question looks like at a stage. loss: what is minimised.
     sequences: further sequences of an example that go through the model beside the main one, say a teacher's.
-    options: a dataclass of the configuration's keys that the loss is given. step_decoder: whether `Coconut.step_decoder`, a
-    second model, is trained along.
+    options: a dataclass of the configuration's keys that the loss is given. step_vectors: how many vectors stand for one
+    step, where `Coconut.step_decoder`, a second model, is trained along to write steps from thoughts; else None.
     """
 
     label: str
@@ -79,7 +79,7 @@ class Method:
     loss: LossFunction = cross_entropy
     sequences: Sequences | None = None
     options: type | None = None
-    step_decoder: bool = False
+    step_vectors: Callable[[Curriculum], int] | None = None
 
     @property
     def has_stages(self) -> bool:
@@ -190,7 +190,7 @@ for resuming, exported models do not.""",
         loss=simcot_loss,
         sequences=coconut_steps,
         options=SimcotOptions,
-        step_decoder=True,
+        step_vectors=lambda curriculum: curriculum.c_thought,
     ),
     "codi_simcot": Method(
         label="CODI + SIM-CoT",
@@ -203,7 +203,7 @@ more. Latents without a step write nothing.""",
         loss=codi_simcot_loss,
         sequences=codi_steps,
         options=CodiSimcotOptions,
-        step_decoder=True,
+        step_vectors=lambda curriculum: 1,
     ),
 }
 

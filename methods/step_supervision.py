@@ -59,6 +59,17 @@ class StepDecoder(nn.Module):
         losses = torch.zeros(predicts.shape, device=logits.device)
         return losses.masked_scatter(predicts, F.cross_entropy(logits, labels[:, 1:][predicts], reduction="none"))
 
+    @torch.no_grad()
+    def write(self, vectors: Tensor, embedding: nn.Module, most: int) -> Tensor:
+        """What it writes from thoughts (B, c, D): the likeliest tokens (B, most), after its end whatever comes."""
+        embeds, tokens = vectors, []
+        for _ in range(most):
+            mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+            states = self.model.base_pass(embeds, mask, mask.cumsum(dim=1), None).states[:, -1]
+            tokens.append(self.model.project(states).argmax(dim=-1))
+            embeds = torch.cat([embeds, embedding(tokens[-1])[:, None]], dim=1)
+        return torch.stack(tokens, dim=1)
+
 
 # --- what each thought has to write ---
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,10 +15,10 @@ from transformers.activations import NewGELUActivation
 
 from coconut import Coconut
 from config import RunConfig
-from methods import END_LATENT, LATENT, METHODS, PAUSE, START_LATENT, StepDecoder
+from methods import END_LATENT, LATENT, METHODS, PAUSE, START_LATENT
 from systems.lora import Lora, add_adapters
 from systems.shards import SHARDS, read_shards
-from systems.weights import check_weights, embedding_weight, first_line, load_state_dict_file, thought_map_of
+from systems.weights import add_step_decoder, check_weights, embedding_weight, first_line, load_state_dict_file, thought_map_of
 from utils import UserError, get_logger
 
 transformers.utils.logging.disable_progress_bar()  # one bar per loaded or saved shard says nothing
@@ -119,8 +118,8 @@ def build_model(
     initialise_markers(base, tokenizer, markers, config.marker_init)
     iterations = config.jacobi_iterations if config.latent_mode == "jacobi" else None
     model = Coconut(base, ids.latent, ids.start, ids.end, ids.eos, thought_map_of(config, base), iterations)
-    if METHODS[str(config.method)].step_decoder and not config.only_eval:
-        model.step_decoder = StepDecoder(Coconut(copy.deepcopy(base), ids.latent, ids.start, ids.end, ids.eos))
+    if METHODS[str(config.method)].step_vectors is not None and not config.only_eval:
+        add_step_decoder(model)
     if config.lora_r is not None:
         add_adapters(base, config.part(Lora), [cast("int", tokenizer.convert_tokens_to_ids(marker)) for marker in markers])
     _check_usable(model, source)

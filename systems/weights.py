@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 from pathlib import Path
 from typing import cast
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 
 from coconut import Coconut
 from config import RunConfig
+from methods import StepDecoder
 from systems.files import read_facts
 from thoughts import ThoughtMap, make_thought_map
 from utils import UserError
@@ -108,25 +110,6 @@ def thought_map_of(config: RunConfig, base: PreTrainedModel) -> ThoughtMap:
     return thought_map.to(embedding_weight(base))
 
 
-def fill_step_decoder(model: Coconut, directory: Path) -> None:
-    """Load the second model of SIM-CoT, where training has one. Raises UserError if the checkpoint does not hold just that."""
-    if model.step_decoder is None:
-        return
-    own = dict(model.step_decoder.named_parameters())
-    path = directory / STEP_DECODER
-    weights = read_state_dict(path) if path.is_file() else {}
-    shapes = [key for key in own.keys() & weights.keys() if own[key].shape != weights[key].shape]
-    check_weights(str(path), [*(own.keys() - weights.keys())], [*(weights.keys() - own.keys())], shapes)
-    with torch.no_grad():
-        for key, parameter in own.items():
-            parameter.copy_(weights[key])
-
-
-def whole_step_decoder(model: Coconut) -> dict[str, Tensor]:
-    """Copies of its weights on the CPU, sharded ones whole; called by all processes. Empty where there is none."""
-    return {} if model.step_decoder is None else _whole(dict(model.step_decoder.named_parameters()))
-
-
 def fill_map(thought_map: ThoughtMap, weights: dict[str, Tensor], place: str) -> None:
     """Load all weights of a map. Raises UserError, which begins with `place`, if they are not those that it has."""
     own = thought_map.state_dict()
@@ -164,6 +147,34 @@ def write_weights(path: Path, weights: dict[str, Tensor]) -> None:
     """Nothing where there are none."""
     if weights:
         save_file(weights, path)
+
+
+# --- the second model of SIM-CoT ---
+
+
+def add_step_decoder(model: Coconut) -> None:
+    """It begins as a copy of the base model."""
+    ids = (model.latent_token_id, model.start_latent_id, model.end_latent_id, model.eos_token_id)
+    model.step_decoder = StepDecoder(Coconut(copy.deepcopy(model.base_causallm), *ids))
+
+
+def fill_step_decoder(model: Coconut, directory: Path) -> None:
+    """Load the second model of SIM-CoT, where training has one. Raises UserError if the checkpoint does not hold just that."""
+    if model.step_decoder is None:
+        return
+    own = dict(model.step_decoder.named_parameters())
+    path = directory / STEP_DECODER
+    weights = read_state_dict(path) if path.is_file() else {}
+    shapes = [key for key in own.keys() & weights.keys() if own[key].shape != weights[key].shape]
+    check_weights(str(path), [*(own.keys() - weights.keys())], [*(weights.keys() - own.keys())], shapes)
+    with torch.no_grad():
+        for key, parameter in own.items():
+            parameter.copy_(weights[key])
+
+
+def whole_step_decoder(model: Coconut) -> dict[str, Tensor]:
+    """Copies of its weights on the CPU, sharded ones whole; called by all processes. Empty where there is none."""
+    return {} if model.step_decoder is None else _whole(dict(model.step_decoder.named_parameters()))
 
 
 def _listed(keys: list[str], most: int = 8) -> str:

@@ -307,13 +307,15 @@ def test_the_command_probes_every_group_and_goes_on(
         "max_new_tokens=8",
         f"groups={json.dumps(trained)}",
     ]
-    config = load_config(probe.ProbeConfig, [*arguments, "probes=[forced, decoded, layers, geometry, causal]"])
+    config = load_config(probe.ProbeConfig, [*arguments, "probes=[forced, decoded, spelled, layers, geometry, causal]"])
     probe.run(config)
     page = (out / "x" / "probes.md").read_text()
     found = json.loads((out / "x" / "probes.json").read_text())["probes"]
     assert len(found["forced"]["0 thoughts, right"]["coconut"]["seeds"]) == 2
     assert set(found["forced"]["0 thoughts, right"]) == {"coconut", "control"}
-    assert "Without thoughts, and so without numbers here: control." in page
+    assert "## spelled" in page
+    assert "None of these checkpoints has what it looks at." in page
+    assert "Without what it looks at, and so without numbers here: control." in page
     assert all(
         (out / "x" / f"{name}.png").stat().st_size > 5000 for name in ("forced", "decoded", "layers", "geometry", "causal")
     )
@@ -342,7 +344,19 @@ def test_states_are_those_before_the_thoughts(trained: dict[str, list[str]], run
 def test_groups_must_have_checkpoints() -> None:
     with pytest.raises(UserError, match="groups: name at least one checkpoint in each"):
         load_config(probe.ProbeConfig, ["name=x", "data_path=d", "groups={a: []}"])
-    rows = {"forced", "paths", "decoded", "layers", "frontier", "tree", "reachable", "geometry", "causal", "confidence"}
+    rows = {
+        "forced",
+        "paths",
+        "decoded",
+        "spelled",
+        "layers",
+        "frontier",
+        "tree",
+        "reachable",
+        "geometry",
+        "causal",
+        "confidence",
+    }
     assert set(PROBES) == rows
     page = (ROOT / "docs" / "PROBES.md").read_text()
     assert all(f"| `{name}` |" in page for name in PROBES)

@@ -51,9 +51,17 @@ def test_every_method_trains_evaluates_and_is_evaluated_again(
     start(run_arguments, f"method={method}", "epochs_per_stage=1", "num_epochs=2")
     directory = tmp_path / "checkpoints" / "run"
     epochs = read_rows(directory / "metrics.jsonl", "epoch")
-    stages = {"cot": [0, 0], "no_cot": [0, 0], "no_curriculum": [3, 3], "pause": [3, 3], "codi": [3, 3], "icot": [7, 15]}
+    stages = {
+        "cot": [0, 0],
+        "no_cot": [0, 0],
+        "no_curriculum": [3, 3],
+        "pause": [3, 3],
+        "codi": [3, 3],
+        "codi_simcot": [3, 3],
+        "icot": [7, 15],
+    }
     assert [row["stage"] for row in epochs] == stages.get(method, [0, 1])
-    thoughts = {"coconut": 1, "pause_as_thought": 1, "no_curriculum": 2, "pause": 2, "codi": 2}
+    thoughts = {"coconut": 1, "pause_as_thought": 1, "no_curriculum": 2, "pause": 2, "codi": 2, "codi_simcot": 2, "simcot": 1}
     assert epochs[1]["latents"] == thoughts.get(method, 0)
     assert epochs[1]["train_loss"] < epochs[0]["train_loss"]
     assert (directory / "config.yaml").is_file()

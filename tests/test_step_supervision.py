@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import read_rows
@@ -18,8 +19,10 @@ from torch.nn import functional as F
 
 from coconut import Coconut
 from dataset import MyCollator, get_cot_latent_dataset
+from experiments.probes.base import Probed
+from experiments.probes.spelled import spelled
 from methods import METHODS, Parts, Totals
-from methods.step_supervision import CodiSimcotOptions, SimcotOptions, steps_of_thoughts
+from methods.step_supervision import CodiSimcotOptions, SimcotOptions, StepDecoder, steps_of_thoughts
 
 SIMCOT = ["method=simcot", "c_thought=2", "max_latent_stage=2", "epochs_per_stage=1"]
 CODI = ["method=codi_simcot", "c_thought=1", "max_latent_stage=2", "thought_map={name: projection, width: 5}"]
@@ -193,6 +196,48 @@ def test_two_processes_agree_with_one(run_arguments: list[str], tmp_path: Path, 
         assert len(rows) == len(one)
         for row, expected in zip(rows, one, strict=True):
             assert row["loss_steps"] == pytest.approx(expected["loss_steps"], rel=2e-3, abs=1e-5)
+
+
+def test_it_writes_greedily_from_the_thought_alone(run_arguments: list[str]) -> None:
+    _, model = evaluator(run_arguments, *SIMCOT)
+    decoder: Any = model.step_decoder
+    thoughts = torch.randn(3, 2, model.embedding.embedding_dim)
+    for row, written in enumerate(decoder.eval().write(thoughts, model.embedding, 4).tolist()):
+        embeds = thoughts[row : row + 1]
+        for token in written:
+            positions = torch.arange(1, embeds.shape[1] + 1)[None]
+            logits = decoder.model.base_causallm(inputs_embeds=embeds, position_ids=positions).logits[0, -1]
+            assert logits.argmax().item() == token
+            embeds = torch.cat([embeds, model.embedding(torch.tensor([[token]]))], dim=1)
+
+
+def test_the_probe_finds_the_step_that_is_written(
+    run_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planted: from every thought the second step of one question is written, and its end."""
+    start(run_arguments, *SIMCOT, *SMALL, "num_epochs=3")
+    data = next(Path(one.split("=", 1)[1]) for one in run_arguments if one.startswith("val_path="))
+    checkpoint = str(tmp_path / "checkpoints" / "run")
+    probed = Probed.load(checkpoint, data, 5, {"batch_size_eval": 2}, torch.device("cpu"))
+    steps = probed.dataset["steps_tokenized"]
+    chosen = next(own[1] for own in steps if len(own) > 1)
+    planted = [*chosen, probed.model.eos_token_id]
+
+    def write(self: StepDecoder, vectors: torch.Tensor, embedding: Any, most: int) -> torch.Tensor:
+        assert vectors.shape[1] == 2  # c_thought
+        return torch.tensor([[*planted, *[0] * most][:most]] * len(vectors))
+
+    assert probed.model.step_decoder is None
+    monkeypatch.setattr(StepDecoder, "write", write)
+    found = spelled(probed)
+    assert probed.model.step_decoder is None
+    assert {key.split(" writes")[0] for key in found} == {"thought 1", "thought 2"}
+    for key, values in found.items():
+        step = int(key.split()[-1])
+        expected = [100.0 * (own[step - 1] == chosen) if len(own) >= step else float("nan") for own in steps]
+        assert np.array_equal(values, expected, equal_nan=True), key
+    start(run_arguments, "name=plain", *SMALL)
+    assert spelled(Probed.load(str(tmp_path / "checkpoints" / "plain"), data, 5, {}, torch.device("cpu"))) == {}
 
 
 def test_what_does_not_go_together_is_refused(run_arguments: list[str]) -> None:

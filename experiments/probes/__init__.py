@@ -12,6 +12,7 @@ from experiments.probes.layers import layers
 from experiments.probes.paths import paths, stacked
 from experiments.probes.reachable import reachable
 from experiments.probes.sketches import graph_after, lens
+from experiments.probes.spelled import spelled
 
 PROBES: dict[str, Probe] = {
     "forced": Probe(
@@ -23,6 +24,7 @@ PROBES: dict[str, Probe] = {
         "What is written after k thoughts: paths through the graph, or bare answers.", paths, needs_thoughts=False, draw=stacked
     ),
     "decoded": Probe("The likeliest token of each thought: is it what a step finds out?", decoded),
+    "spelled": Probe("Steps that the second model of SIM-CoT writes from a thought, word for word.", spelled),
     "layers": Probe(
         "The likeliest token of every layer at each thought: is it what one of the steps finds out?", layers, sketch=lens
     ),
