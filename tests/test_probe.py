@@ -20,7 +20,7 @@ from experiments.probes import PROBES, Probed
 from experiments.probes.causal import causal, confidence
 from experiments.probes.decoded import decoded
 from experiments.probes.forced import forced
-from experiments.probes.frontier import frontier, tree
+from experiments.probes.frontier import KINDS, frontier, height, ranks, tree
 from experiments.probes.geometry import geometry
 from experiments.probes.layers import layers
 from experiments.probes.paths import kind_of, paths, stacked
@@ -107,6 +107,54 @@ def test_tree_reads_the_state_at_the_end_marker(tokenizer: Any, tmp_path: Path, 
     found = tree(planted(torch.zeros(1, 2, 1), tokenizer, tmp_path))
     assert [found[f"after {k}, distance {d}"].mean().round() for k, d in ((1, 1), (1, 2), (2, 1), (2, 2))] == [100, 0, 0, 100]
     assert found["after 0, distance 1"].mean() == pytest.approx(found["after 0, unreachable"].mean())
+
+
+# Root 0 leads to 1 and 2, these to 3 and 4; the target is 3. Node 5 is under 2 as well and leads on to 6.
+BRANCHES = {
+    "question": "q",
+    "steps": ["a", "b"],
+    "answer": "x",
+    "edges": [[0, 1], [0, 2], [1, 3], [2, 4], [2, 5], [5, 6]],
+    "root": 0,
+    "target": 3,
+    "idx_to_symbol": ["tom", "lempus", "yumpus", "zumpus", "terpus", "gorpus", "bompus"],
+}
+
+
+def test_ranks_and_heights_tell_a_choice_from_an_even_spread(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("experiments.probes.frontier")
+    monkeypatch.setattr(module, "words", lambda probed: {name: [at] for at, name in enumerate(BRANCHES["idx_to_symbol"])})
+    monkeypatch.setattr(module, "probabilities", lambda probed, states: states.numpy())
+    thoughts = torch.tensor([[0, 0.6, 0.2, 0, 0, 0, 0], [0, 0, 0, 0.1, 0.1, 0.2, 0]])  # (2, V)
+    probed: Any = SimpleNamespace(
+        records=lambda *fields: [BRANCHES] * 2,
+        states=lambda: iter([([0, 1], torch.stack([thoughts, thoughts]))]),
+        thoughts=2,
+    )
+    found = {name: values.tolist() for name, values in ranks(probed).items()}
+    assert found["thought 1, together"] == pytest.approx([80, 80])
+    assert found["thought 1, first 1"] == pytest.approx([75, 75])
+    assert found["thought 1, first 2"] == pytest.approx([100, 100])
+    assert found["thought 1, the likeliest leads"] == [100, 100]
+    assert found["thought 1, a blind choice leads"] == [50, 50]
+    assert found["thought 2, first 2"] == pytest.approx([75, 75])
+    assert found["thought 2, the likeliest leads"] == [0, 0]
+    assert found["thought 2, a blind choice leads"] == pytest.approx([100 / 3] * 2)
+    monkeypatch.setattr(module, "ended", lambda probed, count: iter([([0, 1], torch.stack([thoughts[count]] * 2))]))
+    heights = {name: values.tolist() for name, values in height(probed).items()}
+    assert heights == {  # of step 1: lempus 75, yumpus 25; of step 2: zumpus 25 and terpus 25 lead nowhere, gorpus 50 to bompus
+        "height 0, leads to the target": [25, 25],
+        "height 0, does not": [25, 25],
+        "height 1, leads to the target": [75, 75],
+        "height 1, does not": pytest.approx([37.5, 37.5]),  # yumpus, gorpus
+    }
+
+
+def test_distances_stand_in_their_order(tokenizer: Any, tmp_path: Path) -> None:
+    """The first question has nothing four steps away, the last one has."""
+    data = write_json(tmp_path / "test.json", RECORDS)
+    names = list(frontier(planted(torch.zeros(len(RECORDS), 2, len(tokenizer)), tokenizer, data)))
+    assert names == [f"thought {k}, {kind}" for k in (1, 2) for kind in KINDS]
 
 
 def test_layers_finds_the_layer_that_says_the_step(tokenizer: Any, tmp_path: Path) -> None:

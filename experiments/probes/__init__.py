@@ -6,7 +6,7 @@ from experiments.probes.base import Probe, Probed, Series
 from experiments.probes.causal import causal, confidence
 from experiments.probes.decoded import decoded
 from experiments.probes.forced import forced
-from experiments.probes.frontier import frontier, tree
+from experiments.probes.frontier import frontier, height, ranks, tree
 from experiments.probes.geometry import geometry
 from experiments.probes.layers import layers
 from experiments.probes.paths import paths, stacked
@@ -33,6 +33,11 @@ PROBES: dict[str, Probe] = {
         "Probability of a concept right after k thoughts and the end marker, by its distance from the person.",
         tree,
         sketch=graph_after,
+    ),
+    "ranks": Probe("How thought k shares its probability among the concepts k steps away, where it has a choice.", ranks),
+    "height": Probe(
+        "Probability of the concepts one step on, among one another, by their steps to an end and whether they lead on.",
+        height,
     ),
     "reachable": Probe(
         "Linear probes for the concepts within so many steps: area under the ROC curve, chance 50; shuffled is the control.",
