@@ -400,6 +400,8 @@ def test_groups_must_have_checkpoints() -> None:
         "layers",
         "frontier",
         "tree",
+        "ranks",
+        "height",
         "reachable",
         "geometry",
         "causal",

@@ -62,6 +62,7 @@ def stacked(found: Mapping[str, Mapping[str, Numbers]], groups: Sequence[str], p
     """A panel for each group, a bar for each number of thoughts, stacked by kind; means over seeds."""
     colours = shades(KINDS)
     figure, panels = plt.subplots(1, len(groups), figsize=(3.6 * len(groups) + 2, 3.4), layout="constrained", squeeze=False)
+    most = max(int(key.split()[0]) for key in found)
     for group, axes in zip(groups, panels[0], strict=True):
         counts = sorted({int(key.split()[0]) for key, by_group in found.items() if group in by_group})
         below = np.zeros(len(counts))
@@ -69,7 +70,7 @@ def stacked(found: Mapping[str, Mapping[str, Numbers]], groups: Sequence[str], p
             shares = np.array([found[f"{count} thoughts, {kind}"][group]["mean"] for count in counts])
             axes.bar(counts, shares, bottom=below, color=colours[kind], label=kind, width=0.8)
             below += shares
-        axes.set(title=group, xlabel="thoughts given", xticks=counts, ylim=(0, 100))
+        axes.set(title=group, xlabel="thoughts given", xticks=counts, xlim=(-0.6, most + 0.6), ylim=(0, 100))
     panels[0][0].set_ylabel("share of questions in %")
     panels[0][-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
     save_figure(figure, path)
