@@ -101,6 +101,8 @@ class RunConfig(Config):
     method without stages has one stage, the last."""
     warmup_steps: NonNegative = 0
     """Steps in which the learning rate grows from 0."""
+    warmup_share: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """The same as a share (0 to 1) of all optimizer steps of the training."""
     adam_beta2: Annotated[float, Field(gt=0, lt=1)] = 0.999
     """Beta 2 of AdamW."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
@@ -259,6 +261,8 @@ class RunConfig(Config):
             self._check_step_decoder()
         if self.from_scratch and self.load_model_path is not None:
             raise ValueError("from_scratch and load_model_path contradict each other: set one of them")
+        if self.warmup_steps and self.warmup_share:
+            raise ValueError("warmup_steps and warmup_share contradict each other: set one of them")
         if self.uniform_prob and self.earlier_stage_prob:
             raise ValueError("uniform_prob and earlier_stage_prob contradict each other: set one of them")
         if self.advance_cot_match is not None and self.advance_accuracy is None:

@@ -242,8 +242,9 @@ class Trainer:
         state = self.state
         epochs = state.epoch + state.step_in_epoch / steps_in_epoch
         share = last_stage_share(self.curriculum, epochs, self.loop.num_epochs)
+        steps = (self.loop.num_epochs - self.facts.epoch) * steps_in_epoch
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.optimization, state.global_step, share)
+            group["lr"] = learning_rate(self.optimization, state.global_step, steps, share)
 
     def _optimizer_step(self, batches: list[Batch]) -> tuple[dict[str, float], bool]:
         """One update from all micro-batches of all processes, as if they were one batch.

@@ -24,6 +24,7 @@ class Optimization:
     lr: float
     lr_schedule: str
     warmup_steps: int
+    warmup_share: float
     adam_beta2: float
     weight_decay: float
 
@@ -35,7 +36,7 @@ def new_optimizer(model: nn.Module, config: Optimization) -> torch.optim.Optimiz
     return torch.optim.AdamW(parameters, lr=config.lr, betas=betas, weight_decay=config.weight_decay, fused=True)
 
 
-def learning_rate(config: Optimization, step: int, share: float) -> float:
-    """Of a step, counted from 0 over the whole training. share (0 to 1): of the last stage that is done before it."""
-    warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
+def learning_rate(config: Optimization, step: int, steps: int, share: float) -> float:
+    """Of a step, counted from 0, of a training of `steps`. share (0 to 1): of the last stage that is done before it."""
+    warm = min(1.0, (step + 1) / max(1, config.warmup_steps, round(config.warmup_share * steps)))
     return config.lr * warm * LEARNING_RATES[config.lr_schedule](share)

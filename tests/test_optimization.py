@@ -7,9 +7,9 @@ import pytest
 from systems.optimization import Optimization, learning_rate
 
 
-def rates(schedule: str, warmup_steps: int, shares: list[float]) -> list[float]:
-    config = Optimization(lr=0.5, lr_schedule=schedule, warmup_steps=warmup_steps, adam_beta2=0.999, weight_decay=0.0)
-    return [learning_rate(config, step, share) for step, share in enumerate(shares)]
+def rates(schedule: str, warmup_steps: int, shares: list[float], warmup_share: float = 0.0) -> list[float]:
+    config = Optimization(0.5, schedule, warmup_steps, warmup_share, adam_beta2=0.999, weight_decay=0.0)
+    return [learning_rate(config, step, len(shares), share) for step, share in enumerate(shares)]
 
 
 @pytest.mark.parametrize(
@@ -23,3 +23,8 @@ def test_what_is_left_in_the_last_stage(schedule: str, expected: list[float]) ->
 def test_warm_up_grows_to_the_full_rate_at_its_last_step() -> None:
     assert rates("constant", 4, [0.0] * 5) == pytest.approx([0.125, 0.25, 0.375, 0.5, 0.5])
     assert rates("linear", 4, [0.0, 0.0, 0.5]) == pytest.approx([0.125, 0.25, 0.1875])
+
+
+def test_warm_up_as_a_share_of_all_steps() -> None:
+    assert rates("constant", 0, [0.0] * 8, warmup_share=0.25) == pytest.approx([0.25] + [0.5] * 7)
+    assert rates("constant", 0, [0.0] * 3, warmup_share=0.01) == pytest.approx([0.5] * 3)  # less than a step

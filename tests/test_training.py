@@ -44,6 +44,22 @@ def test_the_learning_rate_grows_over_the_warm_up(run_arguments: list[str], tmp_
     assert [row["examples"] for row in rows] == [4, 8, 12, 16, 20, 22]
 
 
+def test_the_warm_up_may_be_a_share_of_the_steps_that_are_taken(
+    run_arguments: list[str], tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Epochs that count as done are not taken."""
+    for more in (
+        ["num_epochs=2"],
+        ["num_epochs=7", "resume=5", "from_scratch=false", f"load_model_path={tmp_path}/checkpoints/a"],
+    ):
+        name = "b" if more[1:] else "a"
+        arguments = ["run.py", *run_arguments, *more, "warmup_share=0.25", "lr=1e-3", f"name={name}", "log_every=1"]
+        monkeypatch.setattr("sys.argv", arguments)
+        run.main()
+        rows = read_rows(tmp_path / "checkpoints" / name / "metrics.jsonl", "step")
+        assert [row["lr"] for row in rows] == pytest.approx([1e-3 / 3, 2e-3 / 3] + [1e-3] * 10)
+
+
 def test_the_learning_rate_falls_in_the_last_stage_alone(run_arguments: list[str], tmp_path: Path, monkeypatch: Any) -> None:
     """Stage 0 for one epoch of six steps, then stage 1 for two."""
     settings = ["num_epochs=3", "max_latent_stage=1", "lr=1e-3", "lr_schedule=linear"]
