@@ -7,15 +7,19 @@ python -m systems.checkpoint consolidate checkpoints/NAME DIRECTORY
 from __future__ import annotations
 
 import argparse
+import tempfile
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 import yaml
+from safetensors.torch import save_file
+from transformers import AutoConfig
 
 from config import RunConfig
 from methods import METHODS
 from systems.checkpoint import _fill_model, check_absent, id_facts, write_model
+from systems.codi_format import is_codi, plain_state
 from systems.files import FACTS, STATE, Facts, read_facts, read_training_state
 from systems.models import build_model, from_shards, latent_ids, load_tokenizer
 from systems.shards import SHARDS, whole_tensors
@@ -25,7 +29,7 @@ from systems.storage import (
     newest_whole,
     write_directory,
 )
-from systems.weights import read_map
+from systems.weights import read_map, read_state_dict
 from utils import UserError, entry_point, get_logger
 
 
@@ -41,6 +45,8 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawTextHelpFormatter,
         epilog="""examples:
   python -m systems.checkpoint convert FILE DIRECTORY --stage 4 --c-thought 2 --max-latent-stage 3
+  python -m systems.checkpoint convert FILE DIRECTORY --method codi --stage 4 --c-thought 2 --max-latent-stage 3 \\
+      --lora-alpha 32 --thought-map "{name: projection, width: 768}"
   python -m systems.checkpoint consolidate checkpoints/NAME DIRECTORY""",
     )
     commands = parser.add_subparsers(dest="command", required=True)
@@ -59,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--thought-map", type=yaml.safe_load, default="identity", help="as the key thought_map (default: %(default)s)"
     )
+    command.add_argument("--lora-alpha", type=float, help="of a file of CODI's form, whose LoRA weights are merged")
     command = commands.add_parser("consolidate", help="a sharded checkpoint to a directory that transformers loads, too")
     command.add_argument("source", metavar="IN", type=Path, help="checkpoint_<epoch>, or a run's directory for its newest one")
     command.add_argument("target", metavar="OUT", type=Path, help="a directory that does not exist yet")
@@ -71,12 +78,15 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def convert(source: Path, target: Path, model_id: str, facts: dict[str, Any]) -> None:
+def convert(source: Path, target: Path, model_id: str, facts: dict[str, Any], lora_alpha: float | None = None) -> None:
     """Write a single-file state dict as a checkpoint directory, without a training state.
+
+    A file of CODI's form (`systems.codi_format`) is turned into a plain one first.
 
     Args:
         facts: the entries of `Facts` that such a file does not know: method, stage, c_thought, max_latent_stage,
             pad_latent_to_max, epoch, thought_map.
+        lora_alpha: of LoRA weights in the file.
 
     Raises:
         UserError: no such file, not a state dict, one that does not fit the model, facts that contradict each other, or
@@ -104,7 +114,13 @@ def convert(source: Path, target: Path, model_id: str, facts: dict[str, Any]) ->
         raise CheckpointError(f"{source}: no such file; a state dict in one file is needed")
     tokenizer = load_run_tokenizer(resolve_paths(config))
     ids = latent_ids(tokenizer, config.method)
-    model = build_model(config, tokenizer, ids)
+    with tempfile.TemporaryDirectory() as directory:
+        if is_codi(state := read_state_dict(source)):
+            plain = Path(directory) / "model.safetensors"
+            vocabulary = AutoConfig.from_pretrained(model_id).get_text_config().vocab_size
+            save_file(plain_state(source, state, lora_alpha, vocabulary), plain)
+            config = config.model_copy(update={"load_model_path": str(plain)})
+        model = build_model(config, tokenizer, ids)
     known = Facts(accuracy=None, **id_facts(ids), **facts)
     write_model(target, model, tokenizer, known)
     get_logger().info(f"{target}: {known.method}, stage {known.stage}; load it with load_model_path={target}")
@@ -147,4 +163,5 @@ def main(arguments: list[str]) -> None:
         return
     if values["max_latent_stage"] is None:
         values["max_latent_stage"] = values["stage"]
-    convert(values.pop("source"), values.pop("target"), values.pop("model_id"), values)
+    alpha = values.pop("lora_alpha")
+    convert(values.pop("source"), values.pop("target"), values.pop("model_id"), values, alpha)

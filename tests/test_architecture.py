@@ -35,6 +35,7 @@ ORDER = (
     "systems.storage",
     "systems.sources",
     "systems.checkpoint",
+    "systems.codi_format",
     "systems.convert",
     "systems.pretrained",
     "evaluation",
