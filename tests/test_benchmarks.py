@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from methods import METHODS
+
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
@@ -143,3 +145,14 @@ def test_overhead_counts_what_a_pass_adds_to_its_layers(load, tmp_path, capsys):
         assert all(count == int(count) > 10 for count in layer)  # every layer alike
         assert 0 < rest[0] < layer[0]  # a pass adds less than a layer
     assert "the rest of a pass" in capsys.readouterr().out
+
+
+def test_the_step_of_every_method(load, tmp_path, capsys):
+    result = run(load("method_steps"), tmp_path / "methods.json")
+    assert set(result["milliseconds"]) == {*METHODS, "codi, jacobi"}
+    assert all(value > 0 for value in result["milliseconds"].values())
+    assert result["by_pause_as_thought"]["pause_as_thought"] == 1
+    positions = result["positions"]
+    assert positions["coconut"] == positions["pause_as_thought"] < positions["cot"]
+    assert positions["codi"] - positions["coconut"] == 4 * (20 + 4 + 5 * 12 + 10)  # the teacher, without its last step
+    assert positions["simcot"] - positions["coconut"] == 4 * 6 * (1 + 12 + 1)  # a thought, its step and the end, six times
