@@ -111,6 +111,7 @@ def test_a_condition_of_five_branches() -> None:
     assert found["status"] == "Degraded"
     assert found["no_answer"] == pytest.approx(100 * 6 / 20)
     assert found["branch_accuracy"] == pytest.approx(100 * 9 / 20)
+    assert found["any_correct"] == 75  # one of four questions has no right branch
     assert found["agreement"] == pytest.approx((1 + 0.6 + 0.4 + 0) / 4)
     assert found["new_tokens"] == pytest.approx((22 + 3 * 12) / 4)
     assert found["noise_ratio"] == pytest.approx(1)

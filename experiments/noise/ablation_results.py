@@ -21,7 +21,7 @@ from utils import get_logger
 RIGHT = "right.json"  # of each part, value and amount of noise: which questions were answered right; for `across_seeds`
 NO_NOISE, MIXED = "none", "mixed"  # amounts of noise that are no ratio: self-consistency, and all ratios in turns
 LEGEND = "noise by the norm\nof the thought"
-COLUMNS = ("noise", "measured", "questions", "accuracy", "agreement")
+COLUMNS = ("noise", "measured", "questions", "accuracy", "any branch right", "agreement")
 COMPARED = ("minus self-consistency", "p", "p (Holm)", "minus {}", "p", "p (Holm)")
 Cells = dict[tuple[str, str], dict[int, Outcome]]  # (value, amount of noise) -> outcomes by the question's index
 
@@ -163,6 +163,7 @@ def _row_cells(part: Part, row: Numbers) -> list[str]:
         text(row["noise_ratio"], "{:.2f}"),
         str(row["total"]),
         f"{row['accuracy']:.1f} ({row['low']:.1f} to {row['high']:.1f})",
+        f"{row['any_correct']:.1f}",
         f"{row['agreement']:.2f}",
     ]
     for comparison in (row.get("versus_baseline"), row.get("versus_default")):

@@ -228,6 +228,7 @@ def branching_table(branching: Mapping[str, Any]) -> str:
         "",
         *(name.replace("_", " ") for name in AGGREGATIONS),
         "single branches",
+        "any branch",
         "agreement",
         "diversity",
         "difference",
@@ -235,7 +236,8 @@ def branching_table(branching: Mapping[str, Any]) -> str:
     rows = ([name, *branching_cells(branching, one)] for name, one in shown_conditions(branching).items())
     said = (
         f"{branching['num_branches']} branches, temperature {branching['temperature']:g}, top_p {branching['top_p']:g}. "
-        "Accuracy by how the branches are counted, the majority's with its 95% interval. Diversity: mean distance of two "
+        "Accuracy by how the branches are counted, the majority's with its 95% interval; any branch: questions of which one "
+        "branch is right. Diversity: mean distance of two "
         "branches' later thoughts by their norm. Difference of the majority's accuracy from self-consistency, p after Holm's "
         "correction."
     )
@@ -257,6 +259,7 @@ def branching_cells(branching: Mapping[str, Any], one: Numbers) -> list[str]:
         with_interval(one),
         *others,
         f"{one['branch_accuracy']:.1f}%",
+        f"{one['any_correct']:.1f}%",
         f"{one['agreement']:.2f}",
         text(diversity, "{:.3g}"),
         "" if versus is None else f"{versus['difference']:+.1f}, p {probability(versus['p_holm'])}",

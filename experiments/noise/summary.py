@@ -115,6 +115,7 @@ def condition_summary(records: Sequence[Record], key: str) -> dict[str, Any]:
     """A condition over all questions that have it; accuracy, with its 95% Wilson interval, is that of the majority's answers.
 
     Questions that failed count in `errors` alone. no_answer, wrote_steps and branch_accuracy: percent of single branches.
+    any_correct: percent of questions with a right branch (coverage at K, pass@K: what a perfect choice among them would reach).
     agreement: mean confidence of the majority, 0..1. perturbed: questions of which a thought got noise. new_tokens and
     noise_ratio (noise norm by thought norm): means over branches. diversity, all_steps, late_half, normalised: means of
     `noise.PathDiversity` over the questions that have it. coverage: for every threshold 1..K an `answers.Coverage`, judged by
@@ -135,6 +136,7 @@ def condition_summary(records: Sequence[Record], key: str) -> dict[str, Any]:
         "status": status(right / total) if total else None,
         "errors": sum(record["error"] is not None for record in records),
         "no_answer": _percent(branch["answer"] == NO_ANSWER for branch in branches),
+        "any_correct": _percent(any(branch["correct"] for branch in one["branches"]) for one in outcomes),
         "branch_accuracy": _percent(branch["correct"] for branch in branches),
         "agreement": _mean(one[JUDGE]["confidence"] for one in outcomes),
         "new_tokens": _mean(branch["new_tokens"] for branch in branches),
