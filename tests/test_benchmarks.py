@@ -156,3 +156,16 @@ def test_the_step_of_every_method(load, tmp_path, capsys):
     assert positions["coconut"] == positions["pause_as_thought"] < positions["cot"]
     assert positions["codi"] - positions["coconut"] == 4 * (20 + 4 + 5 * 12 + 10)  # the teacher, without its last step
     assert positions["simcot"] - positions["coconut"] == 4 * 6 * (1 + 12 + 1)  # a thought, its step and the end, six times
+
+
+def test_scaling_fits_laws_and_counts_what_fits(load, tmp_path, capsys):
+    scaling = load("scaling")
+    result = run(scaling, tmp_path / "scaling.json")
+    assert set(result["laws"]) == {"thoughts", "question tokens", "width", "layers", "rows"}
+    assert result["laws"]["rows"]["operations_exponent"] == pytest.approx(1)
+    assert 0.7 < result["laws"]["layers"]["operations_exponent"] < 1  # positions have weights, too
+    assert scaling.exponent([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
+    small, *_, large = scaling.SIZES
+    assert small.fixed_bytes(1) == pytest.approx(16 * 124e6 + 2 * 124e6 / 12)
+    assert large.rows(1) == 0 < large.rows(8) < large.rows(64)
+    assert "none: does not fit" in capsys.readouterr().out
