@@ -2,7 +2,7 @@
 
 Each argument is a run's directory (checkpoints/x: configuration, curves, epochs, questions with what the thoughts say) or a
 folder of results (results/x: its tables and figures). The page is one file that needs no network. --watch writes it anew
-whenever a run has finished an epoch.
+whenever a run has finished an epoch; --wandb PROJECT logs it there as well.
 """
 
 from __future__ import annotations
@@ -146,8 +146,8 @@ def _cell(value: Any) -> str:
     return "" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
-def write_page(paths: Sequence[Path], out: Path, questions: int) -> None:
-    """Raises UserError, before anything is written, if one of the paths says nothing."""
+def write_page(paths: Sequence[Path], out: Path, questions: int, logged: Any = None) -> None:
+    """logged: a run of wandb that gets the page, too. Raises UserError, before it writes, if one of the paths says nothing."""
     parts = [part_of(path, questions) for path in paths]
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
     page = environment.get_template(TEMPLATE).render(
@@ -158,16 +158,20 @@ def write_page(paths: Sequence[Path], out: Path, questions: int) -> None:
         parts=parts,
     )
     write_text(out, page)
+    get_logger().info(f"{out}: written")
+    if logged is not None:
+        import wandb
+
+        logged.log({"report": wandb.Html(str(out), inject=False)})
 
 
-def watch(paths: Sequence[Path], out: Path, questions: int) -> None:
+def watch(paths: Sequence[Path], out: Path, questions: int, logged: Any = None) -> None:
     """Write the page again whenever a run's metrics have grown, until Ctrl-C."""
     seen: list[float] = []
     while True:
         now = [(path / METRICS).stat().st_mtime if (path / METRICS).exists() else 0.0 for path in paths]
         if now != seen:
-            write_page(paths, out, questions)
-            get_logger().info(f"{out}: written")
+            write_page(paths, out, questions, logged)
             seen = now
         time.sleep(SECONDS)
 
@@ -179,12 +183,18 @@ def main(given: list[str]) -> None:
     parser.add_argument("--out", type=Path, default=Path("report.html"))
     parser.add_argument("--questions", type=int, default=3, help="of a run that are answered on the page")
     parser.add_argument("--watch", action="store_true", help="write it again after each epoch, until Ctrl-C")
+    parser.add_argument("--wandb", metavar="PROJECT", help="log the page to this project of wandb as well")
     arguments = parser.parse_args(given)
+    logged = None
+    if arguments.wandb:
+        import wandb
+
+        logged = wandb.init(project=arguments.wandb, name=arguments.out.stem, job_type="report")
+    written = (arguments.paths, arguments.out, arguments.questions, logged)
     if arguments.watch:
-        watch(arguments.paths, arguments.out, arguments.questions)
-        return
-    write_page(arguments.paths, arguments.out, arguments.questions)
-    get_logger().info(f"{arguments.out}: written")
+        watch(*written)
+    else:
+        write_page(*written)
 
 
 if __name__ == "__main__":

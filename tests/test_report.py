@@ -84,6 +84,18 @@ def test_what_is_neither_a_run_nor_results_is_said_and_nothing_is_written(run_di
     assert not (tmp_path / "report.html").exists()
 
 
+def test_wandb_gets_the_page(run_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    page = tmp_path / "page.html"
+    monkeypatch.setattr(
+        "sys.argv", ["report", str(run_directory), "--out", str(page), "--questions", "0", "--wandb", "coconut"]
+    )
+    report.main()
+    [kept] = (tmp_path / "wandb").glob("offline-run-*/files/media/html/*.html")
+    assert page.read_text(encoding="utf-8") == kept.read_text(encoding="utf-8")
+
+
 def test_a_watched_run_is_written_again_when_its_metrics_have_grown(
     run_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -99,7 +111,7 @@ def test_a_watched_run_is_written_again_when_its_metrics_have_grown(
             metrics.write_text(metrics.read_text() + metrics.read_text().splitlines()[-1] + "\n")
 
     monkeypatch.setattr(report.time, "sleep", sleep)
-    monkeypatch.setattr(report, "write_page", lambda paths, out, questions: written.append(out))
+    monkeypatch.setattr(report, "write_page", lambda paths, out, questions, logged: written.append(out))
     with pytest.raises(KeyboardInterrupt):
         report.watch([run_directory], tmp_path / "page.html", 0)
     assert written == [tmp_path / "page.html"] * 2
