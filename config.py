@@ -203,7 +203,8 @@ class RunConfig(Config):
     """Seconds without progress after which a process writes its stacks and ends; null: never."""
     compile: bool = False
     """torch.compile of the decoder: eight graphs, made in the first steps, which takes a minute or more. For GPUs; on two CPU
-    cores small models gain little (docs/LOG.md, "Compiled"). Not with parallel: fsdp or activation_checkpointing."""
+    cores small models gain little (docs/LOG.md, "Compiled"). Not with parallel: fsdp. With activation_checkpointing the graphs
+    themselves compute again what they do not keep."""
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
     """Of float32 matrix products, see torch.set_float32_matmul_precision."""
     num_workers: Annotated[int | None, Field(ge=0, le=MOST_WORKERS), BeforeValidator(null)] = None
@@ -311,8 +312,6 @@ class RunConfig(Config):
             )
         if self.parallel == "fsdp" and self.compile:
             raise ValueError("compile: it takes the decoder as one piece, which parallel: fsdp splits: set one of them")
-        if self.activation_checkpointing and self.compile:
-            raise ValueError("activation_checkpointing and compile contradict each other: set one of them")
 
     @property
     def save_dir(self) -> Path:

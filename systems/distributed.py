@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import functools
+import importlib
 import inspect
 import os
 import socket
@@ -183,11 +184,10 @@ def wrap(model: Coconut, config: Parallelism, device: torch.device, loss_options
     so each would be another graph. loss_options: what the method's loss needs beside the batch.
     """
     model.to(device)
-    if config.activation_checkpointing:
-        recompute_activations(transformer_blocks(model))
     if config.compile:
-        model.decoder.compile(dynamic=True)
-        _allow_graphs()
+        _compile(model, config.activation_checkpointing)
+    elif config.activation_checkpointing:
+        recompute_activations(transformer_blocks(model))
     method = METHODS[config.method]
     loss = method.loss if loss_options is None else functools.partial(method.loss, options=loss_options)
     objective = Objective(model, loss)
@@ -202,11 +202,17 @@ def wrap(model: Coconut, config: Parallelism, device: torch.device, loss_options
     return DistributedDataParallel(objective, device_ids=ids, gradient_as_bucket_view=True, **buffers)
 
 
-def _allow_graphs() -> None:
-    """Of itself the compiler stops at eight graphs of a function. These are eight, and sizes that are equal make one more."""
+def _compile(model: Coconut, recompute: bool) -> None:
+    """recompute: the graphs keep their inputs alone for the backward pass (a memory budget of 0), and compute the rest again.
+
+    Of itself the compiler stops at eight graphs of a function. These are eight, and sizes that are equal make one more.
+    """
     config: Any = torch._dynamo.config
     limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # older versions
     setattr(config, limit, max(GRAPHS, getattr(config, limit)))
+    functorch = cast("Any", importlib.import_module("torch._functorch.config"))
+    functorch.activation_memory_budget = 0.0 if recompute else 1.0
+    model.decoder.compile(dynamic=True)
 
 
 def shard(model: Coconut, config: Parallelism, device: torch.device) -> None:

@@ -14,17 +14,19 @@ TRAINING_GRAPHS = 4  # the columns before the first latent, one position after t
 EVALUATION_GRAPHS = 4  # the same without gradients, where the rest is a pass like the first, and decoding one like a latent's
 
 
-def compiled(family: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Coconut, Coconut]:
-    """A plain model and the same one compiled by `wrap`."""
+def compiled(family: str, backend: str, monkeypatch: pytest.MonkeyPatch, recompute: bool = False) -> tuple[Coconut, Coconut]:
+    """A plain model and the same one compiled by `wrap`. recompute: with activation_checkpointing."""
     torch._dynamo.reset()
     counters.clear()
     plain_compile = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: plain_compile(self, backend=backend, **options))
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **options: plain_compile(self, **options | {"backend": backend})
+    )
     pair = []
     for compile_it in (False, True):
         base, ids = tiny_model(family)
         model = Coconut(base, ids.latent, ids.start_latent, ids.end_latent, ids.eos)
-        part = Parallelism("coconut", "ddp", "pass", False, False, compile_it)
+        part = Parallelism("coconut", "ddp", "pass", False, recompute and compile_it, compile_it)
         pair.append(unwrap(wrap(model, part, torch.device("cpu"))))
     pair[1].load_state_dict(pair[0].state_dict())
     return pair[0], pair[1]
@@ -85,6 +87,31 @@ def test_sizes_that_are_equal_make_more_graphs_and_all_are_compiled(monkeypatch:
     finally:
         torch._dynamo.config.fail_on_recompile_limit_hit = False
     assert counters["stats"]["unique_graphs"] > TRAINING_GRAPHS + EVALUATION_GRAPHS
+
+
+def kept_for_backward(model: Coconut, inputs: dict[str, torch.Tensor]) -> int:
+    """Bytes that a forward pass keeps, parameters aside."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(**inputs, labelled_only=True).loss.backward()
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    return sum(size for place, size in kept.items() if place not in parameters)
+
+
+def test_with_activation_checkpointing_little_is_kept_and_losses_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A third at the most of what the same graphs keep without it; they are cut in two as the real compiler does."""
+    kept = []
+    for recompute in (False, True):
+        plain, fast = compiled("gpt2", "aot_eager_decomp_partition", monkeypatch, recompute)
+        inputs = batch(fast, 4, 24, 3)
+        losses_agree(plain, fast, inputs)
+        kept.append(kept_for_backward(fast, inputs))
+    assert kept[1] < kept[0] / 3
 
 
 @pytest.mark.parametrize("family", ["llama"])  # the compiler takes a minute; the graphs of both are compared above

@@ -202,7 +202,6 @@ def test_consolidate_says_what_it_needs(tmp_path: Path) -> None:
     [
         (["sharded_checkpoints=true"], "sharded_checkpoints needs parallel: fsdp"),
         (["fsdp_gather=step"], "fsdp_gather: step needs parallel: fsdp"),
-        (["activation_checkpointing=true", "compile=true"], "contradict each other"),
         (["parallel=fsdp", "compile=true"], "compile: it takes the decoder as one piece"),
         (["sharded_checkpoints=true", "parallel=fsdp", "trust_remote_code=true"], "is not kept beside shards"),
     ],
