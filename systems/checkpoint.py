@@ -221,9 +221,9 @@ def restore(directory: Path, loaded: dict[str, Any], model: nn.Module, optimizer
     """
     inner = unwrap(model)
     load_adapter_state(inner.base_causallm, loaded["adapter"])
-    if is_adapted(inner.base_causallm):  # which was loaded from where the run began; elsewhere the map came with the weights
+    if is_adapted(inner.base_causallm):  # which was loaded from where the run began; elsewhere all of it came with the weights
         fill_map(inner.thought_map, read_map(directory), str(directory / THOUGHT_MAP))
-    fill_step_decoder(inner, directory)
+        fill_step_decoder(inner, directory)
     if loaded["optimizer"] is None:
         pass  # it had not stepped yet
     elif (directory / SHARDS).is_dir():

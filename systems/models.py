@@ -18,7 +18,15 @@ from config import RunConfig
 from methods import END_LATENT, LATENT, METHODS, PAUSE, START_LATENT
 from systems.lora import Lora, add_adapters
 from systems.shards import SHARDS, read_shards
-from systems.weights import add_step_decoder, check_weights, embedding_weight, first_line, load_state_dict_file, thought_map_of
+from systems.weights import (
+    add_step_decoder,
+    check_weights,
+    embedding_weight,
+    fill_step_decoder,
+    first_line,
+    load_state_dict_file,
+    thought_map_of,
+)
 from utils import UserError, get_logger
 
 transformers.utils.logging.disable_progress_bar()  # one bar per loaded or saved shard says nothing
@@ -120,6 +128,7 @@ def build_model(
     model = Coconut(base, ids.latent, ids.start, ids.end, ids.eos, thought_map_of(config, base), iterations)
     if METHODS[str(config.method)].step_vectors is not None and not config.only_eval:
         add_step_decoder(model)
+        fill_step_decoder(model, Path(source))  # where training goes on from a checkpoint that has one
     if config.lora_r is not None:
         add_adapters(base, config.part(Lora), [cast("int", tokenizer.convert_tokens_to_ids(marker)) for marker in markers])
     _check_usable(model, source)

@@ -159,12 +159,11 @@ def add_step_decoder(model: Coconut) -> None:
 
 
 def fill_step_decoder(model: Coconut, directory: Path) -> None:
-    """Load the second model of SIM-CoT, where training has one. Raises UserError if the checkpoint does not hold just that."""
-    if model.step_decoder is None:
-        return
-    own = dict(model.step_decoder.named_parameters())
+    """Load the second model of SIM-CoT where a checkpoint has one. Raises UserError if it is not the one that is trained."""
     path = directory / STEP_DECODER
-    weights = read_state_dict(path) if path.is_file() else {}
+    if model.step_decoder is None or not path.is_file():
+        return
+    own, weights = dict(model.step_decoder.named_parameters()), read_state_dict(path)
     shapes = [key for key in own.keys() & weights.keys() if own[key].shape != weights[key].shape]
     check_weights(str(path), [*(own.keys() - weights.keys())], [*(weights.keys() - own.keys())], shapes)
     with torch.no_grad():

@@ -196,6 +196,11 @@ def test_two_processes_agree_with_one(run_arguments: list[str], tmp_path: Path, 
         assert len(rows) == len(one)
         for row, expected in zip(rows, one, strict=True):
             assert row["loss_steps"] == pytest.approx(expected["loss_steps"], rel=2e-3, abs=1e-5)
+    for epochs in (1, 2) if method is SIMCOT else ():  # sharded, and in two parts
+        more = [f"num_epochs={epochs}", "name=resumed", "batch_size_training=2", "parallel=fsdp"]
+        assert launch(2, run_arguments, *common, *more).returncode == 0
+        kept = tmp_path / "checkpoints"
+        assert epochs == 1 or differences(kept / "fsdp", kept / "resumed") == []
 
 
 def test_it_writes_greedily_from_the_thought_alone(run_arguments: list[str]) -> None:
