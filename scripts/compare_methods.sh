@@ -45,6 +45,7 @@ train() { # METHOD SEED
     esac
     quietly "$save_path/$name.log" "${launch[@]}" run.py "args/prosqa_quick_$method.yaml" save_path=$save_path name="$name" \
         seed="$seed" batch_size_training=$((batch / processes)) "${settings[@]}"
+    whole "$save_path/$name.log"
     touch "$save_path/$name/finished"
 }
 

@@ -26,3 +26,7 @@ make_environment() {
         touch "$stamp"
     fi
 }
+
+whole() { # LOG: whether the training that wrote it came to its end; one that a signal stops ends without an error, too
+    tail -n 5 "$1" | grep -q "finished: [0-9]* steps" || { echo "error: stopped before its end, see $1; the same command goes on" >&2; return 1; }
+}

@@ -38,6 +38,7 @@ train() { # ARGS_FILE RUN SETTINGS...
     if [ -e "$save_path/$run/finished" ]; then return; fi
     echo "== $run"
     quietly "$save_path/$run.log" .venv/bin/python run.py "$file" "${model[@]}" name="$run" batch_size_training=64 "$@"
+    whole "$save_path/$run.log"
     touch "$save_path/$run/finished"
 }
 

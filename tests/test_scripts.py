@@ -289,3 +289,14 @@ def test_submission_where_there_is_no_slurm(root):
     (root / "bin" / "dirname").symlink_to(str(shutil.which("dirname")))
     code, _, errors = run(root, "run_experiment", "--submit", PATH=str(root / "bin"))
     assert (code, errors) == (2, "error: --submit: there is no sbatch here; without --submit it runs on this machine\n")
+
+
+@pytest.mark.parametrize(("last", "code"), [("finished: 12 steps, checkpoints in x", 0), ("stopped by a signal at step 3", 1)])
+def test_a_training_that_a_signal_stopped_is_not_taken_for_finished(tmp_path: Path, last: str, code: int) -> None:
+    """run.py ends without an error then, so its log decides."""
+    (tmp_path / "run.log").write_text(f"epoch 1\n\r   {last}\n")
+    root = Path(__file__).resolve().parents[1]
+    script = f'source {root}/scripts/environment.sh; whole "{tmp_path}/run.log"'
+    ended = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert ended.returncode == code
+    assert ("stopped before its end" in ended.stderr) == bool(code)
