@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: it finishes the optimizer step, saves and ends with exit code 0."""
+"""Signals that ask a run to stop. A training finishes its step, saves and ends with exit code 0; a sweep ends at once."""
 
 from __future__ import annotations
 
@@ -36,3 +36,31 @@ class StopRequest:
         if not self.requested:
             self._first = time.monotonic()
         self.requested = True
+
+
+class Preempted(BaseException):
+    """A signal asked the run to stop. No Exception, so that it is not recorded as a question's failure."""
+
+
+@contextlib.contextmanager
+def preemptible() -> Iterator[None]:
+    """SIGTERM, SIGUSR1 (SLURM) and Ctrl-C end the run at once: what is not saved yet is computed again."""
+
+    stopped = False
+
+    def stop(number: int, _frame: object) -> None:
+        nonlocal stopped
+        stopped = True
+        for each in before:  # SLURM sends it to every process, and a script may pass it on once more
+            signal.signal(each, signal.SIG_IGN)
+        raise Preempted(signal.Signals(number).name)
+
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        if not stopped:
+            for number, handler in before.items():
+                signal.signal(number, handler)

@@ -12,7 +12,6 @@ import contextlib
 import functools
 import hashlib
 import math
-import signal
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -38,6 +37,7 @@ from states import Branch, BranchPoint
 from systems import distributed
 from systems.batches import cut
 from systems.machine import machine
+from systems.signals import Preempted, preemptible
 from systems.storage import alone
 from thoughts import Intervention, path_diversity
 from utils import UserError, get_logger, is_main_process
@@ -51,10 +51,6 @@ WITHOUT_INFLUENCE = (
     "device_map",
 )  # keys that may differ when a run goes on
 DIGITS = 6  # significant ones of recorded numbers
-
-
-class Preempted(BaseException):
-    """A signal asked the run to stop. No Exception, so that it is not recorded as a question's failure."""
 
 
 class Condition(NamedTuple):
@@ -321,7 +317,7 @@ def run_sweep(config: SweepConfig, device: torch.device) -> Sweep | None:
     """
     progress = None
     try:
-        with _signals(), alone(config.directory):
+        with preemptible(), alone(config.directory):
             questions = load_questions(
                 config.benchmark, config.data_path, config.subset, config.split, config.num_questions, config.seed
             )
@@ -362,30 +358,6 @@ def _run(config: SweepConfig, subject: Subject, questions: list[BenchmarkQuestio
     distributed.barrier()
     distributed.run_on_main(progress.finish)
     return progress.records()
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[None]:
-    """SIGTERM, SIGUSR1 (SLURM) and Ctrl-C end the run at once: what is not saved yet is computed again."""
-
-    stopped = False
-
-    def stop(number: int, _frame: object) -> None:
-        nonlocal stopped
-        stopped = True
-        for each in before:  # SLURM sends it to every process, and a script may pass it on once more
-            signal.signal(each, signal.SIG_IGN)
-        raise Preempted(signal.Signals(number).name)
-
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-    for number in before:
-        signal.signal(number, stop)
-    try:
-        yield
-    finally:
-        if not stopped:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 def _check_step(config: SweepConfig, subject: Subject, questions: list[BenchmarkQuestion]) -> None:
