@@ -278,8 +278,16 @@ def test_batches_by_positions_never_take_more(arguments: dict[str, Any], monkeyp
     monkeypatch.setattr(sweep, "generate_from", watched)
     wanted = texts(run(arguments, **BRANCHES, name="rows", num_questions=3))
     sizes.clear()
-    assert texts(run(arguments, **BRANCHES, name="positions", num_questions=3, tokens_per_batch=300)) == wanted
-    assert max(sizes) <= 300
+    thought: list[int] = []
+    paths = sweep._paths
+    monkeypatch.setattr(sweep, "_paths", lambda subject, chunk: thought.append(len(chunk)) or paths(subject, chunk))
+    more = {"num_questions": 3, "controls": ["mean"], "tokens_per_batch": 100}
+    found = run(arguments, **BRANCHES, name="positions", **more)
+    assert len(thought) > 1  # a batch of all questions would not fit
+    assert (
+        texts([{**one, "conditions": {k: v for k, v in one["conditions"].items() if "/" not in k}} for one in found]) == wanted
+    )
+    assert max(sizes) <= 100
     assert len(sizes) > 3
 
 

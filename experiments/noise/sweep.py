@@ -151,6 +151,11 @@ class Answerer:
         except (UserError, ValueError):  # said when the question is answered
             return self.config.max_new_tokens
 
+    def questions_at_once(self, questions: Sequence[BenchmarkQuestion]) -> int:
+        """Of those that are only thought about."""
+        room = self.config.tokens_per_batch
+        return self.config.batch_size if room is None else max(1, room // max(map(self._width, questions)))
+
     def branches_at_once(self, point: BranchPoint) -> int:
         room = self.config.tokens_per_batch
         width = point.prompt.mask.shape[1] + self.config.max_new_tokens
@@ -339,11 +344,9 @@ def _run(config: SweepConfig, subject: Subject, questions: list[BenchmarkQuestio
     done = {record["index"] for record in progress.records() if record["error"] is None}
     distributed.barrier()  # nobody appends before everybody has read
     wanted = conditions(config)
+    answerer = Answerer(config, subject, wanted, None)
     if config.controls and len(done) < len(questions):
-        thoughts = clean_thoughts(subject, questions, config.batch_size, config.seed)
-    else:
-        thoughts = None
-    answerer = Answerer(config, subject, wanted, thoughts)
+        answerer.thoughts = clean_thoughts(subject, questions, answerer.questions_at_once(questions), config.seed)
     by_length = sorted(questions, key=lambda question: (len(question.question), question.index))  # little padding
     chunks = answerer.chunks(by_length)
     left = [chunk for chunk in chunks if not {question.index for question in chunk} <= done]
