@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import os
 import shlex
 import sys
 import tempfile
@@ -35,7 +36,7 @@ from experiments.quickstart import read_metrics
 from experiments.tables import markdown
 from systems.files import read_typed
 from systems.machine import described, machine
-from systems.metrics import METRICS
+from systems.metrics import METRICS, start_wandb
 from systems.writing import write_text
 from utils import UserError, entry_point, get_logger, parse_yaml, read_text
 
@@ -187,9 +188,8 @@ def main(given: list[str]) -> None:
     arguments = parser.parse_args(given)
     logged = None
     if arguments.wandb:
-        import wandb
-
-        logged = wandb.init(project=arguments.wandb, name=arguments.out.stem, job_type="report")
+        mode, directory = os.environ.get("WANDB_MODE", "online"), os.environ.get("WANDB_DIR")
+        logged = start_wandb(arguments.wandb, arguments.out.stem, mode, dir=directory, job_type="report")
     written = (arguments.paths, arguments.out, arguments.questions, logged)
     if arguments.watch:
         watch(*written)

@@ -54,7 +54,9 @@ class Reporter:
         self.rows: int = 0 if path is None else distributed.run_on_main(lambda: _truncate(path, keep_rows))
         mode = "disabled" if config.debug else config.wandb
         if self.active and mode != "disabled":
-            self.wandb = _start_wandb(config, settings, mode, wandb_id)
+            self.wandb = start_wandb(
+                config.project, config.name, mode, id=wandb_id, resume="allow", dir=str(config.save_dir), config=settings
+            )
 
     @property
     def wandb_id(self) -> str | None:
@@ -122,22 +124,15 @@ def _truncate(path: Path, keep_rows: int | None) -> int:
     return len(kept)
 
 
-def _start_wandb(config: Outputs, settings: dict[str, Any], mode: str, run_id: str | None) -> Any:
+def start_wandb(project: str, name: str | None, mode: str, **more: Any) -> Any:
+    """wandb.init, offline where nobody has logged in. mode: online or offline."""
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
 
     if mode == "online" and not wandb.api.api_key:
         get_logger().info("wandb: no login found, logging offline (wandb login, or set wandb: offline or disabled)")
         mode = "offline"
-    return wandb.init(
-        project=config.project,
-        name=config.name,
-        id=run_id,
-        resume="allow",
-        mode=cast("Literal['online', 'offline']", mode),
-        dir=str(config.save_dir),
-        config=settings,
-    )
+    return wandb.init(project=project, name=name, mode=cast("Literal['online', 'offline']", mode), **more)
 
 
 # --- tables ---

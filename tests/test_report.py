@@ -85,7 +85,9 @@ def test_what_is_neither_a_run_nor_results_is_said_and_nothing_is_written(run_di
 
 
 def test_wandb_gets_the_page(run_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("HOME", str(tmp_path))  # no netrc: nobody has logged in, so the page is kept offline
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     page = tmp_path / "page.html"
     monkeypatch.setattr(
