@@ -32,16 +32,20 @@ HEALTH = (
 STAGE_COLOURS = ("#e8eef7", "#cddcee", "#b2cae6", "#97b8dd", "#7ca6d4")
 
 
-def epoch_curves(runs: dict[str, list[dict[str, Any]]], path: Path, title: str) -> None:
-    """Loss, answer accuracy and the health of the first run's thoughts by epoch; the stages of the first run are shaded.
+def epoch_curves(runs: dict[str, list[dict[str, Any]]], path: Path, title: str, chance: float | None = None) -> None:
+    """Loss, answer accuracy and, if it has thoughts, their health by epoch; stages and health are the first run's.
 
     Epochs are counted as they were trained: a stage that was left early leaves no gap.
-    runs: name -> rows of kind "epoch" of metrics.jsonl. The last stage's accuracy is the one that needs no written steps.
+    runs: name -> rows of kind "epoch" of metrics.jsonl. chance: in %, drawn as a line.
+    The last stage's accuracy is the one that needs no written steps.
     """
-    figure, panels = plt.subplots(3, 1, figsize=(8, 9), sharex=True, layout="constrained")
-    above, below, health = panels
+    first_name, first = next(iter(runs.items()))
+    measured = [name for name in HEALTH if any(name in row for row in first)]
+    count = 3 if measured else 2
+    figure, panels = plt.subplots(count, 1, figsize=(8, 3 * count), sharex=True, layout="constrained")
+    above, below = panels[:2]
     for axes in panels:
-        _shade_stages(axes, next(iter(runs.values())))
+        _shade_stages(axes, first)
         axes.grid(alpha=0.3)
     for number, (name, rows) in enumerate(runs.items()):
         epochs = range(1, len(rows) + 1)
@@ -49,19 +53,19 @@ def epoch_curves(runs: dict[str, list[dict[str, Any]]], path: Path, title: str) 
         above.plot(epochs, [row["train_loss"] for row in rows], colour, label=f"{name}, training")
         above.plot(epochs, [row["val_loss"] for row in rows], colour, linestyle="--", label=f"{name}, validation")
         below.plot(epochs, [100 * row["accuracy"] for row in rows], colour, marker=".", label=name)
-    first = next(iter(runs.values()))
-    for name in HEALTH:
-        health.plot(
-            range(1, len(first) + 1), [row.get(name, np.nan) for row in first], marker=".", label=name.replace("_", " ")
-        )
-    references(below, {"chance": 50})
+    for name in measured:
+        values = [row.get(name, np.nan) for row in first]
+        panels[2].plot(range(1, len(first) + 1), values, marker=".", label=name.replace("_", " "))
+    references(below, {"chance": chance})
     above.set(ylabel="cross entropy per labelled token", title=title)
     above.set_ylim(bottom=0)
     below.set(ylabel="validation accuracy in %", ylim=(0, 108))
-    health.set(ylabel=f"thoughts of {next(iter(runs))}", xlabel="epochs trained")
+    panels[-1].set(xlabel="epochs trained")
     above.legend(fontsize=8)
     below.legend(fontsize=8, loc="lower right")
-    health.legend(fontsize=8, loc="upper left")
+    if measured:
+        panels[2].set(ylabel=f"thoughts of {first_name}")
+        panels[2].legend(fontsize=8, loc="upper left")
     save_figure(figure, path)
 
 

@@ -110,7 +110,7 @@ def write_results(summary: dict[str, Any], save_path: Path, test_file: Path, out
         method: [row for run in METHODS[method] for row in read_metrics(save_path / run, "epoch")]
         for method in ("coconut", "no_cot")
     }
-    epoch_curves(curves, out / "curves.png", "Quick start: small ProsQA, from scratch")
+    epoch_curves(curves, out / "curves.png", "Quick start: small ProsQA, from scratch", 100 * CHANCE)
     shortcut, total = summary["depth_shortcut"], len(load_records(test_file))
     low, high = interval(round(shortcut * total), total)
     bars = {name: [summary[method][key + which] for key in SCORES[:3]] for name, method, which in ROWS}

@@ -49,7 +49,7 @@ SECONDS = 5.0  # between two looks at a run that is watched
 
 @dataclass(frozen=True)
 class Block:
-    """kind: figure, text (HTML), plain or details. about: of a figure what it shows, of details their heading."""
+    """kind: figure, text (HTML), plain; settings and numbers are folded. about: what it shows, or the fold's heading."""
 
     kind: str
     content: str
@@ -86,7 +86,7 @@ def run_blocks(run: Path, questions: int) -> Iterator[Block]:
     if questions and any(run.glob("checkpoint_*")):
         yield from sample_blocks(run, config, questions)
         yield from sketch_blocks(run, Path(config["val_path"]))
-    yield Block("details", yaml.safe_dump(config, sort_keys=False), f"Configuration of {run}")
+    yield Block("settings", yaml.safe_dump(config, sort_keys=False), f"Configuration of {run}")
 
 
 def sample_blocks(run: Path, config: dict[str, Any], questions: int) -> Iterator[Block]:
@@ -128,9 +128,9 @@ def result_blocks(folder: Path) -> Iterator[Block]:
         yield _figure(path, f"{path.stem.replace('_', ' ')}, of {folder}")
     if (folder / "summary.json").is_file():
         summary = read_typed(folder / "summary.json", dict[str, Any])
-        yield Block("details", yaml.safe_dump(summary, sort_keys=False), f"Numbers of {folder}")
+        yield Block("numbers", yaml.safe_dump(summary, sort_keys=False), f"Numbers of {folder}")
     if (folder / CONFIG).is_file():
-        yield Block("details", read_text(folder / CONFIG), f"Configuration of {folder}")
+        yield Block("settings", read_text(folder / CONFIG), f"Configuration of {folder}")
 
 
 def _figure(path: Path, about: str) -> Block:

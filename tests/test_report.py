@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import shutil
 import sys
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -75,6 +77,58 @@ def test_a_page_of_a_run_and_of_results_stands_alone(
     for word in ("thought_map: identity", "accuracy: 0.5", "val_loss", "<script>alert(1)</script>"):  # the last as text
         assert word in page.text
     assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in [attributes for _, attributes in page.tags]
+
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+QUIET = ("headless=new", "no-sandbox", "disable-gpu", "no-first-run", "disable-background-networking", "disable-sync")
+
+
+@pytest.fixture
+def browser() -> Iterator[Any]:
+    if BROWSER is None or shutil.which("chromedriver") is None:
+        pytest.skip("needs Chromium or Chrome, and chromedriver")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER
+    for argument in QUIET:
+        options.add_argument(f"--{argument}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
+    yield driver
+    driver.quit()
+
+
+def test_a_browser_shows_the_page_on_a_phone_in_the_dark_and_in_print(
+    browser: Any, run_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = tmp_path / "results"
+    results.mkdir()
+    cells = [f"column {i}" for i in range(40)]
+    (results / "table.md").write_text("\n".join(f"| {' | '.join(row)} |" for row in (cells, ["---"] * 40, cells)) + "\n")
+    (results / "table.txt").write_text("a line of " + "many " * 60 + "words\n")
+    (results / "summary.json").write_text('{"accuracy": 0.5}')
+    write_page([run_directory, results], tmp_path / "report.html", monkeypatch)
+    phone = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+    browser.get((tmp_path / "report.html").as_uri())
+    shown = "return [...document.querySelectorAll('section')].map(each => each.getBoundingClientRect().height > 100)"
+    assert browser.execute_script(shown) == [True, True]
+    assert all(browser.execute_script("return [...document.images].map(each => each.complete && each.naturalWidth > 0)"))
+    assert browser.execute_script("return document.documentElement.scrollWidth") == 390  # tables scroll in their own boxes
+    assert browser.execute_script("return document.querySelector('#part2 .wide').scrollWidth") > 1000
+
+    background = "return getComputedStyle(document.documentElement).backgroundColor + getComputedStyle(document.body).color"
+    light = browser.execute_script(background)
+    dark = {"features": [{"name": "prefers-color-scheme", "value": "dark"}]}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", dark)
+    assert browser.execute_script(background) != light
+
+    inside = "return document.querySelector('.settings pre').checkVisibility()"
+    assert not browser.execute_script(inside)  # folded on the screen, open in print
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    assert browser.execute_script(inside)
+    assert browser.get_log("browser") == []
 
 
 def test_what_is_neither_a_run_nor_results_is_said_and_nothing_is_written(run_directory: Path, tmp_path: Path) -> None:
