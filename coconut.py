@@ -28,6 +28,7 @@ from generation import (
     check_generate,
     count_positions,
     decode,
+    dropout,
     gather_branches,
     generate_from,
     idle_passes,
@@ -238,7 +239,8 @@ class Coconut(nn.Module):
                 first = torch.where(is_latent, thought.to(segment.dtype), segment[:, :1])
                 segment = torch.cat([first, segment[:, 1:]], dim=1)
             place = (prompt.mask[:, :end], prompt.positions[:, start:end])
-            states, given, layers = self.base_pass(segment, *place, cache, all_layers and end == bounds[-1][1])
+            with dropout(self, interventions, start, end):
+                states, given, layers = self.base_pass(segment, *place, cache, all_layers and end == bounds[-1][1])
             before = [states[:, -1:] for states in given]
             if start == 0 and self.before_last_backward is not None and states.requires_grad:
                 states.register_hook(self.announce_last_backward)

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DynamicCache
 
-from noise import sampling_generator
+from noise import block_dropout, sampling_generator
 from states import Branch, Branches, BranchPoint, Decoded, Generated, Prompt, Thinking
 from thoughts import ThoughtInterventions, count_passes, gather_thoughts, path_diversity
 
@@ -369,7 +370,8 @@ def jacobi_passes(
     latent = prompt.latent[:, start:stop, None]  # (B, n, 1)
     segment = own
     for _ in range(cast("int", model.jacobi_iterations)):
-        _, given, _ = model.base_pass(segment, prompt.mask[:, :stop], prompt.positions[:, start:stop], fork(cache))
+        with dropout(model, interventions, start, stop):
+            _, given, _ = model.base_pass(segment, prompt.mask[:, :stop], prompt.positions[:, start:stop], fork(cache))
         thoughts = model.thought_map([torch.cat([b, one[:, :-1]], dim=1) for b, one in zip(before, given, strict=True)])
         if interventions is not None:
             interventions.restart()
@@ -378,10 +380,27 @@ def jacobi_passes(
         segment = torch.where(latent, thoughts.to(own.dtype), own)
     segment = torch.cat([segment, rest], dim=1)
     place = (prompt.mask[:, :end], prompt.positions[:, start:end])
-    states, given, layers = model.base_pass(segment, *place, cache, all_layers)
+    with dropout(model, interventions, start, end):
+        states, given, layers = model.base_pass(segment, *place, cache, all_layers)
     hidden.append(states)
     filled.append(segment)
     return Thinking(torch.cat(hidden, dim=1), torch.cat(filled, dim=1), cache, [one[:, -1:] for one in given], layers)
+
+
+def transformer_blocks(model: Coconut) -> list[nn.Module]:
+    """The blocks that transformers itself names as the units of a model that must not be split; empty if it names none."""
+    names = set(model.base_causallm._no_split_modules or [])
+    return [module for module in model.base_causallm.modules() if type(module).__name__ in names]
+
+
+def dropout(model: Coconut, interventions: ThoughtInterventions | None, start: int, end: int) -> AbstractContextManager[None]:
+    """In it a pass over the columns [start, end) is taken with the dropout of its rows (`Intervention.dropout`)."""
+    if interventions is None or not any(row.dropout for row in interventions.rows):
+        return nullcontext()
+    blocks = transformer_blocks(model)
+    if not blocks:
+        raise ValueError(f"model family {model.base_causallm.config.model_type!r} names no blocks, which dropout needs")
+    return block_dropout(blocks, interventions.kept(start, end, len(blocks), model.embedding.embedding_dim))
 
 
 def missing_passes(model: Coconut, bounds: list[tuple[int, int]]) -> int:

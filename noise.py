@@ -7,14 +7,15 @@ Everything is drawn and computed in float32. Norms are Euclidean, over the last 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 Scales = float | Sequence[float] | Tensor  # one for all rows, or one for each
@@ -377,6 +378,11 @@ def noise_generator(seed: int, question_index: int, branch: int, latent_pass: in
     return derived_generator("noise", seed, question_index, branch, latent_pass)
 
 
+def dropout_generator(seed: int, question_index: int, branch: int, latent_pass: int) -> torch.Generator:
+    """The source of the dropout at a latent, whose pass is counted from 1, see `derived_generator`."""
+    return derived_generator("dropout", seed, question_index, branch, latent_pass)
+
+
 def sampling_generator(seed: int, question_index: int, branch: int) -> torch.Generator:
     """The source of the token samples of one question and branch, see `derived_generator`."""
     return derived_generator("sampling", seed, question_index, branch)
@@ -391,3 +397,28 @@ def derived_generator(*key: int | str) -> torch.Generator:
     """
     digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
+
+
+# --- dropout in the passes ---
+
+
+@contextlib.contextmanager
+def block_dropout(blocks: Sequence[nn.Module], kept: Tensor) -> Iterator[None]:
+    """In it each block adds to the residual stream only what is kept: its output is input + kept * (output - input).
+
+    blocks: L modules that map states (B, T, D), their first argument, to states. kept: (L, B, T, D).
+    """
+
+    def weighed(factors: Tensor) -> Callable[..., Any]:
+        def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            given = args[0] if args else kwargs["hidden_states"]
+            states, *rest = output if isinstance(output, tuple) else (output,)
+            states = given + factors.to(states) * (states - given)
+            return (states, *rest) if isinstance(output, tuple) else states
+
+        return hook
+
+    with contextlib.ExitStack() as hooks:
+        for block, factors in zip(blocks, kept, strict=True):
+            hooks.callback(block.register_forward_hook(weighed(factors), with_kwargs=True).remove)
+        yield

@@ -24,6 +24,7 @@ from noise import (
     apply_noise_to_hidden_states,
     check_noise,
     check_schedule,
+    dropout_generator,
     length,
     noise_generator,
     schedule_factor,
@@ -179,16 +180,18 @@ class Intervention(NamedTuple):
     """What is done to the thoughts of one row.
 
     replacements: thoughts (D,) under the numbers of the passes whose own thoughts they displace; noise comes on top.
+    dropout: rate, 0 to 1, of dropout in all blocks at the positions of the latents (Monte Carlo dropout, arXiv 1506.02142).
     """
 
     noise: Noise | None = None
     replacements: Mapping[int, Tensor] = MappingProxyType({})
+    dropout: float = 0.0
 
     def is_noisy(self, latent_pass: int) -> bool:
         return self.noise is not None and self.noise.reaches(latent_pass)
 
     def changes(self, latent_pass: int) -> bool:
-        return latent_pass in self.replacements or self.is_noisy(latent_pass)
+        return latent_pass in self.replacements or self.is_noisy(latent_pass) or self.dropout > 0
 
 
 @dataclass
@@ -253,6 +256,21 @@ class ThoughtInterventions:
         for (noise_type, noise_direction), numbers in alike.items():
             thoughts = self._perturb(thoughts, column, numbers, noise_type, noise_direction)
         return thoughts
+
+    def kept(self, start: int, end: int, blocks: int, width: int) -> Tensor:
+        """Factors on what each block adds at the columns [start, end): (blocks, B, end - start, width) float32.
+
+        At a row's latents 0 where dropout takes an entry and 1 / (1 - rate) where it does not; everywhere else 1. The
+        rate is no part of the draws' key: a higher one takes what a lower one takes, and more.
+        """
+        factors = torch.ones(blocks, len(self.rows), end - start, width)
+        for number, row in enumerate(self.rows):
+            for column in range(start, end):
+                if row.dropout and (latent_pass := self._passes[number][column]):
+                    source = dropout_generator(self.seed, self.questions[number], self.branches[number], latent_pass)
+                    kept = torch.rand(blocks, width, generator=source) >= row.dropout
+                    factors[:, number, column - start] = kept / (1 - row.dropout)
+        return factors
 
     def _replace(self, thoughts: Tensor, column: int) -> Tensor:
         found = {

@@ -24,6 +24,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from coconut import Coconut
+from generation import transformer_blocks
 from methods import METHODS, Objective
 from systems.activation_checkpointing import recompute_activations
 from utils import UserError, get_logger
@@ -187,7 +188,7 @@ def wrap(model: Coconut, config: Parallelism, device: torch.device, loss_options
     if config.compile:
         _compile(model, config.activation_checkpointing)
     elif config.activation_checkpointing:
-        recompute_activations(transformer_blocks(model))
+        recompute_activations(named_blocks(model))
     method = METHODS[config.method]
     loss = method.loss if loss_options is None else functools.partial(method.loss, options=loss_options)
     objective = Objective(model, loss)
@@ -232,7 +233,7 @@ def shard(model: Coconut, config: Parallelism, device: torch.device) -> None:
     mixed = config.bf16 is True
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if mixed else MixedPrecisionPolicy()
     each_pass = config.fsdp_gather == "pass"
-    for block in transformer_blocks(model):
+    for block in named_blocks(model):
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=each_pass)
     if model.step_decoder is not None:
         fully_shard(model.step_decoder, mesh=mesh, mp_policy=policy)
@@ -244,10 +245,9 @@ def shard(model: Coconut, config: Parallelism, device: torch.device) -> None:
         model.max_over_ranks = max_over_ranks
 
 
-def transformer_blocks(model: Coconut) -> list[nn.Module]:
-    """The blocks that transformers itself names as the units of a model that must not be split."""
-    names = set(model.base_causallm._no_split_modules or [])
-    blocks = [module for module in model.base_causallm.modules() if type(module).__name__ in names]
+def named_blocks(model: Coconut) -> list[nn.Module]:
+    """`transformer_blocks`. Raises UserError if there are none."""
+    blocks = transformer_blocks(model)
     if not blocks:
         family = model.base_causallm.config.model_type
         raise UserError(

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from coconut import Coconut
+from generation import transformer_blocks
 from systems.activation_checkpointing import _Parts, recompute_activations
-from systems.distributed import transformer_blocks
 from utils import UserError
 
 

@@ -111,7 +111,7 @@ def short_and_harmless(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     wandb = SimpleNamespace(id="x", log=lambda *_, **__: None, finish=lambda: None)
     monkeypatch.setattr(training.Trainer, "_optimizer_step", stopping)
-    monkeypatch.setattr(metrics, "_start_wandb", lambda *_: wandb)
+    monkeypatch.setattr(metrics, "start_wandb", lambda *_, **__: wandb)
     monkeypatch.setattr(metrics.Reporter, "first_batch", lambda *_: None)
     monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)
     monkeypatch.setattr(watchdog.Watchdog, "_end", lambda *_: None)

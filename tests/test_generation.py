@@ -10,8 +10,10 @@ from naive import naive_decode, naive_diversity, naive_perturb, naive_sampler
 from test_coconut import PROMPTS, BusyRank, alone, build, draw, mapped, wrap
 from tiny_models import IDS, POSITIONS, assert_near, near, tiny_model
 
-from noise import noise_generator, sampling_generator
-from states import Branches
+from generation import branch_point, generate_from, transformer_blocks
+from noise import dropout_generator, noise_generator, sampling_generator
+from states import Branch, Branches
+from thoughts import Intervention
 
 QUESTIONS = [5, 900, 2, 7, 31]
 NEW = 6
@@ -108,6 +110,60 @@ def test_sliding_windows_and_layers():
         model = mapped(base, {"name": "layer", "layer": layer})
         same = model.generate(prompt, max_new_tokens=NEW, seed=4, question_index=QUESTIONS[0], **how)
         assert result.tokens[0, 0].tolist()[: same.shape[1] - prompt.shape[1]] == same[0, prompt.shape[1] :].tolist()
+
+
+def naive_dropout(base, ids, prompt, question: int, branch: int, rate: float):
+    """Handles of hooks that drop what a block adds at the prompt's latents, whatever else stands in the sequence."""
+
+    def dropping(number: int):
+        def hook(block, args, output):
+            states = (output[0] if isinstance(output, tuple) else output).clone()
+            for latent_pass, column in enumerate((prompt[0] == ids.latent).nonzero().flatten().tolist(), start=1):
+                if column < states.shape[1]:
+                    source = dropout_generator(4, question, branch, latent_pass)
+                    kept = torch.rand(len(blocks), states.shape[-1], generator=source)[number] >= rate
+                    given = args[0][:, column]
+                    states[:, column] = given + torch.where(kept, (states[:, column] - given) / (1 - rate), 0.0)
+            return (states, *output[1:]) if isinstance(output, tuple) else states
+
+        return hook
+
+    blocks = transformer_blocks(wrap(base, ids))
+    return [block.register_forward_hook(dropping(number)) for number, block in enumerate(blocks)]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_dropout_matches_naive(family):
+    """Rows with and without dropout, of questions with different numbers of latents, in one batch."""
+    base, ids = model_with_early_ends(family)
+    batch, rates = draw(PROMPTS), [0.0, 0.1, 0.1, 0.6]
+    rows = [
+        Branch(row, question, branch, branch, Intervention(dropout=rate))
+        for row, question in enumerate(QUESTIONS)
+        for branch, rate in enumerate(rates)
+    ]
+    found = []
+    for iterations in (None, 12):  # one after the other; together, which comes to the same
+        model = wrap(base, ids, jacobi_iterations=iterations)
+        point = branch_point(model, batch["input_ids"], batch["attention_mask"])
+        found.append(generate_from(model, point, rows, NEW, seed=4))
+    thoughts = {}
+    for number, row in enumerate(rows):
+        prompt = alone(batch, row.row)
+        hooks = naive_dropout(base, ids, prompt, row.question, row.branch, row.intervention.dropout)
+        expected = naive_decode(base, ids, prompt, NEW)
+        for hook in hooks:
+            hook.remove()
+        new = expected.tokens[0, prompt.shape[1] :]
+        latents = (prompt[0] == ids.latent).nonzero().flatten()
+        thoughts[row.row, row.branch] = expected.embeds[0, latents]
+        for generated in found:
+            assert torch.equal(generated.tokens[number][: len(new)], new)
+            assert generated.lengths[number] == len(new)
+            assert_near(generated.thoughts[number][: len(latents)], thoughts[row.row, row.branch])
+    assert near(thoughts[0, 1][0], thoughts[0, 2][0])  # the question has no dropout
+    assert not near(thoughts[0, 1][1], thoughts[0, 2][1])
+    assert not near(thoughts[0, 0][1], thoughts[0, 2][1])
 
 
 @pytest.mark.parametrize("name", ["sampled", "adaptive", "scales"])

@@ -38,8 +38,14 @@ def outcome(answers: list[str], ratio: float | None = None, diversity: float | N
         for name, vote in votes.items()
     }
     branches = [
-        {"text": answer, "answer": answer, "correct": answer == GOLD, "new_tokens": tokens + number, "log_probability": -1.0}
-        for number, answer in enumerate(answers)
+        {
+            "text": answer,
+            "answer": answer,
+            "correct": answer == GOLD,
+            "new_tokens": n,
+            "log_probability": -n * (n - tokens + 1.0),
+        }
+        for n, answer in enumerate(answers, start=tokens)
     ]
     names = ("diversity", "all_steps", "late_half", "normalised")
     paths = None if diversity is None else {name: diversity * (place + 1) for place, name in enumerate(names)}
@@ -112,6 +118,7 @@ def test_a_condition_of_five_branches() -> None:
     assert found["no_answer"] == pytest.approx(100 * 6 / 20)
     assert found["branch_accuracy"] == pytest.approx(100 * 9 / 20)
     assert found["any_correct"] == 75  # one of four questions has no right branch
+    assert found["best_correct"] == 50
     assert found["agreement"] == pytest.approx((1 + 0.6 + 0.4 + 0) / 4)
     assert found["new_tokens"] == pytest.approx((22 + 3 * 12) / 4)
     assert found["noise_ratio"] == pytest.approx(1)
@@ -123,6 +130,9 @@ def test_each_aggregation_is_judged_by_its_own_answers() -> None:
     # Question 1: 7 has the earliest, likeliest branch; two branches for 18 do not outweigh it in any vote.
     assert found == {name: {"correct": 2, "accuracy": 50.0} for name in summary.AGGREGATIONS}
     records = [record(0, {"clean": outcome(["18", "7", "7"])})]  # the likeliest branch is right, the majority is not
+    assert summary.condition_summary(records, "clean")["best_correct"] == 100
+    silent = [record(0, {"clean": outcome([NO_ANSWER, "7", "18"])})]  # the likeliest answer is wrong; saying nothing is none
+    assert summary.condition_summary(silent, "clean")["best_correct"] == 0
     found = summary.condition_summary(records, "clean")
     assert found["correct"] == 0
     assert [found["aggregation"][name]["correct"] for name in summary.AGGREGATIONS] == [0, 1, 1, 0]

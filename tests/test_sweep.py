@@ -36,6 +36,7 @@ from systems import models
 from systems.checkpoint import Facts, id_facts
 from systems.models import build_model, latent_ids, load_tokenizer
 from systems.tokens import get_dataset
+from thoughts import Intervention
 from utils import UserError
 
 CPU = torch.device("cpu")
@@ -114,6 +115,9 @@ def test_conditions() -> None:
     assert [(one.key, one.distinct) for one in sampled] == [("no_latents", 1), ("greedy", 1), ("clean", 4), ("gaussian@0.5", 4)]
     shared = conditions(SweepConfig(**needed, num_branches=4, shared_noise=True, noise_scales=0.5))
     assert shared[-1].distinct == 1
+    dropped = conditions(SweepConfig(**needed, num_branches=4, noise_scales=0.5, mc_dropout=[0.1, 0.2]))
+    assert [(one.key, one.distinct) for one in dropped][-2:] == [("mc_dropout 0.1", 4), ("mc_dropout 0.2", 4)]
+    assert dropped[-1].noise == Intervention(dropout=0.2)
     everything = SweepConfig(**needed, noise_type="all", controls="zero")
     assert len(conditions(everything)) == 3 + 8 + 6 + 10 + 6 + 8 + 6 + 5 + 5 + 3
     assert [one.key for one in conditions(everything)][-3:] == ["zero/all", "zero/first", "zero/after"]
@@ -129,6 +133,7 @@ def test_conditions() -> None:
         ({"noise_scales": [1, 1.0]}, "holds something twice"),
         ({"noise_scales": []}, "at least 1 item"),
         ({"controls": ["zero", "zero"]}, "holds something twice"),
+        ({"mc_dropout": [1]}, "less than 1"),
         ({"name": "../x"}, "must be a folder below results_path"),
         ({"apply_noise_to_all_passes": True, "schedule": "linear"}, "contradict each other"),
         ({"noise_scale": 1}, "Extra inputs"),
@@ -293,7 +298,8 @@ def test_batches_by_positions_never_take_more(arguments: dict[str, Any], monkeyp
 
 def test_answers_do_not_depend_on_the_batch(arguments: dict[str, Any]) -> None:
     """Nor do the distances of the branches: 200 rows hold questions of one, two and three thoughts."""
-    one, many = (run(arguments, **BRANCHES, name=f"b{size}", batch_size=size, num_questions=3) for size in (1, 200))
+    asked = {**arguments, **BRANCHES, "num_questions": 3, "mc_dropout": 0.3}
+    one, many = (run(asked, name=f"b{size}", batch_size=size) for size in (1, 200))
     assert texts(one) == texts(many)
     for first, second in zip(one, many, strict=True):
         for key, outcome in first["conditions"].items():
@@ -522,7 +528,8 @@ def result_files(directory: Path) -> dict[str, str]:
 
 def finish(arguments: dict[str, Any], **changes: Any) -> dict[str, str]:
     """The result files of a whole run, without figures."""
-    config = SweepConfig(**{**arguments, **BRANCHES, "controls": ["zero"], "batch_size": 20, **changes})
+    more = {"controls": ["zero"], "mc_dropout": 0.3, "batch_size": 20}
+    config = SweepConfig(**{**arguments, **BRANCHES, **more, **changes})
     finished = run_sweep(config, CPU)
     assert finished is not None
     with pytest.MonkeyPatch.context() as patch:
@@ -537,7 +544,7 @@ def test_a_stopped_run_goes_on_to_the_same_files(
 ) -> None:
     """Stopped in the middle of a chunk, with a torn line left behind."""
     whole = finish(arguments, name="whole")
-    assert set(whole) == {"gaussian_scaled", "targeted-same", "targeted-opposite", "controls", "summary"}
+    assert set(whole) == {"gaussian_scaled", "targeted-same", "targeted-opposite", "controls", "mc_dropout", "summary"}
     answer, calls = sweep.Answerer._answer, []
 
     def stopping(self: Any, questions: Any) -> Any:
@@ -547,7 +554,7 @@ def test_a_stopped_run_goes_on_to_the_same_files(
         return answer(self, questions)
 
     monkeypatch.setattr(sweep.Answerer, "_answer", stopping)
-    config = SweepConfig(**{**arguments, **BRANCHES, "controls": ["zero"], "batch_size": 20})
+    config = SweepConfig(**{**arguments, **BRANCHES, "controls": ["zero"], "mc_dropout": 0.3, "batch_size": 20})
     assert run_sweep(config, CPU) is None
     assert not list(config.directory.glob("*.json"))
     with (config.directory / "progress" / "part-0.jsonl").open("a") as file:
@@ -723,7 +730,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "
 
 def test_two_processes_and_a_real_signal(arguments: dict[str, Any]) -> None:
     """SIGTERM ends the program with 0 and a line; two processes finish what one began, to the same files."""
-    whole = finish(arguments, name="whole", controls=[])
+    whole = finish(arguments, name="whole", controls=[], mc_dropout=[])
     slow = {"batch_size": 1, "max_new_tokens": 60}
     process = subprocess.Popen(program("test.py", arguments, **slow), stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
     part = Path(arguments["results_path"]) / "noise" / "progress" / "part-0.jsonl"

@@ -22,6 +22,7 @@ GREEDILY: dict[str, Any] = {
     "temperature": 0.0,
     "top_p": 1.0,
     "shared_noise": False,
+    "mc_dropout": [],
     "self_consistency_temperature": SELF_CONSISTENCY,
 }
 EVERYWHERE = {"apply_noise_to_all_passes": True, "schedule": "none", "lambda_decay": DECAY, "noise_at_step": 1, "controls": []}

@@ -13,6 +13,7 @@ from experiments.noise.summary import (
     AGGREGATIONS,
     CLEAN,
     GREEDY,
+    MC_DROPOUT,
     SELF_CONSISTENCY,
     compare_all,
     control_key,
@@ -227,6 +228,7 @@ def branching_table(branching: Mapping[str, Any]) -> str:
     columns = [
         "",
         *(name.replace("_", " ") for name in AGGREGATIONS),
+        "likeliest branch",
         "single branches",
         "any branch",
         "agreement",
@@ -248,7 +250,7 @@ def shown_conditions(branching: Mapping[str, Any]) -> dict[str, Numbers]:
     """Under the names of the page; the clean one without samples is the greedy one K times."""
     conditions, baseline = branching["conditions"], branching["self_consistency"]
     names = {GREEDY: "greedy, one answer", baseline: "self-consistency, no noise"}
-    order = [GREEDY, baseline, *(key for key in conditions if "@" in key)]
+    order = [GREEDY, baseline, *(key for key in conditions if "@" in key or key.startswith(MC_DROPOUT))]
     return {names.get(key, key): conditions[key] for key in order}
 
 
@@ -258,6 +260,7 @@ def branching_cells(branching: Mapping[str, Any], one: Numbers) -> list[str]:
     return [
         with_interval(one),
         *others,
+        f"{one['best_correct']:.1f}%",
         f"{one['branch_accuracy']:.1f}%",
         f"{one['any_correct']:.1f}%",
         f"{one['agreement']:.2f}",

@@ -13,6 +13,7 @@ from experiments.noise.settings import SweepConfig
 from experiments.noise.summary import (
     CLEAN,
     GREEDY,
+    MC_DROPOUT,
     NO_LATENTS,
     SELF_CONSISTENCY,
     condition_key,
@@ -25,6 +26,7 @@ from experiments.noise.summary import (
     setting_result,
     summarise,
     summary_table,
+    votes_table,
 )
 from experiments.noise.sweep import Sweep, run_sweep
 from systems import distributed
@@ -69,9 +71,13 @@ def write_results(sweep: Sweep) -> Conditions:
     if controls:
         content = {"experiment_info": info, "results": controls, "baselines": baselines}
         _write(sweep, "controls", content, {*controls, GREEDY})
+    dropped = {key: condition_result(records, key) for key in present if key.startswith(MC_DROPOUT)}
+    if dropped:
+        content = {"experiment_info": info, "results": dropped, "baselines": baselines}
+        _write(sweep, "mc_dropout", content, {*dropped, *BASELINES})
     summary = summarise(records)
     _write(sweep, "summary", {"experiment_info": info, "conditions": summary})
-    _draw(sweep, settings, controls, baselines)
+    _draw(sweep, settings, controls, baselines | dropped)
     _show(sweep, summary)
     return summary
 
@@ -99,7 +105,7 @@ def _draw(sweep: Sweep, settings: Conditions, controls: Conditions, baselines: C
         path, title = directory / f"{name}.png", _title(sweep, name)
         figures.accuracy_by_scale(setting, noise_type, path, title, baselines[CLEAN], greedy=greedy, chance=guess)
         if branching:
-            several = {key: baselines[key]["coverage"] for key in (CLEAN, SELF_CONSISTENCY) if key in baselines}
+            several = {key: one["coverage"] for key, one in baselines.items() if key not in (NO_LATENTS, GREEDY)}
             noisy = {f"scale {scale}": one["coverage"] for scale, one in setting["results"].items() if one["noise_ratio"]}
             title = _title(sweep, f"Branches that agree, {name}")
             figures.coverage_curves(several | noisy, directory / f"coverage_{name}.png", title, [*several])
@@ -118,6 +124,7 @@ def _show(sweep: Sweep, summary: Conditions) -> None:
     """On the terminal, and as text in table.txt."""
     tables = [summary_table(summary, _title(sweep, sweep.config.name))]
     if sweep.config.num_branches > 1:
+        tables.append(votes_table(summary, "What branches say together"))
         tables.append(coverage_table(summary, "Answered only where so many branches agree"))
     with (sweep.config.directory / "table.txt").open("w", encoding="utf-8") as file:
         for table in tables:

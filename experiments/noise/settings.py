@@ -37,6 +37,7 @@ def listed(value: Any) -> Any:
     return value if isinstance(value, list) or value is None else [value]
 
 
+Rate = Annotated[float, Field(gt=0, lt=1)]
 NoiseNames = Annotated[list[NoiseName], Field(min_length=1), BeforeValidator(listed)]
 
 
@@ -107,6 +108,10 @@ class SweepConfig(Config):
     """One noise vector for all branches of a question."""
     controls: Annotated[list[ControlName], BeforeValidator(lambda value: listed(value) or [])] = Field(default=[])
     """What stands in place of thoughts: one, a list or none of zero, mean, other, pause."""
+    mc_dropout: Annotated[list[Annotated[float, Field(gt=0, lt=1)]], BeforeValidator(lambda value: listed(value) or [])] = (
+        Field(default=[])
+    )
+    """Rates of Monte Carlo dropout in the blocks at the thoughts (arXiv 1506.02142), beside noise: one, a list or none."""
     # branches
     num_branches: Branches = 1
     """Branches of a question that vote."""

@@ -21,6 +21,7 @@ from experiments.tables import probability, terminal, text
 from noise import find_noise, noise_rows
 
 NO_LATENTS, GREEDY, CLEAN, SELF_CONSISTENCY = "no_latents", "greedy", "clean", "self_consistency"
+MC_DROPOUT = "mc_dropout "  # and the rate
 JUDGE = "majority"  # whose answers are a condition's accuracy
 AGGREGATIONS: dict[str, Callable[..., Vote]] = {  # of answers, their log-probabilities, a token's mean one, noise, and `same`
     "majority": lambda answers, sums, means, noise, same: majority_vote(answers, same),
@@ -116,6 +117,7 @@ def condition_summary(records: Sequence[Record], key: str) -> dict[str, Any]:
 
     Questions that failed count in `errors` alone. no_answer, wrote_steps and branch_accuracy: percent of single branches.
     any_correct: percent of questions with a right branch (coverage at K, pass@K: what a perfect choice among them would reach).
+    best_correct: percent whose likeliest branch with an answer is right (best of K by the mean log-probability of a token).
     agreement: mean confidence of the majority, 0..1. perturbed: questions of which a thought got noise. new_tokens and
     noise_ratio (noise norm by thought norm): means over branches. diversity, all_steps, late_half, normalised: means of
     `noise.PathDiversity` over the questions that have it. coverage: for every threshold 1..K an `answers.Coverage`, judged by
@@ -137,6 +139,7 @@ def condition_summary(records: Sequence[Record], key: str) -> dict[str, Any]:
         "errors": sum(record["error"] is not None for record in records),
         "no_answer": _percent(branch["answer"] == NO_ANSWER for branch in branches),
         "any_correct": _percent(any(branch["correct"] for branch in one["branches"]) for one in outcomes),
+        "best_correct": _percent(_likeliest(one["branches"])["correct"] for one in outcomes),
         "branch_accuracy": _percent(branch["correct"] for branch in branches),
         "agreement": _mean(one[JUDGE]["confidence"] for one in outcomes),
         "new_tokens": _mean(branch["new_tokens"] for branch in branches),
@@ -153,6 +156,15 @@ def _mean(values: Iterable[float]) -> float | None:
     """None where there is nothing to average, or something that is no finite number."""
     numbers = list(values)
     return math.fsum(numbers) / len(numbers) if numbers and all(map(math.isfinite, numbers)) else None
+
+
+def _likeliest(branches: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The first of them, if several are as likely; one without an answer only where none has any."""
+
+    def rank(branch: dict[str, Any]) -> tuple[bool, float]:
+        return branch["answer"] != NO_ANSWER, branch["log_probability"] / max(branch["new_tokens"], 1)
+
+    return max(branches, key=rank)
 
 
 def _percent(which: Iterable[bool]) -> float | None:
@@ -289,6 +301,25 @@ def summary_table(summary: dict[str, dict[str, Any]], title: str) -> Table:
     some = f"; noise reached {reached} of them, on which p is taken" if reached < questions else ""
     meaning = "steps: branches that wrote some; agree: mean confidence of the majority; p: exact McNemar test"
     return terminal(title, ["condition", *COLUMNS], rows, f"{questions} questions{failures}{some}. {meaning}.")
+
+
+def votes_table(summary: dict[str, dict[str, Any]], title: str) -> Table:
+    """For each condition of several branches: what is right of one branch, of their votes, of the likeliest one, of any."""
+    columns = ("condition", "one\nbranch", *(name.replace("_", "\n") for name in AGGREGATIONS), "best\nof K", "any", "agree")
+    rows = [
+        [
+            key,
+            f"{row['branch_accuracy']:.1f}%",
+            *(f"{row['aggregation'][name]['accuracy']:.1f}%" for name in AGGREGATIONS),
+            f"{row['best_correct']:.1f}%",
+            f"{row['any_correct']:.1f}%",
+            f"{row['agreement']:.2f}",
+        ]
+        for key, row in summary.items()
+        if row["coverage"]
+    ]
+    meaning = "Right: one branch, four kinds of vote, the likeliest branch, any branch; agree: mean confidence of the majority."
+    return terminal(title, columns, rows, meaning)
 
 
 def coverage_table(summary: dict[str, dict[str, Any]], title: str) -> Table:

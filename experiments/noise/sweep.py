@@ -30,7 +30,15 @@ from experiments.noise.controls import PLACES, Thoughts
 from experiments.noise.progress import Progress, Record, open_progress
 from experiments.noise.settings import SweepConfig
 from experiments.noise.subjects import Subject, load_subject
-from experiments.noise.summary import CLEAN, GREEDY, NO_LATENTS, SELF_CONSISTENCY, condition_key, control_key
+from experiments.noise.summary import (
+    CLEAN,
+    GREEDY,
+    MC_DROPOUT,
+    NO_LATENTS,
+    SELF_CONSISTENCY,
+    condition_key,
+    control_key,
+)
 from generation import generate_from
 from noise import find_noise
 from states import Branch, BranchPoint
@@ -42,14 +50,8 @@ from systems.storage import alone
 from thoughts import Intervention, path_diversity
 from utils import UserError, get_logger, is_main_process
 
-WITHOUT_INFLUENCE = (
-    "results_path",
-    "fresh",
-    "batch_size",
-    "tokens_per_batch",
-    "trust_remote_code",
-    "device_map",
-)  # keys that may differ when a run goes on
+# Keys that may differ when a run goes on:
+WITHOUT_INFLUENCE = ("results_path", "fresh", "batch_size", "tokens_per_batch", "trust_remote_code", "device_map")
 DIGITS = 6  # significant ones of recorded numbers
 
 
@@ -84,6 +86,10 @@ def conditions(config: SweepConfig) -> list[Condition]:
                 noise = Intervention(config.noise(noise_type, direction, scale))
                 key = condition_key(noise_type, direction, scale)
                 found.append(Condition(key, k, temperature, noise, distinct=1 if alike else k))
+    for rate in config.mc_dropout:
+        alike = temperature == 0 and config.shared_noise
+        intervention = Intervention(dropout=rate)
+        found.append(Condition(f"{MC_DROPOUT}{rate}", k, temperature, intervention, distinct=1 if alike else k))
     for control in config.controls:
         found += [Condition(control_key(control, place), 1, 0.0, None, control, place) for place in PLACES]
     return found
@@ -177,7 +183,7 @@ class Answerer:
 
     def _answer(self, questions: Sequence[BenchmarkQuestion]) -> list[Record]:
         prompts = [self.subject.prompt(question) for question in questions]
-        first_change = 1 if self.thoughts else self.config.noise_at_step
+        first_change = 1 if self.thoughts or self.config.mc_dropout else self.config.noise_at_step
         point = self.subject.branch_point(prompts, first_change)
         plain = self.subject.branch_point([self.subject.plain_prompt(question) for question in questions], 1)
         answers = self._branches(point, questions, [one for one in self.conditions if one.key != NO_LATENTS])
