@@ -54,7 +54,8 @@ class RunConfig(Config):
     """Of weights, data order and dropout."""
     # method: one of eight names, or exactly one of the four booleans of the published files
     method: MethodName | None = None
-    """coconut, cot, no_cot, no_thoughts, no_curriculum, pause, pause_as_thought or icot; see docs/METHODS.md."""
+    """coconut, cot, no_cot, no_thoughts, no_curriculum, pause, pause_as_thought, icot, codi, simcot or codi_simcot; see
+    docs/METHODS.md."""
     coconut: bool = False
     """The same as method: coconut."""
     cot: bool = False
