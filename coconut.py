@@ -82,7 +82,7 @@ class Coconut(nn.Module):
         self.eos_token_id = eos_token_id
         self.thought_map = ThoughtMap() if thought_map is None else thought_map
         self.jacobi_iterations = jacobi_iterations
-        self.max_over_ranks: Callable[[int], int] = lambda value: value
+        self.max_over_ranks: Callable[[int], int] = int
         self.before_last_backward: Callable[[], None] | None = None
         self.step_decoder: nn.Module | None = None
         self.trained: Any = None

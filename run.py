@@ -14,7 +14,7 @@ import torch
 from config import DEBUG_TRAIN, DEBUG_VALID, RunConfig
 from dataset import check_lengths, check_passes
 from evaluation import Asking, Evaluator, answer_scores
-from systems import distributed, sources
+from systems import distributed, meta_start, sources
 from systems.batches import Batching, Samples
 from systems.checkpoint import id_facts
 from systems.files import Facts
@@ -43,10 +43,11 @@ def train(config: RunConfig, device: torch.device, stop: StopRequest) -> None:
         train_set = get_dataset(str(config.train_path), tokenizer, DEBUG_TRAIN if config.debug else None, config.chat_template)
         valid_set = get_dataset(config.val_path, tokenizer, DEBUG_VALID if config.debug else None, config.chat_template)
     set_seed(config.seed)  # the same random weights on all processes
-    model = build_model(source, tokenizer, ids)
+    model, whole = meta_start.build(lambda: build_model(source, tokenizer, ids), config.parallel == "fsdp")
     check_lengths([train_set, valid_set], config.curriculum, config.max_new_tokens, model.max_positions, config.eval_latents)
     check_passes(len(train_set), config.examples_per_epoch)
-    wrapped = distributed.wrap(model, config.part(distributed.Parallelism), device, config.loss_options)
+    wrapped = distributed.wrap(model, config.part(distributed.Parallelism), device, config.loss_options, whole)
+    del whole
     set_seed(config.seed + distributed.rank())  # other dropout masks on each
     watchdog = Watchdog(config.hang_timeout)
     evaluator = InterruptibleEvaluator(
@@ -87,10 +88,11 @@ def evaluate(config: RunConfig, device: torch.device) -> None:
     ids = latent_ids(tokenizer, config.method)
     with distributed.first_on_each_node():
         valid_set = get_dataset(config.val_path, tokenizer, DEBUG_VALID if config.debug else None, config.chat_template)
-    model = build_model(config, tokenizer, ids)
+    model, whole = meta_start.build(lambda: build_model(config, tokenizer, ids), config.parallel == "fsdp")
     most = "max" if config.eval_latents == "gold" else config.eval_latents
     check_lengths([valid_set], config.curriculum, config.max_new_tokens, model.max_positions, most)
-    wrapped = distributed.wrap(model, config.part(distributed.Parallelism), device)
+    wrapped = distributed.wrap(model, config.part(distributed.Parallelism), device, whole=whole)
+    del whole
     watchdog = Watchdog(config.hang_timeout)
     evaluator = Evaluator(config.part(Asking), config.curriculum, valid_set, tokenizer, ids, device, watchdog.beat)
     keep_config(config)

@@ -21,6 +21,7 @@ from typing import Any, Literal, cast
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.nn.parallel import DistributedDataParallel
 
 from coconut import Coconut
@@ -177,14 +178,18 @@ class Parallelism:
     compile: bool
 
 
-def wrap(model: Coconut, config: Parallelism, device: torch.device, loss_options: Any = None) -> nn.Module:
+def wrap(
+    model: Coconut, config: Parallelism, device: torch.device, loss_options: Any = None, whole: Coconut | None = None
+) -> nn.Module:
     """The method's objective around the model, ready for training on all processes: with DDP, FSDP2, or alone.
 
     bf16: True computes in bfloat16 from float32 weights; under FSDP2 that is its own mixed precision, else see `autocast`.
     compile: torch.compile on the decoder, for any number of positions. Not on each block: a block knows its place in the cache,
-    so each would be another graph. loss_options: what the method's loss needs beside the batch.
+    so each would be another graph. loss_options: what the method's loss needs beside the batch. whole: see `meta_start.build`.
     """
-    model.to(device)
+    empty = model.embedding.weight.is_meta
+    if not empty:
+        model.to(device)
     if config.compile:
         _compile(model, config.activation_checkpointing)
     elif config.activation_checkpointing:
@@ -194,6 +199,8 @@ def wrap(model: Coconut, config: Parallelism, device: torch.device, loss_options
     objective = Objective(model, loss)
     if config.parallel == "fsdp":
         shard(model, config, device)
+        if empty:
+            _fill(model, whole, device)
     if config.parallel == "fsdp" or world_size() == 1:
         return objective
     ids = [device.index] if device.type == "cuda" else None
@@ -243,6 +250,25 @@ def shard(model: Coconut, config: Parallelism, device: torch.device) -> None:
         register_fsdp_forward_method(model, method)
     if each_pass:
         model.max_over_ranks = max_over_ranks
+
+
+def _fill(model: Coconut, whole: Coconut | None, device: torch.device) -> None:
+    """Give a sharded model without values those of `whole`, which is None but in the first process; called by all."""
+    places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            places.setdefault(parameter, []).append((module, name))
+    model.to_empty(device=device)
+    for (first, name), *others in places.values():  # which have parted
+        for module, other in others:
+            setattr(module, other, getattr(first, name))
+    values = {} if whole is None else whole.state_dict()
+    set_model_state_dict(model, values, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    own = {} if whole is None else dict(whole.named_buffers())
+    for name, buffer in model.named_buffers():  # those that no state dict has, too
+        if name in own:
+            buffer.copy_(own[name])
+        dist.broadcast(buffer, src=0)
 
 
 def named_blocks(model: Coconut) -> list[nn.Module]:

@@ -201,9 +201,9 @@ def _from_config(
 def from_shards(
     source: Path, attention: str | None = None, trust_remote_code: bool = False, dtype: torch.dtype = torch.float32
 ) -> PreTrainedModel:
-    """The model of a sharded checkpoint, whole; called by all processes. Raises UserError if it is damaged."""
+    """The model of a sharded checkpoint, whole. Raises UserError if it is damaged."""
     base = _from_config(_config_of(str(source), None, trust_remote_code), attention, trust_remote_code, dtype)
-    read_shards(source / SHARDS, {"model": base.state_dict()})
+    read_shards(source / SHARDS, {"model": base.state_dict()}, together=False)
     base.tie_weights()
     return base.eval()
 

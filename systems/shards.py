@@ -6,6 +6,7 @@ Such files hold pickled metadata; here only what torch itself writes there is ac
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import pickle
 import warnings
@@ -56,14 +57,17 @@ def _reason(error: CheckpointException) -> str:
     return str(first).strip().split("\n")[0] or type(first).__name__
 
 
-def read_shards(directory: Path, tensors: dict[str, Any]) -> None:
-    """Fill nested dictionaries of tensors, whole or sharded; called by all processes.
+def read_shards(directory: Path, tensors: dict[str, Any], together: bool = True) -> None:
+    """Fill nested dictionaries of tensors, whole or sharded.
 
+    together: called by all processes, of which each reads a part; else by one or some, each for itself.
     Raises UserError if the files are damaged, lack an entry, or hold one of another shape.
     """
     try:
         with _quiet():
-            dcp.load(tensors, storage_reader=_Reader(directory), planner=_Planner())
+            load = dcp.load if together or "no_dist" in inspect.signature(dcp.load).parameters else dcp.load_state_dict
+            alone: dict[str, Any] = {} if together else {"no_dist": True}
+            load(tensors, storage_reader=_Reader(directory), planner=_Planner(), **alone)
     except CheckpointException as error:
         raise UserError(f"{directory}: cannot be read: {_reason(error)}") from None
     except Exception as error:  # damaged files raise anything from pickle, torch or zipfile

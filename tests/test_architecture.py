@@ -31,6 +31,7 @@ ORDER = (
     "systems.weights",
     "systems.models",
     "systems.distributed",
+    "systems.meta_start",
     "systems.machine",
     "systems.storage",
     "systems.sources",

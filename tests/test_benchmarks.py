@@ -126,6 +126,21 @@ def test_sharded_step(load, tmp_path, monkeypatch, capsys):
     assert "pass / step: 1.00 in time" in capsys.readouterr().out
 
 
+def test_start_memory(load, monkeypatch, capfd):
+    start_memory = load("start_memory")
+    monkeypatch.setattr("sys.argv", ["start_memory", "--layers", "1", "--width", "64"])
+    start_memory.main()
+    lines = capfd.readouterr().out.splitlines()
+    assert [line for line in lines if not line.startswith(" ")] == [
+        "every process makes the whole model",
+        "the first one makes it",
+    ]
+    assert len(lines) == 6
+    assert all(
+        re.fullmatch(r"  process \d: [\d.]+ times the weights \([\d.]+ GiB\)", line) for line in [*lines[1:3], *lines[4:]]
+    )
+
+
 def test_two_checkouts(load, capsys):
     """This checkout against itself."""
     load("two_checkouts").main([str(FOLDER.parent), "--rounds", "1", "--repeats", "1"])
