@@ -108,7 +108,8 @@ def _draw(sweep: Sweep, settings: Conditions, controls: Conditions, baselines: C
             several = {key: one["coverage"] for key, one in baselines.items() if key not in (NO_LATENTS, GREEDY)}
             noisy = {f"scale {scale}": one["coverage"] for scale, one in setting["results"].items() if one["noise_ratio"]}
             title = _title(sweep, f"Branches that agree, {name}")
-            figures.coverage_curves(several | noisy, directory / f"coverage_{name}.png", title, [*several])
+            black = [key for key in (CLEAN, SELF_CONSISTENCY) if key in several]
+            figures.coverage_curves(several | noisy, directory / f"coverage_{name}.png", title, black)
     if len(settings) > 1:
         title = _title(sweep, "Noise types by what they add")
         figures.noise_types(settings, directory / "noise_types.png", title, baselines[CLEAN], chance=guess)
