@@ -131,8 +131,8 @@ def test_each_aggregation_is_judged_by_its_own_answers() -> None:
     assert found == {name: {"correct": 2, "accuracy": 50.0} for name in summary.AGGREGATIONS}
     records = [record(0, {"clean": outcome(["18", "7", "7"])})]  # the likeliest branch is right, the majority is not
     assert summary.condition_summary(records, "clean")["best_correct"] == 100
-    silent = [record(0, {"clean": outcome([NO_ANSWER, "7", "18"])})]  # the likeliest answer is wrong; saying nothing is none
-    assert summary.condition_summary(silent, "clean")["best_correct"] == 0
+    silent = [record(0, {"clean": outcome([NO_ANSWER, "18", "7"])})]  # saying nothing is likelier, but no answer
+    assert summary.condition_summary(silent, "clean")["best_correct"] == 100
     found = summary.condition_summary(records, "clean")
     assert found["correct"] == 0
     assert [found["aggregation"][name]["correct"] for name in summary.AGGREGATIONS] == [0, 1, 1, 0]
