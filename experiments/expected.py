@@ -1,7 +1,8 @@
 """Numbers you should see: `python -m experiments.expected RUN` says at which stage a run leaves those of docs/expected.json.
 
 `python -m experiments.expected --make RUN RUN ...` takes the finished runs of several seeds into docs/expected.json and writes
-docs/EXPECTED.md anew. A run belongs to the file of args/ whose `name` it has.
+docs/EXPECTED.md anew. A run belongs to the file of args/ whose `name` it has, or, where a script trains several seeds, to the
+script and the run's name without the seed.
 
 A seed that was not among those may lie a little outside of their range. So a stage counts as left behind where its accuracy
 is lower, or its loss or its epochs are more, than the range of the seeds and half its width again.
@@ -30,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DATA, PAGE = ROOT / "docs" / "expected.json", ROOT / "docs" / "EXPECTED.md"
 # Where a run may differ from its file: none of these changes what is learned, beyond the seed.
 FREE = ("seed", "save_path", "load_model_path", "keep_last", "log_every", "num_workers", "wandb", "hang_timeout")
+SCRIPTS = {"checkpoints/compare": "scripts/compare_methods.sh", "checkpoints/search": "scripts/search.sh"}  # by save_path
 SIGNS = {"accuracy": -1, "val_loss": 1, "epochs": 1}  # in which direction a number is worse
 LEAST = {"accuracy": 0.01, "val_loss": 0.005, "epochs": 1}  # no range is narrower than this
 Stages = dict[str, dict[str, list[float]]]  # stage -> number -> one value for each seed
@@ -61,9 +63,12 @@ def stages_of(run: Path) -> dict[str, dict[str, float]]:
     return found
 
 
-def file_of(run: Path) -> str:
-    """The file of args/ that a run was started with. Raises UserError if none has its name."""
-    name = parse_yaml(read_text(run / "config.yaml"), str(run / "config.yaml"))["name"]
+def owner_of(run: Path) -> str:
+    """The file of args/ that a run was started with, or the script and its name there. Raises UserError if it has neither."""
+    config = parse_yaml(read_text(run / "config.yaml"), str(run / "config.yaml"))
+    name = config["name"]
+    if config["save_path"] in SCRIPTS and (found := re.fullmatch(r"(.+)-seed\d+", name)):
+        return f"{SCRIPTS[config['save_path']]}, {found[1]}"
     files = [path for path in sorted((ROOT / "args").glob("*.yaml")) if f"\nname: {name}\n" in path.read_text(encoding="utf-8")]
     if not files:
         raise UserError(f"{run}: no file in args/ has the name {name}; expected numbers belong to one")
@@ -110,7 +115,9 @@ def compare(run: Path, expected: Mapping[str, Any]) -> list[str]:
 
 
 def differences(run: Path, file: str) -> list[str]:
-    """Keys with which a run differs from its file, where that may change what is learned."""
+    """Keys with which a run differs from its file, where that may change what is learned; a script says its own."""
+    if not file.startswith("args/"):
+        return []
     changes = config_changes(load_config(RunConfig, [str(ROOT / file)]), run / "config.yaml")
     return [change for change in changes if change.split(" ", 1)[0] not in FREE]
 
@@ -145,7 +152,7 @@ def make(runs: Sequence[Path]) -> None:
     data = read_typed(DATA, dict[str, Any]) if DATA.exists() else {}
     by_file: dict[str, list[Path]] = {}
     for run in runs:
-        by_file.setdefault(file_of(run), []).append(run)
+        by_file.setdefault(owner_of(run), []).append(run)
     data |= {file: collect(group) for file, group in by_file.items()}
     write_json(DATA, dict(sorted(data.items())))
     write_text(PAGE, page(json.loads(DATA.read_text(encoding="utf-8"))))
@@ -162,7 +169,7 @@ def main(given: list[str]) -> None:
         return
     data = read_typed(DATA, dict[str, Any])
     for run in arguments.runs:
-        file = file_of(run)
+        file = owner_of(run)
         if file not in data:
             raise UserError(f"{run}: {file} has no expected numbers; docs/EXPECTED.md has those of {', '.join(data)}")
         for change in differences(run, file):

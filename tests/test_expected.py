@@ -68,10 +68,27 @@ def test_a_run_is_named_at_the_stage_where_it_leaves_the_range(made: dict[str, A
 
 def test_a_changed_setting_is_said_and_a_changed_seed_is_not(made: dict[str, Any], tmp_path: Path) -> None:
     run = write_run(tmp_path / "other", [(1, 1, 0.99)], 7, "lr=0.5", "wandb=offline")
-    assert [change.split()[0] for change in expected.differences(run, expected.file_of(run))] == ["lr"]
+    assert [change.split()[0] for change in expected.differences(run, expected.owner_of(run))] == ["lr"]
     named = write_run(tmp_path / "named", [(1, 1, 0.99)], 7, "name=mine")
     with pytest.raises(UserError, match="no file in args/ has the name mine"):
-        expected.file_of(named)
+        expected.owner_of(named)
+
+
+def test_runs_of_a_script_belong_to_it_and_their_method(made: dict[str, Any], tmp_path: Path) -> None:
+    place = "save_path=checkpoints/compare"
+    runs = [
+        write_run(tmp_path / f"c{seed}", [(3, 2, 0.9)], seed, place, f"name=simcot-seed{seed}", "lr=0.5") for seed in (3, 4)
+    ]
+    assert {expected.owner_of(run) for run in runs} == {"scripts/compare_methods.sh, simcot"}
+    assert expected.differences(runs[0], "scripts/compare_methods.sh, simcot") == []  # the script sets what it wants
+    expected.make(runs)
+    data = json.loads(expected.DATA.read_text())
+    assert data["scripts/compare_methods.sh, simcot"]["seeds"] == [3, 4]
+    assert FILE in data
+    assert "## scripts/compare_methods.sh, simcot" in expected.PAGE.read_text()
+    elsewhere = write_run(tmp_path / "elsewhere", [(3, 2, 0.9)], 3, "name=simcot-seed3")
+    with pytest.raises(UserError, match="no file in args/ has the name simcot-seed3"):
+        expected.owner_of(elsewhere)
 
 
 def test_the_page_is_what_its_data_say() -> None:
