@@ -43,6 +43,7 @@ VECTORS = {"own": False, "shared": True}
 ELSEWHERE = {  # inherited keys that an ablation sets itself or has no use for, and what to do instead
     "noise_scales": "set noise_ratios, from which the scales of every noise type are computed",
     "controls": "full_test.py tries them",
+    "mc_dropout": "run_noisy_experiment.py tries it beside noise",
     "apply_noise_to_all_passes": "set schedule: constant",
 }
 

@@ -1,7 +1,7 @@
-"""The start under FSDP: one process builds the model, the others never hold more of it than their shards.
+"""The start under FSDP: one process builds the model, the others hold their shards alone.
 
-The first process sends the others the model without its values (on the meta device), all shard that, and then each gets its own
-part of the values.
+The first process sends the others the model without its values (on the meta device), all shard that, and then the values go
+round one parameter at a time, of which each keeps its part.
 """
 
 from __future__ import annotations

@@ -157,6 +157,7 @@ def test_thoughts_that_no_question_has(key: str, values: dict[str, Any], monkeyp
     [
         ({"noise_scales": [1]}, "noise_scales: not for an ablation: set noise_ratios"),
         ({"controls": "zero"}, "controls: not for an ablation: full_test.py tries them"),
+        ({"mc_dropout": 0.1}, "mc_dropout: not for an ablation: run_noisy_experiment.py tries it beside noise"),
         ({"apply_noise_to_all_passes": True}, "set schedule: constant"),
         ({"noise_type": ["snr", "uniform"]}, "an ablation varies one noise setting, found snr, uniform"),
         ({"noise_type": "targeted"}, "found targeted-same, targeted-opposite; targeted needs noise_direction"),

@@ -108,9 +108,7 @@ class SweepConfig(Config):
     """One noise vector for all branches of a question."""
     controls: Annotated[list[ControlName], BeforeValidator(lambda value: listed(value) or [])] = Field(default=[])
     """What stands in place of thoughts: one, a list or none of zero, mean, other, pause."""
-    mc_dropout: Annotated[list[Annotated[float, Field(gt=0, lt=1)]], BeforeValidator(lambda value: listed(value) or [])] = (
-        Field(default=[])
-    )
+    mc_dropout: Annotated[list[Rate], BeforeValidator(lambda value: listed(value) or [])] = Field(default=[])
     """Rates of Monte Carlo dropout in the blocks at the thoughts (arXiv 1506.02142), beside noise: one, a list or none."""
     # branches
     num_branches: Branches = 1
