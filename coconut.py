@@ -54,6 +54,8 @@ class Coconut(nn.Module):
         eos_token_id: the token that ends a generation; finished rows are filled up with it.
         thought_map: what is fed back; None is the last hidden state as it is.
         jacobi_iterations: thoughts are computed together, so many times (`jacobi_passes`); None is one after the other.
+        attend_padding: all passes but the first also attend to padding, as in the released CODI, which gives its latents and
+            answers no attention mask.
 
     Attributes:
         max_over_ranks: maximum of an int over all processes. Whoever shards the model sets it, so that all processes take
@@ -73,6 +75,7 @@ class Coconut(nn.Module):
         eos_token_id: int,
         thought_map: ThoughtMap | None = None,
         jacobi_iterations: int | None = None,
+        attend_padding: bool = False,
     ) -> None:
         super().__init__()
         self.base_causallm = base_causallm
@@ -82,6 +85,7 @@ class Coconut(nn.Module):
         self.eos_token_id = eos_token_id
         self.thought_map = ThoughtMap() if thought_map is None else thought_map
         self.jacobi_iterations = jacobi_iterations
+        self.attend_padding = attend_padding
         self.max_over_ranks: Callable[[int], int] = int
         self.before_last_backward: Callable[[], None] | None = None
         self.step_decoder: nn.Module | None = None
@@ -258,6 +262,8 @@ class Coconut(nn.Module):
     ) -> Pass:
         """One pass of the decoder."""
         layers = self.thought_map.layers
+        if self.attend_padding and cache is not None and cache.get_seq_length():
+            attention_mask = torch.ones_like(attention_mask)
         outputs = self.decoder(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -294,7 +300,7 @@ class Coconut(nn.Module):
         latent = input_ids == self.latent_token_id
         infos = [[] for _ in latent] if changes is None else changes.infos
         thoughts = gather_thoughts(thinking.inputs_embeds, latent)
-        return Details(thoughts, latent.sum(dim=1), infos, thinking.hidden, thinking.layers)
+        return Details(thoughts, latent.sum(dim=1), infos, thinking.hidden, thinking.layers, thinking.cache)
 
     def project(self, hidden: Tensor) -> Tensor:
         """Language-model head on hidden states (..., D) -> logits (..., V), with the scalings some families apply after it."""

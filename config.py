@@ -54,8 +54,8 @@ class RunConfig(Config):
     """Of weights, data order and dropout."""
     # method: one of eight names, or exactly one of the four booleans of the published files
     method: MethodName | None = None
-    """coconut, cot, no_cot, no_thoughts, no_curriculum, pause, pause_as_thought, icot, codi, simcot or codi_simcot; see
-    docs/METHODS.md."""
+    """coconut, cot, no_cot, no_thoughts, no_curriculum, pause, pause_as_thought, icot, codi, simcot, codi_simcot or
+    codi_kv; see docs/METHODS.md."""
     coconut: bool = False
     """The same as method: coconut."""
     cot: bool = False
@@ -91,6 +91,13 @@ class RunConfig(Config):
     """codi: weight of the teacher's cross entropy."""
     codi_distillation_weight: Annotated[float, Field(ge=0)] = 1.0
     """codi: weight of the distance of the student's states from the teacher's; published 1 for GPT-2, 20 for Llama 3.2 1B."""
+    codi_kv_weight: Annotated[float, Field(ge=0)] = 1.0
+    """codi_kv: weight of the distance of the thoughts' keys and values from the teacher's."""
+    codi_kv_importance: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """codi_kv: which of the teacher's entries stand for its steps: this share of their score is the attention that the answer
+    pays to them, the rest how little they are like one another."""
+    codi_kv_power: Literal[1, 2] = 1
+    """codi_kv: 1: absolute distances, 2: squared ones."""
     simcot_weight: Annotated[float, Field(ge=0)] = 1.0
     """simcot, codi_simcot: weight of the cross entropy of the second model, which writes steps from thoughts."""
     num_epochs: Annotated[int, Field(ge=1, le=MOST_EPOCHS)] = 1
@@ -148,8 +155,11 @@ class RunConfig(Config):
     (PCCoT, arXiv 2506.18582)."""
     jacobi_iterations: Annotated[int, Field(ge=0, le=MOST_THOUGHTS)] = 3
     """How often with latent_mode: jacobi; 0 leaves pause tokens, as many as there are thoughts is sequential."""
+    attend_padding: bool = False
+    """True: thoughts and what follows them also attend to the padding before the question, as in the published CODI. An answer
+    then depends on the other questions of its batch."""
     attn_implementation: OptionalText = None
-    """Attention of transformers: sdpa, eager, ...; null: its default."""
+    """Attention of transformers: sdpa, eager, ...; null: its default, with codi_kv eager, which it needs."""
     trust_remote_code: bool = False
     """Run code that comes with a model: read it first."""
     gguf_file: OptionalPath = None
@@ -270,10 +280,13 @@ class RunConfig(Config):
         if self.advance_cot_match is not None and self.advance_accuracy is None:
             raise ValueError("advance_cot_match needs advance_accuracy, which turns leaving a stage early on")
         method = METHODS[str(self.method)]
-        if self.thought_map != "identity" and not method.feeds_back:
-            raise ValueError(f"thought_map: method {self.method} feeds no state back: leave it out")
-        if self.latent_mode == "jacobi" and not method.feeds_back:
-            raise ValueError(f"latent_mode: method {self.method} feeds no state back: leave it out")
+        for key in ("thought_map", "latent_mode", "attend_padding"):
+            if getattr(self, key) != type(self).model_fields[key].default and not method.feeds_back:
+                raise ValueError(f"{key}: method {self.method} feeds no state back: leave it out")
+        if method.reads_attention:
+            self.attn_implementation = self.attn_implementation or "eager"
+            if self.attn_implementation != "eager":
+                raise ValueError(f"attn_implementation: {self.method} needs eager, the one that tells where attention goes")
         if method.markers and self.c_thought == 0:
             raise ValueError(f"c_thought: 0 leaves {self.method} without thoughts: set at least 1, or method: no_thoughts")
         if method.markers and not method.has_stages and self.max_latent_stage == 0:

@@ -66,7 +66,7 @@ class Details(NamedTuple):
 
     thoughts: (B, N, D), as they were fed back, noise included; zeros after a row's last one. steps: (B,), how many.
     noise: for each row the descriptions of its perturbed thoughts (`noise.apply_noise_to_hidden_states`, and "pass").
-    hidden: (B, T, D), the last hidden states, which the language-model head reads. layers: as in `Thinking`.
+    hidden: (B, T, D), the last hidden states, which the language-model head reads. layers, cache: as in `Thinking`.
     """
 
     thoughts: Tensor
@@ -74,6 +74,7 @@ class Details(NamedTuple):
     noise: list[list[dict[str, Any]]]
     hidden: Tensor
     layers: Sequence[Tensor] = ()
+    cache: DynamicCache | None = None
 
 
 class Branches(NamedTuple):

@@ -3,8 +3,9 @@
     python benchmarks/method_steps.py [--out results/benchmarks/method_steps.json]
 
 A question has steps of its own, which most methods leave out at their last stage; cot writes them all. pause_as_thought takes
-Coconut's very tokens in one pass, so it is what a step with thoughts costs without them. codi and codi_simcot have the thought
-map that they are published with, and codi once more with thoughts that are computed together (PCCoT, three iterations).
+Coconut's very tokens in one pass, so it is what a step with thoughts costs without them. CODI and what builds on it have the
+thought map that they are published with, and codi once more with thoughts that are computed together (PCCoT, three iterations).
+codi_kv has eager attention, which it needs.
 """
 
 from __future__ import annotations
@@ -74,6 +75,7 @@ def step_of(method: Method, model: Coconut, batch: dict[str, Tensor]) -> Callabl
     inputs = {key: value for key, value in batch.items() if key != "idx"}
 
     def step(_: int) -> float:
+        model.base_causallm.set_attn_implementation("eager" if method.reads_attention else "sdpa")
         begun = common.clock(model.embedding.weight.device)
         model.zero_grad(set_to_none=True)
         method.loss(model, inputs, totals, *([] if options is None else [options])).total.backward()

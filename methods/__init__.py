@@ -11,6 +11,7 @@ import bisect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from methods.cache_distillation import CodiKvOptions, codi_kv_loss
 from methods.curriculum import (
     ALL_TOKENS,
     ALWAYS_THE_SAME,
@@ -69,6 +70,7 @@ class Method:
     sequences: further sequences of an example that go through the model beside the main one, say a teacher's.
     options: a dataclass of the configuration's keys that the loss is given. step_vectors: how many vectors stand for one
     step, where `Coconut.step_decoder`, a second model, is trained along to write steps from thoughts; else None.
+    reads_attention: whether the loss reads attention probabilities, which only the eager implementation returns.
     """
 
     label: str
@@ -80,6 +82,7 @@ class Method:
     sequences: Sequences | None = None
     options: type | None = None
     step_vectors: Callable[[Curriculum], int] | None = None
+    reads_attention: bool = False
 
     @property
     def has_stages(self) -> bool:
@@ -204,6 +207,21 @@ more. Latents without a step write nothing.""",
         sequences=codi_steps,
         options=CodiSimcotOptions,
         step_vectors=lambda curriculum: 1,
+    ),
+    "codi_kv": Method(
+        label="KaVa",
+        about="""
+CODI, and the keys and values at the latents are drawn to the teacher's at its written steps (KaVa, arXiv 2510.02312). Of
+these, as many as there are latents are kept in each layer and head: those that the answer attends to and that are unlike one
+another (`codi_kv_importance`). The distance is added to the loss (`codi_kv_weight`, `codi_kv_power`). Keys are compared as
+the cache holds them, rotated where a model rotates them. Published with `latent_mode: jacobi`.""",
+        shape=latents_for_all_steps,
+        schedule=OneStage(last=True),
+        markers=MARKERS,
+        loss=codi_kv_loss,
+        sequences=teacher_sequence,
+        options=CodiKvOptions,
+        reads_attention=True,
     ),
 }
 

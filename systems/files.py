@@ -52,6 +52,7 @@ class Facts:
     thought_map: ThoughtMapSetting = "identity"
     latent_mode: LatentMode = "sequential"
     jacobi_iterations: Annotated[int, Field(ge=0, le=MOST_THOUGHTS)] = 3
+    attend_padding: bool = False
     chat_template: bool = False
     data: dict[str, str] = field(default_factory=dict)  # SHA-256 of the files of train_path and val_path
     format: Literal[1] = FORMAT  # type: ignore[assignment]

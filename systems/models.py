@@ -125,7 +125,9 @@ def build_model(
     fuse_activations(base)
     initialise_markers(base, tokenizer, markers, config.marker_init)
     iterations = config.jacobi_iterations if config.latent_mode == "jacobi" else None
-    model = Coconut(base, ids.latent, ids.start, ids.end, ids.eos, thought_map_of(config, base), iterations)
+    model = Coconut(
+        base, ids.latent, ids.start, ids.end, ids.eos, thought_map_of(config, base), iterations, config.attend_padding
+    )
     if METHODS[str(config.method)].step_vectors is not None and not config.only_eval:
         add_step_decoder(model)
         fill_step_decoder(model, Path(source))  # where training goes on from a checkpoint that has one

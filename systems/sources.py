@@ -22,7 +22,8 @@ from utils import UserError, check_regular, get_logger, no_such_file
 BEST = "@best"  # after a run's directory
 
 
-MODEL_KEYS = ("method", "thought_map", "latent_mode", "jacobi_iterations")  # of Facts: what the weights were trained for
+# Of Facts: what the weights were trained for.
+MODEL_KEYS = ("method", "thought_map", "latent_mode", "jacobi_iterations", "attend_padding")
 TRAINED_WITH = (*MODEL_KEYS, "c_thought", "max_latent_stage", "pad_latent_to_max", "chat_template")
 
 

@@ -18,6 +18,7 @@ from coconut import Coconut
 from dataset import MyCollator, get_cot_latent_dataset
 from methods import Totals
 from methods.distillation import CodiOptions, codi_loss
+from systems.checkpoint import CheckpointError
 from systems.tokens import _Tokenize
 
 CODI = ["method=codi", "c_thought=2", "thought_map={name: projection, width: 5}"]
@@ -133,3 +134,42 @@ def test_training_tells_the_three_parts_and_two_processes_agree_with_one(run_arg
             assert row["loss_student"] == pytest.approx(expected["loss_student"], rel=1e-3)
             assert row["loss_teacher"] == pytest.approx(expected["loss_teacher"], rel=1e-3)
             assert row["loss_distillation"] == pytest.approx(expected["loss_distillation"], rel=0.2)
+
+
+def test_the_published_padding_is_an_option(run_arguments: list[str], tmp_path: Path) -> None:
+    """attend_padding: against passes by hand whose mask is all ones after the first; kept by a run."""
+    model, collator, rows = examples(run_arguments, "attend_padding=true", "attn_implementation=eager")
+    assert model.attend_padding
+    batch = collator(sorted(rows, key=lambda row: len(row["input_ids"])))
+    ids, mask, positions = (batch[key] for key in ("input_ids", "attention_mask", "position_ids"))
+    padded = (mask[:, 0] == 0).nonzero().flatten().tolist()
+    whole = [row for row in range(len(ids)) if row not in padded]
+    assert padded
+    assert whole
+    latents = (ids == model.latent_token_id).any(dim=0).nonzero().flatten().tolist()
+    embeds, states, cache, begin = model.embedding(ids), [], None, 0
+    for end in [*latents, ids.shape[1]]:
+        part = embeds[:, begin:end]
+        if states:
+            part = torch.cat([model.thought_map([states[-1][:, -1:]]), part[:, 1:]], dim=1)
+        outputs = model.decoder(
+            inputs_embeds=part,
+            attention_mask=mask[:, :end] if begin == 0 else torch.ones_like(mask[:, :end]),
+            position_ids=positions[:, begin:end],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        states.append(outputs.last_hidden_state)
+        cache, begin = outputs.past_key_values, end
+    hidden = torch.cat(states, dim=1)
+    real = (batch["labels"] >= 0)[..., None]
+    torch.testing.assert_close(model.think(ids, mask, positions).hidden * real, hidden * real)
+    model.attend_padding = False
+    honest = model.think(ids, mask, positions).hidden
+    torch.testing.assert_close((honest * real)[whole], (hidden * real)[whole])
+    assert all((honest[row, latents] - hidden[row, latents]).abs().max() > 1e-3 for row in padded)
+    settings = [*CODI, "attend_padding=true", "num_epochs=1"]
+    start(run_arguments, *settings)
+    assert Coconut.from_pretrained(str(tmp_path / "checkpoints" / "run")).attend_padding
+    with pytest.raises(CheckpointError, match="was trained with attend_padding True, not False"):
+        start(run_arguments, *CODI, "num_epochs=2")

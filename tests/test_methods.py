@@ -59,6 +59,7 @@ EXPECTED = {
     ("no_curriculum", ""): {0: "Qq(****)|A.", 3: "Qq(****)|A."},
     ("codi", ""): {0: "Qq(****)|A.", 3: "Qq(****)|A."},
     ("codi_simcot", ""): {0: "Qq(****)|A.", 3: "Qq(****)|A."},
+    ("codi_kv", ""): {0: "Qq(****)|A.", 3: "Qq(****)|A."},
     ("simcot", ""): {0: "Qq()|abcdefA.", 1: "Qq(**)|cdefA.", 2: "Qq(****)|fA.", 3: "Qq(****)|A."},
     ("pause", ""): {0: "Qq****|A.", 3: "Qq****|A."},
     ("pause_as_thought", ""): {0: "Qq()|abcdefA.", 1: "Qq(**)|cdefA.", 2: "Qq(****)|fA.", 3: "Qq(****)|A."},

@@ -58,11 +58,12 @@ def test_every_method_trains_evaluates_and_is_evaluated_again(
         "pause": [3, 3],
         "codi": [3, 3],
         "codi_simcot": [3, 3],
+        "codi_kv": [3, 3],
         "icot": [7, 15],
     }
     assert [row["stage"] for row in epochs] == stages.get(method, [0, 1])
-    thoughts = {"coconut": 1, "pause_as_thought": 1, "no_curriculum": 2, "pause": 2, "codi": 2, "codi_simcot": 2, "simcot": 1}
-    assert epochs[1]["latents"] == thoughts.get(method, 0)
+    thoughts = {"coconut": 1, "pause_as_thought": 1, "no_curriculum": 2, "pause": 2, "simcot": 1}
+    assert epochs[1]["latents"] == thoughts.get(method, 2 if method.startswith("codi") else 0)
     learned = "loss_answer" if method == "simcot" else "train_loss"  # whose steps count from stage 1 on
     assert epochs[1][learned] < epochs[0][learned]
     assert (directory / "config.yaml").is_file()

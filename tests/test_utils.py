@@ -91,7 +91,7 @@ def test_published_spellings_load() -> None:
         (["method=cott"], "method: must be one of coconut, cot, "),
         (
             ["coconut=true", "cot=true"],
-            "exactly one of coconut, cot, no_thoughts, no_cot, no_curriculum, pause, pause_as_thought, icot, codi, simcot, codi_simcot must be chosen, found coconut and cot",
+            "exactly one of coconut, cot, no_thoughts, no_cot, no_curriculum, pause, pause_as_thought, icot, codi, simcot, codi_simcot, codi_kv must be chosen, found coconut and cot",
         ),
         (["method=coconut", "cot=true"], "found cot and coconut"),
         ([], "must be chosen, found none"),
