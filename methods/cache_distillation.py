@@ -9,7 +9,7 @@ Shapes: B rows, H key-value heads, Q heads of the queries, T positions, M though
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -47,15 +47,17 @@ def codi_kv_loss(model: Coconut, batch: Batch, totals: Totals, options: CodiKvOp
     mean over layers and heads. Thoughts for which the teacher has too few written tokens take no part.
     """
     codi, details = distilled(model, batch, totals, options)
-    assert details.cache is not None
-    latent = batch["input_ids"] == model.latent_token_id
-    student = [_at_thoughts(layer, latent) for layer in details.cache.layers]
-    thoughts = student[0].keys.shape[2]
-    teacher, there = teacher_memory(model, batch, thoughts, options.codi_kv_importance)
-    there = there & (torch.arange(thoughts, device=there.device) < details.steps[:, None])  # (B, M)
-    each = torch.stack([_distance(*pair, there, options.codi_kv_power) for pair in zip(student, teacher, strict=True)])
-    real = (batch["labels"] >= 0).any(dim=1)  # a row that fills up a batch has no label
-    cache = (each.mean(dim=0) * real).sum() / totals.examples
+    thoughts = int(details.steps.max())
+    # Also where a batch has no thoughts: processes with shards of the model take equally many passes.
+    teacher, there = teacher_memory(model, batch, max(thoughts, 1), options.codi_kv_importance)
+    cache = codi.total.new_zeros(())
+    if thoughts:
+        latent = batch["input_ids"] == model.latent_token_id
+        student = [_at_thoughts(layer, latent) for layer in cast("DynamicCache", details.cache).layers]
+        there = there & (torch.arange(thoughts, device=there.device) < details.steps[:, None])  # (B, M)
+        each = torch.stack([_distance(*pair, there, options.codi_kv_power) for pair in zip(student, teacher, strict=True)])
+        real = (batch["labels"] >= 0).any(dim=1)  # a row that fills up a batch has no label
+        cache = (each.mean(dim=0) * real).sum() / totals.examples
     return Loss(codi.total + options.codi_kv_weight * cache, {**codi.parts, "cache": cache})
 
 

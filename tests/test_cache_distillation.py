@@ -24,6 +24,7 @@ from utils import UserError
 
 THOUGHTS = "thought_map={name: projection, width: 5}"
 CODI_KV = ["method=codi_kv", "c_thought=2", "max_latent_stage=2", THOUGHTS, "attn_implementation=eager"]
+EOS = 1
 PARTS = {"codi_teacher_weight": 0.5, "codi_distillation_weight": 3.0}
 
 
@@ -120,6 +121,16 @@ def test_loss_and_gradients_are_those_of_the_naive_reference(
         loss.total.backward()
         for name, gradient in gradients(model).items():
             torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_batch_may_have_no_thoughts(run_arguments: list[str]) -> None:
+    model, collator, rows = examples(run_arguments, *CODI_KV)
+    plain = [
+        {**row, "input_ids": [EOS if token == model.latent_token_id else token for token in row["input_ids"]]} for row in rows
+    ]
+    loss = codi_kv_loss(model, collator(plain), totals(plain), options())
+    assert loss.parts["cache"] == 0
+    assert loss.total > 0
 
 
 def gradients(model: Coconut) -> dict[str, torch.Tensor]:
