@@ -22,6 +22,7 @@ from typing import Any
 from config import RunConfig
 from experiments.quickstart import read_metrics
 from experiments.tables import markdown
+from methods import ALL_TOKENS
 from systems.files import read_typed
 from systems.machine import described
 from systems.writing import config_changes, write_json, write_text
@@ -41,7 +42,8 @@ Made by `python -m experiments.expected --make RUN ...`, from [expected.json](ex
 
     python -m experiments.expected checkpoints/quick-coconut
 
-It says at which stage the run leaves the range of these seeds. Loss and accuracy are those of the validation set at the end of
+It says at which stage the run leaves the range of these seeds. Runs of `scripts/compare_methods.sh` and `scripts/search.sh` have
+entries too, by method; a stage of `icot` is the number of tokens removed, and "all" that all are. Loss and accuracy are those of the validation set at the end of
 each stage: mean over seeds, and lowest to highest. The same seed gives the same bits on the same kind of machine only; compare
 ranges, not digits. Seconds are of training alone, on the machine named.
 """
@@ -137,7 +139,10 @@ def page(data: Mapping[str, Any]) -> str:
         seeds = ", ".join(map(str, entry["seeds"]))
         parts.append(f"\n## {file}\n\nSeeds {seeds}; {entry['machine']}.\n\n")
         names = ("val_loss", "accuracy", "epochs", "seconds")
-        rows = [(stage, *(_range(name, numbers[name]) for name in names)) for stage, numbers in sorted(entry["stages"].items())]
+        rows = [
+            ("all" if stage == ALL_TOKENS else stage, *(_range(name, entry["stages"][str(stage)][name]) for name in names))
+            for stage in sorted(map(int, entry["stages"]))
+        ]
         parts.append(markdown(("stage", "validation loss", "accuracy", "epochs", "seconds"), rows) + "\n")
     parts.append(PUBLISHED)
     rows = []

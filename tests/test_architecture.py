@@ -14,6 +14,7 @@ ORDER = (
     "thoughts",
     "states",
     "generation",
+    "systems.weight_gradients",
     "systems.activation_checkpointing",
     "coconut",
     "methods",

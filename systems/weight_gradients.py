@@ -1,0 +1,130 @@
+"""The gradients of a linear layer's weights over all latent passes, as one product.
+
+A pass over one position is a thin product, and its backward pass has to write a gradient as large as the weights, and add it
+to those of the other passes: memory traffic, not arithmetic, is what such passes cost. Here passes after the first leave their
+inputs and the gradients of their outputs, a few rows each, to the first one, which comes last in the backward pass. It
+multiplies them all at once. Gradients are the same but for the order of the sum.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+if TYPE_CHECKING:
+    from coconut import Coconut
+
+LARGE = 2**18  # entries of a weight; smaller ones stay in the processor's cache, and there is nothing to save
+
+
+def gather_over_passes(model: Coconut) -> None:
+    """Let the decoder's linear layers with large weights that are trained do so. Without gradients nothing changes.
+
+    Not together with what takes the decoder's passes apart: compilation, recomputed activations, FSDP2.
+    """
+    passes = _Passes()
+    model.decoder.register_forward_pre_hook(passes.begin, with_kwargs=True)
+    for module in model.decoder.modules():
+        if isinstance(module, nn.Linear | Conv1D) and module.weight.requires_grad and module.weight.numel() > LARGE:
+            module.forward = _Gathered(module, passes)  # type: ignore[method-assign]
+
+
+class _Rows:
+    """Of one layer and one forward of the model: what later passes have left, until the first one has taken it."""
+
+    def __init__(self) -> None:
+        self.left: list[tuple[Tensor, Tensor]] = []
+        self.taken = False
+
+
+class _Passes:
+    """Which pass the decoder is in: whether it is the first, and if no other one follows (`rows` is None then)."""
+
+    def __init__(self) -> None:
+        self.first = True
+        self.rows: dict[nn.Module, _Rows] | None = None
+        self.casts: dict[Tensor, Tensor] = {}
+
+    def begin(self, _module: nn.Module, _args: Any, given: dict[str, Any]) -> None:
+        cache = given.get("past_key_values")
+        if cache is None:
+            self._start(None)
+        elif not cache.get_seq_length():
+            self._start({})
+        else:
+            self.first = False
+
+    def _start(self, rows: dict[nn.Module, _Rows] | None) -> None:
+        if any(one.left for one in (self.rows or {}).values()):
+            raise RuntimeError("a loss that the first pass has no part in: its later passes' gradients are lost")
+        self.first, self.rows, self.casts = True, rows, {}
+
+    def cast(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
+        """The parameter as autocast would have it, made once for all passes."""
+        if parameter not in self.casts:
+            self.casts[parameter] = parameter.to(dtype)
+        return self.casts[parameter]
+
+
+class _Gathered:
+    """The forward of one linear layer."""
+
+    def __init__(self, module: nn.Module, passes: _Passes) -> None:
+        self.module = module
+        self.passes = passes
+        self.alone = module.forward
+        self.transposed = isinstance(module, Conv1D)  # GPT-2's, whose weights are (in, out)
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        rows = self.passes.rows
+        if rows is None or not torch.is_grad_enabled():
+            return self.alone(inputs)
+        weight, bias = cast("Tensor", self.module.weight), cast("Tensor | None", self.module.bias)
+        if torch.is_autocast_enabled(kind := inputs.device.type):
+            dtype = torch.get_autocast_dtype(kind)
+            inputs, weight = inputs.to(dtype), self.passes.cast(weight, dtype)
+            bias = None if bias is None else self.passes.cast(bias, dtype)
+        return _Linear.apply(
+            inputs,
+            weight,
+            bias,
+            rows.setdefault(self.module, _Rows()),
+            self.passes.first,
+            self.transposed,
+        )
+
+
+class _Linear(torch.autograd.Function):
+    """A linear layer; the gradients of its weights, (out, in) or if transposed (in, out), are taken by the first pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, rows: _Rows, first: bool, transposed: bool
+    ) -> Tensor:
+        ctx.save_for_backward(inputs, weight)
+        ctx.rows, ctx.first, ctx.transposed, ctx.has_bias = rows, first, transposed, bias is not None
+        return F.linear(inputs, weight.t() if transposed else weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, weight = ctx.saved_tensors
+        own, given = inputs.flatten(0, -2), gradient.flatten(0, -2)  # (rows, in), (rows, out)
+        of_inputs = (given @ (weight.t() if ctx.transposed else weight)).view_as(inputs)
+        if not (ctx.first or ctx.rows.taken):
+            ctx.rows.left.append((own, given))
+            return of_inputs, None, None, None, None, None
+        of_weight = own.t() @ given if ctx.transposed else given.t() @ own
+        of_bias = given.sum(dim=0) if ctx.has_bias else None
+        if ctx.rows.left:
+            own, given = (torch.cat(parts) for parts in zip(*ctx.rows.left, strict=True))
+            of_weight.addmm_(*((own.t(), given) if ctx.transposed else (given.t(), own)))
+            if of_bias is not None:
+                of_bias += given.sum(dim=0)
+        ctx.rows.left, ctx.rows.taken = [], True
+        return of_inputs, of_weight, of_bias, None, None, None

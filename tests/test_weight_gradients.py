@@ -1,0 +1,141 @@
+"""Weights' gradients taken over all passes at once: those of the same model without, everywhere; and what cannot be gathered."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_coconut import LAYOUTS, assert_same_gradients, draw, gradients, mapped
+from test_run import launch, read_rows, start
+from tiny_models import assert_near, tiny_model
+from torch import nn
+
+from coconut import Coconut
+from systems import distributed, weight_gradients
+from systems.distributed import Parallelism
+from systems.weight_gradients import gather_over_passes
+
+
+@pytest.fixture(autouse=True)
+def _small_weights_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weight_gradients, "LARGE", 0)
+
+
+def pair(family: str, setting: Any = "identity", iterations: int | None = None) -> tuple[Coconut, Coconut]:
+    """The same model twice: as it is, and with its gradients gathered."""
+    plain = mapped(tiny_model(family)[0], setting)
+    plain.jacobi_iterations = iterations
+    gathered = copy.deepcopy(plain)
+    gather_over_passes(gathered)
+    return plain, gathered
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2", "gemma2"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_stay_what_they_are(family: str, layout: str) -> None:
+    plain, gathered = pair(family)
+    batch = draw(LAYOUTS[layout])
+    first, second = (model(**batch).loss for model in (plain, gathered))
+    assert_near(second, first)
+    expected = gradients(plain, first)
+    assert_same_gradients(gradients(gathered, second), expected)
+
+
+@pytest.mark.parametrize(
+    ("setting", "iterations"), [("projection", None), ({"name": "layer", "layer": 1}, None), ("norm", 0), ("projection", 2)]
+)
+def test_with_other_thoughts(setting: Any, iterations: int | None) -> None:
+    """Where the first pass's last layer has a part in the loss by the labels alone, too."""
+    plain, gathered = pair("gpt2", setting, iterations)
+    batch = draw(LAYOUTS["ragged"])
+    first, second = (model(**batch, labelled_only=True).loss for model in (plain, gathered))
+    expected = gradients(plain, first)
+    assert_same_gradients(gradients(gathered, second), expected)
+
+
+def test_several_sequences_of_one_loss() -> None:
+    """A teacher's in one pass, and two with thoughts, whose backward passes are one."""
+    plain, gathered = pair("llama")
+    batches = [draw(LAYOUTS[name]) for name in ("no latents", "ragged", "many")]
+    first, second = (torch.stack([model(**batch).loss for batch in batches]).sum() for model in (plain, gathered))
+    expected = gradients(plain, first)
+    assert_same_gradients(gradients(gathered, second), expected)
+
+
+def test_thin_products_are_left_to_the_first_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+    backward = weight_gradients._Linear.backward
+
+    def spy(ctx: Any, gradient: torch.Tensor) -> Any:
+        found = backward(ctx, gradient)
+        taken.append((ctx.first, found[1] is not None))
+        return found
+
+    monkeypatch.setattr(weight_gradients._Linear, "backward", staticmethod(spy))
+    _, gathered = pair("llama")
+    gathered(**draw(["qqqqqqsLLLeaaaaaa"])).loss.backward()
+    layers = sum(isinstance(module, nn.Linear) for module in gathered.decoder.modules())
+    assert taken.count((True, True)) == layers
+    assert taken.count((False, False)) == 3 * layers  # the passes after the first
+    assert len(taken) == 4 * layers
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_in_bfloat16(family: str) -> None:
+    """As near to the gradients of float32 as without; autocast has no cast left over from a pass without gradients."""
+    plain, gathered = pair(family)
+    batch = draw(LAYOUTS["ragged"])
+    plain.float()
+    gathered.float()
+    expected = gradients(plain, plain(**batch).loss)
+    for model in (plain, gathered):
+        with distributed.autocast(True, "ddp", torch.device("cpu")):
+            with torch.no_grad():
+                model(**batch)
+            loss = model(**batch).loss
+        found = gradients(model, loss)
+        for name, gradient in expected.items():
+            assert (found[name] - gradient).norm() < 0.1 * gradient.norm() + 1e-4, name
+
+
+def test_gradients_that_would_be_lost_are_told() -> None:
+    """A loss of the last pass's states alone, with thoughts from a lower layer: the first pass's last layer has no part in it."""
+    _, gathered = pair("llama", {"name": "layer", "layer": 1})
+    batch = {key: value for key, value in draw(LAYOUTS["aligned"]).items() if key in ("input_ids", "attention_mask")}
+    _, details = gathered(**batch, return_details=True, all_layers=True)
+    details.layers[-1].sum().backward()
+    with pytest.raises(RuntimeError, match="the first pass has no part in"):
+        gathered(**batch)
+
+
+def test_frozen_weights_are_left_alone() -> None:
+    model = mapped(tiny_model("llama")[0], "identity")
+    trained = model.decoder.layers[0].mlp.up_proj
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter is trained.weight)
+    gather_over_passes(model)
+    assert [name for name, module in model.decoder.named_modules() if "forward" in vars(module)] == ["layers.0.mlp.up_proj"]
+
+
+@pytest.mark.parametrize(("setting", "patched"), [({}, True), ({"activation_checkpointing": True}, False)])
+def test_training_on_a_cpu_does_so(setting: dict[str, bool], patched: bool) -> None:
+    model = mapped(tiny_model("llama")[0], "identity")
+    settings = {"bf16": False, "activation_checkpointing": False, "compile": False} | setting
+    distributed.wrap(model, Parallelism("coconut", "ddp", "pass", **settings), torch.device("cpu"))
+    assert ("forward" in vars(model.decoder.layers[0].mlp.up_proj)) is patched
+
+
+def test_two_processes_agree_with_one(run_arguments: list[str], model_directory: Path, tmp_path: Path) -> None:
+    """With weights that are large enough of themselves."""
+    values = json.loads((model_directory / "config.json").read_text())
+    (model_directory / "config.json").write_text(json.dumps(values | {"intermediate_size": 8224}))
+    more = ["method=coconut", "num_epochs=2", "epochs_per_stage=1", "grad_clip=1"]
+    start(run_arguments, *more, "name=one", "batch_size_training=4")
+    result = launch(2, run_arguments, *more, "name=two", "batch_size_training=1", "gradient_accumulation_steps=2")
+    assert result.returncode == 0, result.stderr
+    one, two = (read_rows(tmp_path / "checkpoints" / name / "metrics.jsonl", "epoch") for name in ("one", "two"))
+    assert [row["train_loss"] for row in two] == pytest.approx([row["train_loss"] for row in one], rel=1e-4)
