@@ -42,10 +42,10 @@ Made by `python -m experiments.expected --make RUN ...`, from [expected.json](ex
 
     python -m experiments.expected checkpoints/quick-coconut
 
-It says at which stage the run leaves the range of these seeds. Runs of `scripts/compare_methods.sh` and `scripts/search.sh` have
-entries too, by method; a stage of `icot` is the number of tokens removed, and "all" that all are. Loss and accuracy are those of the validation set at the end of
-each stage: mean over seeds, and lowest to highest. The same seed gives the same bits on the same kind of machine only; compare
-ranges, not digits. Seconds are of training alone, on the machine named.
+It says at which stage the run leaves the range of these seeds. Runs of `scripts/compare_methods.sh` and
+`scripts/search.sh` have entries too, by method; a stage of `icot` is the number of tokens removed, and "all" that all are. Loss
+and accuracy are those of the validation set at the end of each stage: mean over seeds, and lowest to highest. The same seed gives
+the same bits on the same kind of machine only; compare ranges, not digits. Seconds are of training alone, on the machine named.
 """
 PUBLISHED = """
 ## Published
@@ -140,7 +140,7 @@ def page(data: Mapping[str, Any]) -> str:
         parts.append(f"\n## {file}\n\nSeeds {seeds}; {entry['machine']}.\n\n")
         names = ("val_loss", "accuracy", "epochs", "seconds")
         rows = [
-            ("all" if stage == ALL_TOKENS else stage, *(_range(name, entry["stages"][str(stage)][name]) for name in names))
+            ("all" if stage == ALL_TOKENS else str(stage), *(_range(name, entry["stages"][str(stage)][name]) for name in names))
             for stage in sorted(map(int, entry["stages"]))
         ]
         parts.append(markdown(("stage", "validation loss", "accuracy", "epochs", "seconds"), rows) + "\n")
