@@ -110,7 +110,7 @@ def loss_difference(model: Coconut, of: dict[str, Callable[[], Iterator[Tensor]]
 def report(result: dict) -> str:
     milliseconds, memory, ratios = result["milliseconds"], result["peak_memory_mib"], result["ratios"]
     header = ["variant", "step ms", "forward+backward ms", "peak MiB"]
-    rows = [[name, *(milliseconds[name][part] for part in PARTS), memory.get(name, "-")] for name in VARIANTS]
+    rows = [[name, *(milliseconds[name][part] for part in PARTS), memory.get(name, "-")] for name in milliseconds]
     lines = [
         f"{name}: {value['step']:.2f} (forward and backward {value['forward_backward']:.2f})" for name, value in ratios.items()
     ]
@@ -123,6 +123,7 @@ def ratios(milliseconds: dict[str, dict[str, float]]) -> dict[str, dict[str, flo
     return {
         name: {part: milliseconds[above][part] / milliseconds[below][part] for part in PARTS}
         for name, (above, below) in pairs.items()
+        if above in milliseconds
     }
 
 
@@ -140,22 +141,23 @@ def main(argv: Sequence[str]) -> None:
     options = common.parser("Time and memory of a training step.", batch_size=4, repeats=5)
     options.add_argument("--bf16", action="store_true", help="compute in bfloat16 from float32 weights")
     options.add_argument("--compile", action="store_true", help="compile the decoder")
-    options.add_argument("--naive-rows", type=int, default=1, help="rows the naive forward takes at a time")
+    options.add_argument("--naive-rows", type=int, default=1, help="rows the naive forward takes at a time; 0: it is not timed")
     arguments = options.parse_args(argv)
-    memory = {} if arguments.memory_of or arguments.no_memory else common.peak_memories(__file__, argv, VARIANTS)
+    variants = VARIANTS if arguments.naive_rows else VARIANTS[:-1]
+    memory = {} if arguments.memory_of or arguments.no_memory else common.peak_memories(__file__, argv, variants)
     setting, device = common.prepare(arguments)
     model = common.random_model(setting, device).train()
     distributed.wrap(model, Parallelism("coconut", "ddp", "pass", arguments.bf16, False, arguments.compile), device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01, fused=True)
     batch = training_batch(setting, arguments.batch_size, device)
-    of = losses(model, setting, batch, arguments.naive_rows, arguments.bf16)
+    of = losses(model, setting, batch, max(1, arguments.naive_rows), arguments.bf16)
     if arguments.memory_of:
         training_step(of[arguments.memory_of], optimizer, device)
         training_step(of[arguments.memory_of], optimizer, device)  # the second has the optimizer's state beside it
         print(json.dumps({"peak_memory_mib": common.peak_memory(device)}))
         return
     difference = loss_difference(model, of, 0.05 if arguments.bf16 else 1e-3)
-    steps = {name: lambda _, name=name: training_step(of[name], optimizer, device) for name in VARIANTS}
+    steps = {name: lambda _, name=name: training_step(of[name], optimizer, device) for name in variants}
     measured = common.measure(steps, arguments.warmup, arguments.repeats)
     milliseconds = {name: common.median_by_key(results) for name, results in measured.items()}
     result = {

@@ -46,8 +46,9 @@ def test_train_step(load, tmp_path, capsys):
     assert result["tokens_per_row"] == 24 + 8 + 10
     assert "peak MiB" in capsys.readouterr().out
     assert 0 < result["matrix_rate_share"]["coconut"] < 1
-    half = run(train_step, tmp_path / "bf16.json", "--naive-rows", "4", "--bf16")
+    half = run(train_step, tmp_path / "bf16.json", "--naive-rows", "0", "--bf16")
     assert 0 < half["loss_difference"] < 0.05
+    assert (set(half["milliseconds"]), set(half["ratios"])) == ({"coconut", "plain"}, {"coconut / plain"})
 
 
 def test_generate(load, tmp_path, capsys):
@@ -160,6 +161,19 @@ def test_overhead_counts_what_a_pass_adds_to_its_layers(load, tmp_path, capsys):
         assert all(count == int(count) > 10 for count in layer)  # every layer alike
         assert 0 < rest[0] < layer[0]  # a pass adds less than a layer
     assert "the rest of a pass" in capsys.readouterr().out
+
+
+def test_a_profile_names_all_of_a_step(load, tmp_path, capsys):
+    profile_step = load("profile_step")
+    assert profile_step.kind_of("aten::addmm") == profile_step.kind_of("aten::mkldnn_linear") == "matrix products"
+    assert profile_step.kind_of("aten::_scaled_dot_product_flash_attention_for_cpu_backward") == "attention"
+    assert profile_step.kind_of("aten::native_layer_norm") == "the rest"
+    result = run(profile_step, tmp_path / "profile.json")
+    for kinds in result["by_kind"].values():
+        assert set(kinds) == {*profile_step.KINDS, profile_step.HOST}
+        assert all(kinds[name] > 0 for name in ("matrix products", "attention", "optimizer", "copies"))
+    assert result["ratios"]["coconut / plain"] > 0
+    assert "matrix products" in capsys.readouterr().out
 
 
 def test_the_step_of_every_method(load, tmp_path, capsys):
