@@ -1,9 +1,9 @@
 """All methods side by side: `python -m experiments.compare_methods SAVE_PATH TEST_FILE OUT --seeds 0 1 2`.
 
 Reads what scripts/compare_methods.sh left in SAVE_PATH: METHOD-seedSEED (training, and in eval/ the evaluations on
-TEST_FILE) and METHOD-seedSEED-single of one seed (evaluation, one question at a time), and in OUT/METHOD-seedSEED the noise
-experiment with another question's thoughts. Writes to OUT: summary.json, table.md, accuracy.png, learning_curves.png and
-metrics/RUN.jsonl.
+TEST_FILE and on those of --further) and METHOD-seedSEED-single of one seed (evaluation, one question at a time), and in
+OUT/METHOD-seedSEED the noise experiment with another question's thoughts. Writes to OUT: summary.json, table.md,
+accuracy.png, learning_curves.png and metrics/RUN.jsonl.
 """
 
 from __future__ import annotations
@@ -35,16 +35,23 @@ from utils import entry_point, get_logger, load_config, read_text
 TIMED = "-single"  # suffix of the runs that answer one question at a time
 
 
-def summarise(save_path: Path, out: Path, test_file: Path, seeds: Sequence[int], methods: Sequence[str]) -> dict[str, Any]:
+def summarise(
+    save_path: Path, out: Path, test_file: Path, seeds: Sequence[int], methods: Sequence[str], further: Sequence[Path] = ()
+) -> dict[str, Any]:
     """The content of summary.json. Accuracies are fractions; deviations are those of a sample (n - 1), None of one seed.
 
     zero_thoughts: accuracies where the same model is given no thoughts; others_thoughts: where it is given another question's.
     Both are None where a method has none. over_seeds: accuracy in percent with its interval over seeds and questions;
-    minus_first: the same of the difference to the first method, paired by seed and question.
+    minus_first: the same of the difference to the first method, paired by seed and question. further: accuracies on other test
+    files, by their stems. passes: of the model, one after the other, for an answer. question_cosine: of the same thought of two
+    questions, at the end of training (`thoughts.thought_health`).
     """
-    records = load_records(test_file)
-    right = {method: right_answers([save_path / f"{method}-seed{seed}" for seed in seeds]) for method in methods}
-    found = {method: summarise_method(save_path, out, records, method, seeds) for method in methods}
+    records, stem = load_records(test_file), test_file.stem
+    runs = {method: [save_path / f"{method}-seed{seed}" for seed in seeds] for method in methods}
+    right = {method: right_answers(runs[method], stem) for method in methods}
+    found = {method: summarise_method(runs[method], out, records, method, stem) for method in methods}
+    for method, row in found.items():
+        row["further"] = {file.stem: [read_evaluation(run, file.stem)["accuracy"] for run in runs[method]] for file in further}
     for method, row in found.items():
         row["over_seeds"] = numbers(right[method])
         row["minus_first"] = None if method == methods[0] else numbers(right[method] - right[methods[0]])
@@ -57,21 +64,23 @@ def summarise(save_path: Path, out: Path, test_file: Path, seeds: Sequence[int],
     }
 
 
-def right_answers(runs: Sequence[Path]) -> np.ndarray:
-    """(seeds, questions): 1 where a run's answer is right, as its newest evaluation says, else 0."""
-    files = [next(evaluation_of(run).glob("predictions_*.jsonl")) for run in runs]
+def right_answers(runs: Sequence[Path], data: str) -> np.ndarray:
+    """(seeds, questions): 1 where a run's answer is right, as its newest evaluation on that file says, else 0."""
+    files = [next(evaluation_of(run, data=data).glob("predictions_*.jsonl")) for run in runs]
     return np.array([[json.loads(line)["correct"] for line in read_text(file).splitlines()] for file in files], float)
 
 
-def summarise_method(
-    save_path: Path, out: Path, records: list[dict[str, Any]], method: str, seeds: Sequence[int]
-) -> dict[str, Any]:
-    runs = [save_path / f"{method}-seed{seed}" for seed in seeds]
-    results = [read_evaluation(run) for run in runs]
+def summarise_method(runs: Sequence[Path], out: Path, records: list[dict[str, Any]], method: str, data: str) -> dict[str, Any]:
+    results = [read_evaluation(run, data) for run in runs]
     epochs = [read_metrics(run, "epoch") for run in runs]
     timed = next((run for run in (one.with_name(one.name + TIMED) for one in runs) if run.is_dir()), None)
     accuracies = [result["accuracy"] for result in results]
-    without = [read_metrics(evaluation_of(run, 0), "evaluation")[-1] for run in runs] if METHODS[method].markers else []
+    has_thoughts = bool(METHODS[method].markers)
+    without = [read_metrics(evaluation_of(run, 0, data), "evaluation")[-1] for run in runs] if has_thoughts else []
+    new_tokens = mean(result["new_tokens"] for result in results)
+    config = load_config(RunConfig, [str(runs[0] / "config.yaml")])
+    own_thoughts = thoughts(config, records)
+    alike = [rows[-1]["question_cosine"] for rows in epochs if "question_cosine" in rows[-1]]
     return {
         "accuracies": accuracies,
         "accuracy": mean(accuracies),
@@ -80,8 +89,10 @@ def summarise_method(
         "zero_thoughts_wrote_steps": mean(row["wrote_steps"] for row in without) if without else None,
         "others_thoughts": [with_others(out / run.name) for run in runs] if LATENT in METHODS[method].markers else None,
         "wrote_steps": mean(result["wrote_steps"] for result in results),
-        "new_tokens": mean(result["new_tokens"] for result in results),
-        "thoughts": thoughts(runs[0] / "config.yaml", records),
+        "new_tokens": new_tokens,
+        "thoughts": own_thoughts,
+        "passes": passes(config, own_thoughts) + new_tokens - 1,
+        "question_cosine": mean(alike) if alike else None,
         "seconds_per_question": read_metrics(evaluation_of(timed), "evaluation")[-1]["seconds_per_question"] if timed else None,
         "training_minutes": mean(sum(row["seconds"] for row in rows) for rows in epochs) / 60,
         "examples": [rows[-1]["examples"] for rows in epochs],
@@ -95,24 +106,34 @@ def with_others(directory: Path) -> float:
     return mean(bool(outcome[JUDGE]["correct"]) for outcome in outcomes)
 
 
-def thoughts(config_file: Path, records: list[dict[str, Any]]) -> float:
+def passes(config: RunConfig, own_thoughts: float) -> float:
+    """Of the model, one after the other, until the first token of an answer."""
+    if not METHODS[str(config.method)].feeds_back:
+        return 1
+    return 1 + (own_thoughts if config.latent_mode == "sequential" else 1 + config.jacobi_iterations)
+
+
+def thoughts(config: RunConfig, records: list[dict[str, Any]]) -> float:
     """Mean number of latents (or pauses) of a question in the last epoch."""
-    config = load_config(RunConfig, [str(config_file)])
     stage = scheduled_stage(config.curriculum, config.num_epochs - 1)
     return mean(stage_shape(config.curriculum, stage, len(record["steps"])).thoughts for record in records)
 
 
 def table(summary: dict[str, Any]) -> str:
     """Markdown."""
+    further = list(next(iter(summary["methods"].values()))["further"])
     columns = [
         "accuracy, 95% over seeds and questions",
         f"minus {METHODS[next(iter(summary['methods']))].label}",
         "each seed",
+        *further,
         "zero thoughts (wrote steps)",
         "another question's thoughts",
         "wrote steps",
         "tokens written",
         "thoughts",
+        "passes",
+        "cosine of two questions' thoughts",
         "seconds a question",
         "examples, thousands",
         "training minutes",
@@ -123,11 +144,14 @@ def table(summary: dict[str, Any]) -> str:
             _with_interval(row["over_seeds"]),
             _with_interval(row["minus_first"], "+"),
             ", ".join(f"{100 * accuracy:.1f}" for accuracy in row["accuracies"]),
+            *(_mean(row["further"][stem]) for stem in further),
             _mean(row["zero_thoughts"]) + text(_percent(row["zero_thoughts_wrote_steps"]), " ({:.0f}%)"),
             _mean(row["others_thoughts"]),
             f"{100 * row['wrote_steps']:.1f}%",
             f"{row['new_tokens']:.1f}",
             text(row["thoughts"] or None, "{:.1f}"),
+            f"{row['passes']:.1f}",
+            text(row["question_cosine"], "{:.2f}"),
             text(row["seconds_per_question"], "{:.4f}"),
             f"{min(row['examples']) / 1000:.0f} to {max(row['examples']) / 1000:.0f}",
             f"{row['training_minutes']:.1f}",
@@ -151,7 +175,7 @@ def _percent(share: float | None) -> float | None:
     return None if share is None else 100 * share
 
 
-def write_results(summary: dict[str, Any], save_path: Path, out: Path, title: str) -> None:
+def write_results(summary: dict[str, Any], save_path: Path, out: Path, title: str, data: str) -> None:
     (out / "metrics").mkdir(parents=True, exist_ok=True)
     bars = {METHODS[method].label: row["accuracies"] for method, row in summary["methods"].items()}
     title = f"{title}: {summary['questions']:,} test questions, {len(summary['seeds'])} seeds"
@@ -165,7 +189,7 @@ def write_results(summary: dict[str, Any], save_path: Path, out: Path, title: st
         for seed in summary["seeds"]:
             name = f"{method}-seed{seed}"
             shutil.copyfile(save_path / name / METRICS, out / "metrics" / f"{name}.jsonl")
-            shutil.copyfile(evaluation_of(save_path / name) / METRICS, out / "metrics" / f"{name}-test.jsonl")
+            shutil.copyfile(evaluation_of(save_path / name, data=data) / METRICS, out / "metrics" / f"{name}-test.jsonl")
     write_text(out / "table.md", table(summary))
     write_json(out / "summary.json", summary)
 
@@ -178,10 +202,12 @@ def main(given: list[str]) -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--further", type=Path, nargs="+", default=[], help="other test files that the runs were evaluated on")
     parser.add_argument("--title", default="Small ProsQA from scratch", help="of the figures")
     arguments = parser.parse_args(given)
-    summary = summarise(arguments.save_path, arguments.out, arguments.test_file, arguments.seeds, arguments.methods)
-    write_results(summary, arguments.save_path, arguments.out, arguments.title)
+    given_files = (arguments.save_path, arguments.out, arguments.test_file)
+    summary = summarise(*given_files, arguments.seeds, arguments.methods, arguments.further)
+    write_results(summary, arguments.save_path, arguments.out, arguments.title, arguments.test_file.stem)
     get_logger().info(table(summary))
     get_logger().info(f"table, figure and metrics: {arguments.out}")
 

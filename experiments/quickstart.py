@@ -50,18 +50,18 @@ def read_metrics(run: Path, kind: str) -> list[dict[str, Any]]:
     return chosen
 
 
-def evaluation_of(run: Path, latents: int | str = "gold") -> Path:
-    """Where the newest evaluation of a run with these `eval_latents` is. Raises UserError if there is none."""
-    places = sorted((run / "eval").glob(f"*/{METRICS}"), key=lambda path: path.stat().st_mtime)
+def evaluation_of(run: Path, latents: int | str = "gold", data: str = "*") -> Path:
+    """Where a run's newest evaluation with these `eval_latents`, on a file of this stem, is. UserError if there is none."""
+    places = sorted((run / "eval").glob(f"{data}-*/{METRICS}"), key=lambda path: path.stat().st_mtime)
     found = [path for path in places if read_metrics(path.parent, "evaluation")[-1].get("eval_latents", "gold") == latents]
     if not found:
         raise UserError(f"{run / 'eval'}: no evaluation with {latents} thoughts there; run.py with only_eval=true makes one")
     return found[-1].parent
 
 
-def read_evaluation(run: Path) -> dict[str, Any]:
-    """The newest evaluation of a run. Raises UserError if there is none, or one of an earlier version."""
-    directory = evaluation_of(run)
+def read_evaluation(run: Path, data: str = "*") -> dict[str, Any]:
+    """A run's newest evaluation on a file of this stem. Raises UserError if there is none, or one of an earlier version."""
+    directory = evaluation_of(run, data=data)
     row = read_metrics(directory, "evaluation")[-1]
     if "accuracy_fixed" not in row:
         raise UserError(f"{directory}: evaluated by an earlier version; remove it and evaluate again")

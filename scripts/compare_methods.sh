@@ -22,6 +22,10 @@ if [ ! -e "${data}_test.json" ]; then
     .venv/bin/python preprocessing/prosqa.py --shape chains --out-prefix "$data" --train 40000 --valid 300 --test 1000 \
         --hops 2 3 --train-hops 1 2 2 3 3 3 --concepts 12 --names 8
 fi
+if [ ! -e "${data}_4hops_test.json" ]; then # one step more than any question in training
+    .venv/bin/python preprocessing/prosqa.py --shape chains --out-prefix "${data}_4hops" --train 0 --valid 0 --test 1000 \
+        --hops 4 --concepts 12 --names 8
+fi
 mkdir -p "$save_path"
 
 quietly() { # LOG COMMAND...
@@ -77,6 +81,7 @@ for seed in "${seeds[@]}"; do
         name=$method-seed$seed
         if [ -e "$save_path/$name/compared" ]; then continue; fi
         evaluate "$method" "$seed" "" val_path="${data}_test.json" batch_size_eval=250
+        evaluate "$method" "$seed" "" val_path="${data}_4hops_test.json" batch_size_eval=250
         case $method in coconut | no_curriculum | pause | pause_as_thought | codi | simcot | codi_simcot | codi_kv)
             evaluate "$method" "$seed" "" val_path="${data}_test.json" batch_size_eval=250 eval_latents=0 ;;
         esac
@@ -95,4 +100,5 @@ for method in "${methods[@]}"; do # one question at a time, in one process, alon
     evaluate "$method" "${seeds[0]}" -single val_path="${data}_valid.json" batch_size_eval=1
     touch "$save_path/$name/compared"
 done
-.venv/bin/python -m experiments.compare_methods "$save_path" "${data}_test.json" "$out" --seeds "${seeds[@]}" --methods "${methods[@]}"
+.venv/bin/python -m experiments.compare_methods "$save_path" "${data}_test.json" "$out" --seeds "${seeds[@]}" \
+    --methods "${methods[@]}" --further "${data}_4hops_test.json"

@@ -25,6 +25,7 @@ def write_run(directory: Path, accuracies: list[tuple[int, float]], test_accurac
     evaluation.mkdir(parents=True)
     for number, (stage, accuracy) in enumerate(accuracies, start=1):
         row = {"epoch": number, "stage": stage, "accuracy": accuracy, "train_loss": 1 / number, "val_loss": 1.1 / number}
+        row |= {"question_cosine": 0.25} if stage else {}
         append_jsonl(directory / "metrics.jsonl", {"kind": "step", "step": number, "loss": 1.0})
         append_jsonl(directory / "metrics.jsonl", {"kind": "epoch", **row, "examples": 64 * number, "seconds": 2.5})
     facts: dict[str, Any] = {}
@@ -124,6 +125,9 @@ def write_comparison(save_path: Path, accuracies: dict[str, list[float]]) -> Non
             zero.mkdir()
             row = {"kind": "evaluation", "eval_latents": 0, "accuracy": accuracy - 0.3, "wrote_steps": 1.0}
             append_jsonl(zero / "metrics.jsonl", row)
+            longer = directory / "eval" / "longer-run-checkpoint_4"  # the newest, on another file
+            longer.mkdir()
+            append_jsonl(longer / "metrics.jsonl", {"kind": "evaluation", "accuracy": accuracy - 0.4, "accuracy_fixed": 0.0})
             needed = [f"name={directory.name}", f"method={method}", "model_id=m", "train_path=t", "val_path=v", "num_epochs=8"]
             curriculum = ["c_thought=2", "max_latent_stage=3", "pad_latent_to_max=false"]
             save_config(load_config(RunConfig, needed + curriculum), directory / "config.yaml")
@@ -155,20 +159,26 @@ def test_comparison_of_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     write_comparison(save_path, {"coconut": [0.9, 1.0], "no_cot": [0.5, 0.5]})
     for seed in (0, 1):
         write_others(out / f"coconut-seed{seed}", [True, False, False, False])
-    compare(save_path, out, monkeypatch, "--seeds", "0", "1", "--methods", "coconut", "no_cot")
+    more = ["--seeds", "0", "1", "--methods", "coconut", "no_cot", "--further", "longer.json"]
+    compare(save_path, out, monkeypatch, *more)
     summary = json.loads((out / "summary.json").read_text())
     assert summary["methods"]["coconut"]["accuracy"] == pytest.approx(0.95)
     assert summary["methods"]["coconut"]["deviation"] == pytest.approx(0.0707, abs=1e-4)
     assert summary["methods"]["coconut"]["thoughts"] == 4  # two steps each, two thoughts a step
     assert summary["methods"]["no_cot"]["thoughts"] == 0
+    assert summary["methods"]["coconut"]["further"] == {"longer": pytest.approx([0.5, 0.6])}
+    assert summary["methods"]["coconut"]["passes"] == 1 + 4 + 6.5 - 1  # the question, its thoughts, the other tokens
+    assert summary["methods"]["no_cot"]["passes"] == 6.5
+    assert summary["methods"]["coconut"]["question_cosine"] == 0.25
     assert summary["methods"]["coconut"]["training_minutes"] == pytest.approx(2 * 2.5 / 60)
     assert summary["depth_shortcut"] == 0.5
     table = (out / "table.md").read_text().splitlines()
     assert table[2].startswith(
-        "| Coconut (`coconut`) | 95.0 (82.5 to 100.0) |  | 90.0, 100.0 | 65.0 (100%) | 25.0 | 25.0% | 6.5 | 4.0 | 0.1250 | 0 to 0 |"
+        "| Coconut (`coconut`) | 95.0 (82.5 to 100.0) |  | 90.0, 100.0 | 55.0 | 65.0 (100%) | 25.0 | 25.0% | 6.5 | 4.0 | 10.5 | 0.25 |"
+        " 0.1250 | 0 to 0 |"
     )
     assert table[3].startswith("| no-CoT (`no_cot`) | 50.0 (35.0 to 65.0) | -45.0 (")
-    assert "| 50.0, 50.0 |  |  | 25.0% |" in table[3]  # it has no thoughts
+    assert "| 50.0, 50.0 | 10.0 |  |  | 25.0% |" in table[3]  # it has no thoughts
     assert len({line.count("|") for line in table}) == 1
     for name in ("accuracy", "learning_curves"):
         assert image.imread(out / f"{name}.png").shape[0] > 300
