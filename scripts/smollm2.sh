@@ -3,7 +3,7 @@
 #   MODEL=DIRECTORY [GGUF=FILE_IN_IT] [DATA=data/gsm8k] bash scripts/smollm2.sh
 # DATA is the prefix of what preprocessing/gsm8k.py writes. Each method gets as many questions as take about half an hour on one
 # core of a CPU with bfloat16; TIMES=6 gives each six times as many. METHODS="cot codi" may be set; a rerun goes on. Each then
-# answers the first 300 test questions, those with thoughts also without them, and a table is printed.
+# answers the first 300 test questions, those with thoughts also without them; each one's accuracy is printed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
@@ -54,4 +54,4 @@ for method in "${methods[@]}"; do
     if [ ! -e "$save_path/$method/answered-gold" ]; then evaluate "$method" gold; fi
     if [ "$method" != cot ] && [ ! -e "$save_path/$method/answered-0" ]; then evaluate "$method" 0; fi
 done
-grep -h -o "accuracy .*" "$save_path"/*-gold.log "$save_path"/*-0.log
+for log in "$save_path"/*-gold.log "$save_path"/*-0.log; do echo "$(basename "$log" .log) thoughts: $(grep -o "accuracy .*" "$log")"; done
