@@ -128,7 +128,7 @@ def entry_scores(keys: Tensor, attention: Tensor, is_step: Tensor, is_answer: Te
     important = paid.unflatten(1, (keys.shape[1], -1)).amax(dim=2)
     directions = F.normalize(keys.float(), dim=-1) * is_step[:, None, :, None]
     others = (is_step.sum(dim=1)[:, None, None] - 1).clamp(min=1)
-    alike = ((directions @ directions.sum(dim=2)[..., None]).squeeze(-1) - 1) / others  # (B, H, T), without itself
+    alike = (directions @ directions.sum(dim=2)[..., None]).squeeze(-1) / others  # (B, H, T); itself adds the same to all
     distinct = (-alike).masked_fill(~steps[:, 0], -torch.inf).softmax(dim=-1)
     return (importance * important + (1 - importance) * distinct).masked_fill(~steps[:, 0], 0)
 
