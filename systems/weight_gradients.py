@@ -34,12 +34,7 @@ def gather_over_passes(model: Coconut) -> None:
             module.forward = _Gathered(module, passes)  # type: ignore[method-assign]
 
 
-class _Rows:
-    """Of one layer and one forward of the model: what later passes have left, until the first one has taken it."""
-
-    def __init__(self) -> None:
-        self.left: list[tuple[Tensor, Tensor]] = []
-        self.taken = False
+_Rows = list[tuple[Tensor, Tensor]]  # of one layer and one forward of the model: what later passes have left for the first
 
 
 class _Passes:
@@ -60,7 +55,7 @@ class _Passes:
             self.first = False
 
     def _start(self, rows: dict[nn.Module, _Rows] | None) -> None:
-        if any(one.left for one in (self.rows or {}).values()):
+        if any((self.rows or {}).values()):
             raise RuntimeError("a loss that the first pass has no part in: its later passes' gradients are lost")
         self.first, self.rows, self.casts = True, rows, {}
 
@@ -93,7 +88,7 @@ class _Gathered:
             inputs,
             weight,
             bias,
-            rows.setdefault(self.module, _Rows()),
+            rows.setdefault(self.module, []),
             self.passes.first,
             self.transposed,
         )
@@ -116,15 +111,15 @@ class _Linear(torch.autograd.Function):
         inputs, weight = ctx.saved_tensors
         own, given = inputs.flatten(0, -2), gradient.flatten(0, -2)  # (rows, in), (rows, out)
         of_inputs = (given @ (weight.t() if ctx.transposed else weight)).view_as(inputs)
-        if not (ctx.first or ctx.rows.taken):
-            ctx.rows.left.append((own, given))
+        if not ctx.first:
+            ctx.rows.append((own, given))
             return of_inputs, None, None, None, None, None
         of_weight = own.t() @ given if ctx.transposed else given.t() @ own
         of_bias = given.sum(dim=0) if ctx.has_bias else None
-        if ctx.rows.left:
-            own, given = (torch.cat(parts) for parts in zip(*ctx.rows.left, strict=True))
+        if ctx.rows:
+            own, given = (torch.cat(parts) for parts in zip(*ctx.rows, strict=True))
             of_weight.addmm_(*((own.t(), given) if ctx.transposed else (given.t(), own)))
             if of_bias is not None:
                 of_bias += given.sum(dim=0)
-        ctx.rows.left, ctx.rows.taken = [], True
+            ctx.rows.clear()
         return of_inputs, of_weight, of_bias, None, None, None
