@@ -21,7 +21,7 @@ RECORD = {
 
 
 def test_answers_are_told_by_their_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     test_file = write_json(tmp_path / "chains_test.json", [RECORD] * 8)
     for name in ("chains_test-run-checkpoint_1", "others_test-run-checkpoint_1"):  # the newest one is on other questions
@@ -35,6 +35,6 @@ def test_answers_are_told_by_their_place(
     assert found == {"1": 1 / 8, "2": 1 / 8, "3": 2 / 8, "the other chain": 2 / 8, "anything else": 2 / 8}
     monkeypatch.setattr(sys, "argv", ["chain_answers", str(test_file), str(tmp_path / "run")])
     chain_answers.main()
-    assert "| run | 12.5 | 12.5 | 25.0 | 25.0 | 25.0 |" in caplog.text
+    assert "| run | 12.5 | 12.5 | 25.0 | 25.0 | 25.0 |" in capsys.readouterr().out
     with pytest.raises(UserError, match="no evaluation with gold thoughts"):
         chain_answers.shares([RECORD], tmp_path / "run", "unknown")
