@@ -17,7 +17,7 @@ import numpy as np
 
 from experiments.noise.ablation_results import RIGHT
 from experiments.noise.progress import Record, finished_records
-from experiments.noise.summary import CLEAN, JUDGE, counterpart
+from experiments.noise.summary import CLEAN, JUDGE, counterpart, likeliest
 from experiments.plots import ACCURACY, drawing
 from experiments.tables import markdown
 from experiments.transfer import transferred
@@ -73,16 +73,24 @@ class Experiment(NamedTuple):
 def read_experiment(directory: Path) -> Experiment:
     """A noise experiment, or the parts of an ablation, each value of which is compared with the part's default.
 
+    Of K branches there are also the likeliest one ("CONDITION, best of K") and whether any is right ("CONDITION, any of K").
     UserError: neither is there.
     """
     if (directory / RIGHT).exists():
         return _read_ablation(json.loads((directory / RIGHT).read_text()))
     records = finished_records(directory)
     right: dict[str, dict[int, bool]] = {}
+    baselines = {}
     for record in records:
         for key, outcome in record["conditions"].items() if record["error"] is None else ():
-            right.setdefault(key, {})[record["index"]] = bool(outcome[JUDGE]["correct"])
-    return Experiment(right, {key: counterpart(key) for key in right}, records)
+            told, branches = {key: outcome[JUDGE]["correct"]}, outcome["branches"]
+            if len(branches) > 1:
+                told[f"{key}, best of {len(branches)}"] = likeliest(branches)["correct"]
+                told[f"{key}, any of {len(branches)}"] = any(branch["correct"] for branch in branches)
+            for name, correct in told.items():
+                right.setdefault(name, {})[record["index"]] = bool(correct)
+                baselines[name] = counterpart(key)
+    return Experiment(right, baselines, records)
 
 
 def _read_ablation(parts: Mapping[str, Any]) -> Experiment:
@@ -156,8 +164,9 @@ def write_results(directories: Sequence[Path], out: Path) -> dict[str, Numbers]:
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "across_seeds.json", {"experiments": [str(one) for one in directories], "conditions": result})
     write_text(out / "across_seeds.md", table(result) + "\n")
-    for setting in dict.fromkeys(key.split("@")[0] for key in result if "@" in key):
-        curve = {float(key.split("@")[1]): one for key, one in result.items() if key.startswith(f"{setting}@")}
+    noisy = [key for key in result if "@" in key and "," not in key]
+    for setting in dict.fromkeys(key.split("@")[0] for key in noisy):
+        curve = {float(key.split("@")[1]): result[key] for key in noisy if key.startswith(f"{setting}@")}
         _draw(dict(sorted(curve.items())), out / f"{setting}.png", f"{setting}, {len(directories)} seeds", result.get(CLEAN))
     return result
 

@@ -69,6 +69,23 @@ def test_table_over_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert (tmp_path / "out" / "gaussian.png").exists()
 
 
+def test_the_likeliest_of_several_branches_and_any_of_them(tmp_path: Path) -> None:
+    for name in "ab":
+        path = experiment(tmp_path / name, zeroed=1, failed=9) / "progress" / "part-0.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        for row in rows:  # the first branch is right, and in two questions of four the likelier one
+            likely = -0.5 if row["index"] < 2 else -2.0
+            row["conditions"]["gaussian@1.0"]["branches"] = [
+                {"answer": row["gold"], "correct": True, "log_probability": likely, "new_tokens": 1},
+                {"answer": "no", "correct": False, "log_probability": -1.0, "new_tokens": 1},
+            ]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = write_results([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
+    assert (found["gaussian@1.0, best of 2"]["mean"], found["gaussian@1.0, any of 2"]["mean"]) == (50, 100)
+    assert found["gaussian@1.0, best of 2"]["difference"]["mean"] == -50
+    assert "clean, best of 2" not in found
+
+
 def test_answers_of_the_other_question_are_counted(tmp_path: Path) -> None:
     directories = [experiment(tmp_path / name, zeroed=1, failed=9) for name in "ab"]
     found = write_results(directories, tmp_path / "out")

@@ -139,7 +139,7 @@ def condition_summary(records: Sequence[Record], key: str) -> dict[str, Any]:
         "errors": sum(record["error"] is not None for record in records),
         "no_answer": _percent(branch["answer"] == NO_ANSWER for branch in branches),
         "any_correct": _percent(any(branch["correct"] for branch in one["branches"]) for one in outcomes),
-        "best_correct": _percent(_likeliest(one["branches"])["correct"] for one in outcomes),
+        "best_correct": _percent(likeliest(one["branches"])["correct"] for one in outcomes),
         "branch_accuracy": _percent(branch["correct"] for branch in branches),
         "agreement": _mean(one[JUDGE]["confidence"] for one in outcomes),
         "new_tokens": _mean(branch["new_tokens"] for branch in branches),
@@ -158,7 +158,7 @@ def _mean(values: Iterable[float]) -> float | None:
     return math.fsum(numbers) / len(numbers) if numbers and all(map(math.isfinite, numbers)) else None
 
 
-def _likeliest(branches: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def likeliest(branches: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The first of them, if several are as likely; one without an answer only where none has any."""
 
     def rank(branch: dict[str, Any]) -> tuple[bool, float]:
