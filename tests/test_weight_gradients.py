@@ -34,7 +34,7 @@ def pair(family: str, setting: Any = "identity", iterations: int | None = None) 
     return plain, gathered
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2", "gemma2"])
+@pytest.mark.parametrize("family", ["gpt2", "qwen2"])  # qwen2 has layers with and without biases
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradients_stay_what_they_are(family: str, layout: str) -> None:
     plain, gathered = pair(family)
