@@ -55,7 +55,8 @@ def evaluation_of(run: Path, latents: int | str = "gold", data: str = "*") -> Pa
     places = sorted((run / "eval").glob(f"{data}-*/{METRICS}"), key=lambda path: path.stat().st_mtime)
     found = [path for path in places if read_metrics(path.parent, "evaluation")[-1].get("eval_latents", "gold") == latents]
     if not found:
-        raise UserError(f"{run / 'eval'}: no evaluation with {latents} thoughts there; run.py with only_eval=true makes one")
+        on = "" if data == "*" else f" of {data}"
+        raise UserError(f"{run / 'eval'}: no evaluation{on} with {latents} thoughts; run.py with only_eval=true makes one")
     return found[-1].parent
 
 

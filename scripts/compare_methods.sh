@@ -79,9 +79,11 @@ done
 for seed in "${seeds[@]}"; do
     for method in "${methods[@]}"; do
         name=$method-seed$seed
+        if ! compgen -G "$save_path/$name/eval/$(basename "$data")_4hops_test-*" > /dev/null; then
+            evaluate "$method" "$seed" "" val_path="${data}_4hops_test.json" batch_size_eval=250
+        fi
         if [ -e "$save_path/$name/compared" ]; then continue; fi
         evaluate "$method" "$seed" "" val_path="${data}_test.json" batch_size_eval=250
-        evaluate "$method" "$seed" "" val_path="${data}_4hops_test.json" batch_size_eval=250
         case $method in coconut | no_curriculum | pause | pause_as_thought | codi | simcot | codi_simcot | codi_kv)
             evaluate "$method" "$seed" "" val_path="${data}_test.json" batch_size_eval=250 eval_latents=0 ;;
         esac

@@ -1,12 +1,18 @@
 #!/usr/bin/env bash
 # A small pretrained model on GSM8K: chain of thought; then, each from its weights, Coconut, CODI, and CODI + SIM-CoT.
 #   MODEL=DIRECTORY [GGUF=FILE_IN_IT] [DATA=data/gsm8k] bash scripts/smollm2.sh
-# DATA is the prefix of what preprocessing/gsm8k.py writes. Each method gets as many questions as take about half an hour on one
-# core of a CPU with bfloat16; TIMES=6 gives each six times as many. METHODS="cot codi" may be set; a rerun goes on. Each then
-# answers the first 300 test questions, those with thoughts also without them; each one's accuracy is printed.
+# DATA is the prefix of what preprocessing/gsm8k.py writes. CoT on 2,560 questions takes about half an hour for SmolLM2-135M on one
+# core of a CPU with bfloat16; the others get fewer, as a question costs them more. TIMES=6 gives each six times as many.
+# METHODS="cot codi" may be set; a rerun goes on. Each then answers the first 300 test questions, those with thoughts also without
+# them; each one's accuracy is printed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
+if [ -z "${MODEL:-}" ]; then echo "error: MODEL is missing: a directory of transformers, or of a GGUF file named by GGUF" >&2; exit 2; fi
+if [ ! -e "${DATA:-data/gsm8k}_train.json" ]; then
+    echo "error: ${DATA:-data/gsm8k}_train.json: no such file; preprocessing/gsm8k.py makes it" >&2
+    exit 2
+fi
 make_environment .venv requirements.txt
 
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false

@@ -36,5 +36,5 @@ def test_answers_are_told_by_their_place(
     monkeypatch.setattr(sys, "argv", ["chain_answers", str(test_file), str(tmp_path / "run")])
     chain_answers.main()
     assert "| run | 12.5 | 12.5 | 25.0 | 25.0 | 25.0 |" in capsys.readouterr().out
-    with pytest.raises(UserError, match="no evaluation with gold thoughts"):
+    with pytest.raises(UserError, match="no evaluation of unknown with gold thoughts"):
         chain_answers.shares([RECORD], tmp_path / "run", "unknown")

@@ -103,7 +103,7 @@ def test_the_summary_takes_the_evaluation_with_gold_thoughts(save_path: Path) ->
 
 
 def test_a_missing_run_is_one_line(test_file: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
-    with pytest.raises(UserError, match=r"eval: no evaluation with gold thoughts there"):
+    with pytest.raises(UserError, match=r"eval: no evaluation with gold thoughts"):
         quickstart.summarise(tmp_path, test_file, 1.0)
     monkeypatch.setattr(sys, "argv", ["quickstart", str(tmp_path), str(test_file), str(tmp_path / "out"), "--seconds", "1"])
     with pytest.raises(SystemExit) as caught:
