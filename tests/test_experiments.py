@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -183,6 +185,34 @@ def test_comparison_of_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     for name in ("accuracy", "learning_curves"):
         assert image.imread(out / f"{name}.png").shape[0] > 300
     assert (out / "metrics" / "no_cot-seed1-test.jsonl").is_file()
+
+
+def test_packed_runs_make_the_same_table_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """scripts/keep_runs.sh, and `tar xf` in another clone."""
+    there, here = tmp_path / "there", tmp_path / "here"
+    more = ["--seeds", "0", "--methods", "coconut"]
+    for place in (there, here):
+        place.mkdir()
+    monkeypatch.chdir(there)
+    write_comparison(Path("runs"), {"coconut": [0.9]})
+    write_others(Path("out/coconut-seed0"), [True, False])
+    (weights := Path("runs/coconut-seed0/checkpoint_4")).mkdir()
+    (weights / "model.safetensors").write_text("large")
+    Path("runs/coconut-seed0/finished").touch()
+    script = [str(shutil.which("bash")), str(ROOT / "scripts" / "keep_runs.sh"), str(tmp_path / "kept.tar.gz")]
+    folders = ["runs/coconut-seed0", "runs/coconut-seed0-single", "out/coconut-seed0"]
+    subprocess.run([*script, *folders], check=True, capture_output=True)
+    compare(Path("runs"), Path("out"), monkeypatch, *more)
+
+    monkeypatch.chdir(here)
+    subprocess.run([str(shutil.which("tar")), "xf", str(tmp_path / "kept.tar.gz")], check=True)
+    compare(Path("runs"), Path("out"), monkeypatch, *more)
+    assert Path("out/table.md").read_text() == (there / "out" / "table.md").read_text()
+    assert Path("runs/coconut-seed0/finished").exists()
+    assert not Path("runs/coconut-seed0/checkpoint_4").exists()
+
+    missing = subprocess.run([*script, "runs/coconut-seed1"], capture_output=True, text=True)
+    assert (missing.returncode, missing.stderr) == (2, "error: runs/coconut-seed1: no such folder\n")
 
 
 def test_learning_curves_are_medians_over_seeds_by_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
