@@ -18,7 +18,7 @@ from systems import distributed, meta_start, sources
 from systems.batches import Batching, Samples
 from systems.checkpoint import id_facts
 from systems.files import Facts
-from systems.machine import machine
+from systems.machine import machine, warn_of_slow_bfloat16
 from systems.metrics import Outputs, Reporter, print_config, save_predictions, schedule_table, show
 from systems.models import LatentIds, build_model, latent_ids
 from systems.signals import PREEMPTION, StopRequest
@@ -145,6 +145,8 @@ def main(arguments: list[str]) -> None:
             config = distributed.run_on_main(lambda: sources.resolve_paths(given))
         with alone(None if config.debug else config.save_dir):
             print_config(config)
+            if config.bf16:
+                warn_of_slow_bfloat16(f"bf16: {config.bf16}", "bf16=false", device)
             if config.only_eval:
                 evaluate(config, device)
                 return

@@ -2,9 +2,9 @@
 # A small pretrained model on GSM8K: chain of thought; then, each from its weights, Coconut, CODI, and CODI + SIM-CoT.
 #   MODEL=DIRECTORY [GGUF=FILE_IN_IT] [DATA=data/gsm8k] bash scripts/smollm2.sh
 # DATA is the prefix of what preprocessing/gsm8k.py writes. CoT on 2,560 questions takes about half an hour for SmolLM2-135M on one
-# core of a CPU with bfloat16; the others get fewer, as a question costs them more. TIMES=6 gives each six times as many.
-# METHODS="cot codi" may be set; a rerun goes on. Each then answers the first 300 test questions, those with thoughts also without
-# them; each one's accuracy is printed.
+# core of a CPU that has bfloat16 (on one without, float32 takes hours); the others get fewer, as a question costs them more.
+# TIMES=6 gives each six times as many. METHODS="cot codi" may be set; a rerun goes on. Each then answers the first 300 test
+# questions, those with thoughts also without them; each one's accuracy is printed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
@@ -18,7 +18,9 @@ make_environment .venv requirements.txt
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false
 read -ra methods <<< "${METHODS:-cot coconut codi codi_simcot}"
 times=${TIMES:-1} data=${DATA:-data/gsm8k} save_path=checkpoints/smollm2
-always=(model_id="$MODEL" gguf_file="${GGUF:-null}" save_path=$save_path bf16=true wandb=disabled num_workers=0 batch_size_eval=50)
+bf16=$(.venv/bin/python -c "import torch; from systems.machine import has_bfloat16
+print(torch.cuda.is_available() or has_bfloat16())")
+always=(model_id="$MODEL" gguf_file="${GGUF:-null}" save_path=$save_path bf16=$bf16 wandb=disabled num_workers=0 batch_size_eval=50)
 mkdir -p "$save_path"
 
 first() { # COUNT FROM TO

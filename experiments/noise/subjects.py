@@ -20,6 +20,7 @@ from generation import MAX_N_LATENT, branch_point
 from methods import METHODS, EvalLatents, stage_shape
 from states import BranchPoint
 from systems import distributed, files, sources
+from systems.machine import warn_of_slow_bfloat16
 from systems.models import LatentIds, build_model, latent_ids
 from systems.shards import SHARDS
 from systems.tokens import check_chat_template, question_ids
@@ -108,6 +109,8 @@ class Subject:
 
 def load_subject(config: SweepConfig, device: torch.device) -> Subject:
     """The model that a configuration names, in evaluation mode. Raises UserError with one line if it cannot be used."""
+    if config.dtype == "bfloat16":
+        warn_of_slow_bfloat16("dtype: bfloat16", "dtype=float32", device)
     run = _run_config(config)
     source = str(run.load_model_path)
     facts = files.read_facts(Path(source))
