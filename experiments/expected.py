@@ -25,7 +25,7 @@ from experiments.tables import markdown
 from methods import ALL_TOKENS
 from systems.files import read_typed
 from systems.machine import described
-from systems.writing import config_changes, write_json, write_text
+from systems.writing import write_json, write_text
 from utils import UserError, entry_point, get_logger, load_config, parse_yaml, read_text
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -121,8 +121,8 @@ def differences(run: Path, file: str) -> list[str]:
     """Keys with which a run differs from its file, where that may change what is learned; a script says its own."""
     if not file.startswith("args/"):
         return []
-    changes = config_changes(load_config(RunConfig, [str(ROOT / file)]), run / "config.yaml")
-    return [change for change in changes if change.split(" ", 1)[0] not in FREE]
+    ours, theirs = (load_config(RunConfig, [str(path)]).model_dump() for path in (run / "config.yaml", ROOT / file))
+    return [f"{key} {ours[key]!r}, there {theirs[key]!r}" for key in theirs if key not in FREE and ours[key] != theirs[key]]
 
 
 def _shown(name: str, value: float) -> str:

@@ -68,7 +68,7 @@ def test_a_run_is_named_at_the_stage_where_it_leaves_the_range(made: dict[str, A
 
 def test_a_changed_setting_is_said_and_a_changed_seed_is_not(made: dict[str, Any], tmp_path: Path) -> None:
     run = write_run(tmp_path / "other", [(1, 1, 0.99)], 7, "lr=0.5", "wandb=offline")
-    assert [change.split()[0] for change in expected.differences(run, expected.owner_of(run))] == ["lr"]
+    assert expected.differences(run, expected.owner_of(run)) == ["lr 0.5, there 0.001"]
     named = write_run(tmp_path / "named", [(1, 1, 0.99)], 7, "name=mine")
     with pytest.raises(UserError, match="no file in args/ has the name mine"):
         expected.owner_of(named)
