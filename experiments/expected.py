@@ -1,8 +1,9 @@
 """Numbers you should see: `python -m experiments.expected RUN` says at which stage a run leaves those of docs/expected.json.
 
 `python -m experiments.expected --make RUN RUN ...` takes the finished runs of several seeds into docs/expected.json and writes
-docs/EXPECTED.md anew. A run belongs to the file of args/ whose `name` it has, or, where a script trains several seeds, to the
-script and the run's name without the seed.
+docs/EXPECTED.md anew; with `--add` in its place the seeds that are there stay, for instance those of another machine. A run
+belongs to the file of args/ whose `name` it has, or, where a script trains several seeds, to the script and the run's name
+without the seed.
 
 A seed that was not among those may lie a little outside of their range. So a stage counts as left behind where its accuracy
 is lower, or its loss or its epochs are more, than the range of the seeds and half its width again.
@@ -38,7 +39,8 @@ LEAST = {"accuracy": 0.01, "val_loss": 0.005, "epochs": 1}  # no range is narrow
 Stages = dict[str, dict[str, list[float]]]  # stage -> number -> one value for each seed
 HEADING = """# Numbers you should see
 
-Made by `python -m experiments.expected --make RUN ...`, from [expected.json](expected.json). Hold your own run against it:
+Made by `python -m experiments.expected --make RUN ...`, and for a further machine `--add`, from
+[expected.json](expected.json). Hold your own run against it:
 
     python -m experiments.expected checkpoints/quick-coconut
 
@@ -154,12 +156,26 @@ def page(data: Mapping[str, Any]) -> str:
     return "".join(parts) + "\n" + markdown(("file", "published"), rows) + "\n"
 
 
-def make(runs: Sequence[Path]) -> None:
+def together(before: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """One entry of the seeds of both, as of two machines."""
+    stages: Stages = {}
+    for stage, numbers in [*before["stages"].items(), *more["stages"].items()]:
+        for name, values in numbers.items():
+            stages.setdefault(stage, {}).setdefault(name, []).extend(values)
+    return {
+        "seeds": before["seeds"] + more["seeds"],
+        "machine": f"{before['machine']}; and {more['machine']}",
+        "stages": stages,
+    }
+
+
+def make(runs: Sequence[Path], add: bool = False) -> None:
     data = read_typed(DATA, dict[str, Any]) if DATA.exists() else {}
     by_file: dict[str, list[Path]] = {}
     for run in runs:
         by_file.setdefault(owner_of(run), []).append(run)
-    data |= {file: collect(group) for file, group in by_file.items()}
+    for file, group in by_file.items():
+        data[file] = together(data[file], collect(group)) if add and file in data else collect(group)
     write_json(DATA, dict(sorted(data.items())))
     write_text(PAGE, page(json.loads(DATA.read_text(encoding="utf-8"))))
 
@@ -169,9 +185,10 @@ def main(given: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.expected", description=__doc__)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     parser.add_argument("--make", action="store_true", help="take these runs as what is expected")
+    parser.add_argument("--add", action="store_true", help="take them too, beside those that are there")
     arguments = parser.parse_args(given)
-    if arguments.make:
-        make(arguments.runs)
+    if arguments.make or arguments.add:
+        make(arguments.runs, arguments.add)
         return
     data = read_typed(DATA, dict[str, Any])
     for run in arguments.runs:

@@ -86,6 +86,15 @@ def test_runs_of_a_script_belong_to_it_and_their_method(made: dict[str, Any], tm
     assert data["scripts/compare_methods.sh, simcot"]["seeds"] == [3, 4]
     assert FILE in data
     assert "## scripts/compare_methods.sh, simcot" in expected.PAGE.read_text()
+    expected.make(
+        [write_run(tmp_path / "later", [(2, 3, 0.5), (3, 2, 0.7)], 5, "name=simcot-seed5", "save_path=checkpoints/compare")],
+        add=True,
+    )
+    entry = json.loads(expected.DATA.read_text())["scripts/compare_methods.sh, simcot"]
+    assert (entry["seeds"], entry["machine"].count("; and ")) == ([3, 4, 5], 1)
+    assert entry["stages"]["2"]["accuracy"] == [0.5]
+    assert entry["stages"]["3"]["accuracy"][-1] == 0.7
+    assert len(entry["stages"]["3"]["accuracy"]) == 3
     elsewhere = write_run(tmp_path / "elsewhere", [(3, 2, 0.9)], 3, "name=simcot-seed3")
     with pytest.raises(UserError, match="no file in args/ has the name simcot-seed3"):
         expected.owner_of(elsewhere)
