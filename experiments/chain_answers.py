@@ -51,7 +51,7 @@ def main(given: list[str]) -> None:
     arguments = parser.parse_args(given)
     records = load_records(arguments.test_file)
     latents = "gold" if arguments.latents is None else arguments.latents
-    rows = {run.name: shares(records, run, arguments.test_file.stem, latents) for run in arguments.runs}
+    rows = {str(run): shares(records, run, arguments.test_file.stem, latents) for run in arguments.runs}
     header = [f"step {place}" if place.isdigit() else place for place in next(iter(rows.values()))]
     table = [[name, *(f"{100 * share:.1f}" for share in row.values())] for name, row in rows.items()]
     get_logger().info(markdown(["answers in %", *header], table))

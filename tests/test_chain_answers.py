@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -33,8 +34,11 @@ def test_answers_are_told_by_their_place(
             append_jsonl(place / "predictions_1.jsonl", {"idx": index, "answer": answer})
     found = chain_answers.shares([RECORD] * 8, tmp_path / "run", "chains_test")
     assert found == {"1": 1 / 8, "2": 1 / 8, "3": 2 / 8, "the other chain": 2 / 8, "anything else": 2 / 8}
-    monkeypatch.setattr(sys, "argv", ["chain_answers", str(test_file), str(tmp_path / "run")])
+    shutil.copytree(tmp_path / "run", tmp_path / "seed1" / "run")  # the same name in another folder, as the quick start's
+    runs = [str(tmp_path / "run"), str(tmp_path / "seed1" / "run")]
+    monkeypatch.setattr(sys, "argv", ["chain_answers", str(test_file), *runs])
     chain_answers.main()
-    assert "| run | 12.5 | 12.5 | 25.0 | 25.0 | 25.0 |" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert [f"| {run} | 12.5 | 12.5 | 25.0 | 25.0 | 25.0 |" in shown for run in runs] == [True, True]
     with pytest.raises(UserError, match="no evaluation of unknown with gold thoughts"):
         chain_answers.shares([RECORD], tmp_path / "run", "unknown")
