@@ -24,7 +24,7 @@ log=$(mktemp)
 oldest=$!
 trap 'kill "$oldest" 2> /dev/null || true; rm -f "$log"' EXIT
 failed=0
-.venv/bin/python -m pytest -q -n 2 --dist loadfile "$@" || failed=$?
+.venv/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder "$@" || failed=$? # else the slowest files come last
 wait "$oldest" || failed=$?
 echo "== model tests with the oldest supported ($(version .venv-oldest))"
 cat "$log"

@@ -14,7 +14,9 @@ TRAINING_GRAPHS = 4  # the columns before the first latent, one position after t
 EVALUATION_GRAPHS = 4  # the same without gradients, where the rest is a pass like the first, and decoding one like a latent's
 
 
-def compiled(family: str, backend: str, monkeypatch: pytest.MonkeyPatch, recompute: bool = False) -> tuple[Coconut, Coconut]:
+def compiled(
+    family: str, backend: str, monkeypatch: pytest.MonkeyPatch, recompute: bool = False, **overrides: int
+) -> tuple[Coconut, Coconut]:
     """A plain model and the same one compiled by `wrap`. recompute: with activation_checkpointing."""
     torch._dynamo.reset()
     counters.clear()
@@ -24,7 +26,7 @@ def compiled(family: str, backend: str, monkeypatch: pytest.MonkeyPatch, recompu
     )
     pair = []
     for compile_it in (False, True):
-        base, ids = tiny_model(family)
+        base, ids = tiny_model(family, **overrides)
         model = Coconut(base, ids.latent, ids.start_latent, ids.end_latent, ids.eos)
         part = Parallelism("coconut", "ddp", "pass", False, recompute and compile_it, compile_it)
         pair.append(unwrap(wrap(model, part, torch.device("cpu"))))
@@ -116,5 +118,5 @@ def test_with_activation_checkpointing_little_is_kept_and_losses_agree(monkeypat
 
 @pytest.mark.parametrize("family", ["llama"])  # the compiler takes a minute; the graphs of both are compared above
 def test_generated_code_computes_the_same(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, fast = compiled(family, "inductor", monkeypatch)
+    plain, fast = compiled(family, "inductor", monkeypatch, num_hidden_layers=1)
     losses_agree(plain, fast, batch(fast, 3, 20, 2))

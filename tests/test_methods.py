@@ -293,7 +293,7 @@ def test_the_loss_of_several_sequences_is_that_of_one_process(
     run_arguments: list[str], tmp_path: Path, distilled: list[str]
 ) -> None:
     start(run_arguments, *distilled, "name=one", "batch_size_training=4", "pad_latent_to_max=false")
-    variants = {"ddp": [], "fsdp": ["parallel=fsdp"], "step": ["parallel=fsdp", "fsdp_gather=step"]}
+    variants = {"fsdp": ["parallel=fsdp"], "step": ["parallel=fsdp", "fsdp_gather=step"]}  # DDP: test_distillation.py
     for name, settings in variants.items():
         more = [*distilled, f"name={name}", "batch_size_training=2", "pad_latent_to_max=false", *settings]
         result = launch(2, run_arguments, *more, script=ROOT / "tests" / "distillation.py")
