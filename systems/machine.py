@@ -53,7 +53,7 @@ def processor() -> str:
 
 
 def has_bfloat16(device: torch.device | str = "cpu") -> bool:
-    """Whether the device has instructions for bfloat16. A CPU without them took 40 times as long as in float32."""
+    """Whether torch uses instructions of the device for bfloat16. A CPU without them took 40 times as long as in float32."""
     if torch.device(device).type != "cpu":
         return True
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
@@ -62,7 +62,7 @@ def has_bfloat16(device: torch.device | str = "cpu") -> bool:
 def warn_of_slow_bfloat16(setting: str, instead: str, device: torch.device) -> None:
     """One line where a setting asks for bfloat16 on a device without it."""
     if is_main_process() and not has_bfloat16(device):
-        get_logger().warning(f"{setting}: this processor has no bfloat16 and is many times slower with it; take {instead}")
+        get_logger().warning(f"{setting}: on this processor torch takes many times longer with bfloat16; take {instead}")
 
 
 def git_commit() -> str | None:
