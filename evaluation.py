@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from statistics import NormalDist
 from typing import Any, Literal, cast
 
 import torch
 from datasets import Dataset
-from scipy.stats import binomtest
 from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -286,6 +287,9 @@ def _lines(text: str) -> list[str]:
 
 
 def interval(correct: int, total: int) -> tuple[float, float]:
-    """95% Wilson score interval of a fraction (Wilson 1927)."""
-    bounds = binomtest(correct, total).proportion_ci(confidence_level=0.95, method="wilson")
-    return float(bounds.low), float(bounds.high)
+    """95% Wilson score interval of a fraction (Wilson 1927). Not scipy's: that takes a second to import, at each start."""
+    squared = NormalDist().inv_cdf(0.975) ** 2
+    share = correct / total
+    half = math.sqrt(squared * (share * (1 - share) / total + squared / (4 * total**2)))
+    low, high = ((share + squared / (2 * total) + sign * half) / (1 + squared / total) for sign in (-1, 1))
+    return (low if correct else 0.0), (high if correct < total else 1.0)

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from scipy.stats import binomtest
 
 from config import RunConfig
 from dataset import get_question_latent_dataset
-from evaluation import Asking, Evaluator, clean_answer, written_answer
+from evaluation import Asking, Evaluator, clean_answer, interval, written_answer
 from systems.models import build_model, latent_ids, load_tokenizer
 from systems.tokens import get_dataset
 from thoughts import thought_health
@@ -128,3 +129,9 @@ def test_the_health_is_that_of_the_thoughts_of_the_questions(run_arguments: list
     assert found["thought_norm"] == pytest.approx(torch.cat(own).norm(dim=-1).mean().item(), rel=0.2)
     assert found["question_cosine"] == pytest.approx(thought_health(own)["question_cosine"], rel=1e-4)
     assert judge.evaluate(model, 0).health == {}
+
+
+@pytest.mark.parametrize(("correct", "total"), [(0, 7), (1, 7), (7, 7), (964, 1000), (1, 1)])
+def test_the_interval_is_wilsons(correct: int, total: int) -> None:
+    expected = binomtest(correct, total).proportion_ci(method="wilson")
+    assert interval(correct, total) == pytest.approx((expected.low, expected.high), abs=1e-12)
