@@ -13,6 +13,6 @@ shift
 for folder in "$@"; do
     if [ ! -d "$folder" ]; then echo "error: $folder: no such folder" >&2; exit 2; fi
 done
-find "$@" \( -name 'checkpoint_*' -prune \) -o -type f \( -path '*/eval/*' -o -path '*/progress/*' -o -name metrics.jsonl -o -name config.yaml \
-    -o -name finished -o -name compared \) -print | sort | tar czf "$archive" -T -
+find "$@" -type f \( -path '*/eval/*' -o -path '*/progress/*' -o -name metrics.jsonl -o -name config.yaml \
+    -o -name finished -o -name compared \) | sort | tar czf "$archive" -T -
 du -sh "$archive"

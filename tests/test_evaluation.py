@@ -135,3 +135,4 @@ def test_the_health_is_that_of_the_thoughts_of_the_questions(run_arguments: list
 def test_the_interval_is_wilsons(correct: int, total: int) -> None:
     expected = binomtest(correct, total).proportion_ci(method="wilson")
     assert interval(correct, total) == pytest.approx((expected.low, expected.high), abs=1e-12)
+    assert all(interval(0, n)[0] == 0 and interval(n, n)[1] == 1 for n in range(1, 100))

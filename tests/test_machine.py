@@ -39,5 +39,6 @@ def test_bfloat16_on_a_processor_without_it_is_said(
         monkeypatch.setattr(machine, "has_bfloat16", lambda device, has=has: has)
         machine.warn_of_slow_bfloat16("bf16: True", "bf16=false", torch.device("cpu"))
         assert caplog.text.count("bf16: True: on this processor torch takes many times longer with bfloat16") == lines
+    caplog.clear()
     start([*run_arguments, "bf16=true", "num_epochs=1", "debug=true"])
     assert "take bf16=false" in caplog.text
