@@ -31,14 +31,14 @@ def test_epochs_and_evaluations_say_where_they_were_made(run_arguments: list[str
 
 
 def test_bfloat16_on_a_processor_without_it_is_said(
-    run_arguments: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    run_arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert machine.has_bfloat16("cuda")
     for has, lines in ((True, 0), (False, 1)):
-        caplog.clear()
         monkeypatch.setattr(machine, "has_bfloat16", lambda device, has=has: has)
         machine.warn_of_slow_bfloat16("bf16: True", "bf16=false", torch.device("cpu"))
-        assert caplog.text.count("bf16: True: on this processor torch takes many times longer with bfloat16") == lines
-    caplog.clear()
+        assert (
+            capsys.readouterr().out.count("bf16: True: on this processor torch takes many times longer with bfloat16") == lines
+        )
     start([*run_arguments, "bf16=true", "num_epochs=1", "debug=true"])
-    assert "take bf16=false" in caplog.text
+    assert "take bf16=false" in capsys.readouterr().out
