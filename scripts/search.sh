@@ -63,6 +63,7 @@ evaluate() { # METHOD RUN SETTINGS...
 for seed in "${seeds[@]}"; do
     for method in "${methods[@]}"; do
         run=$method-seed$seed form=plain file=cot begin=() settings=() length=(num_epochs=30)
+        if [ -e "$save_path/$run/compared" ]; then continue; fi
         case $method in coconut | pause_as_thought | no_thoughts) settings=("${staged[@]}" resume=12) length=(num_epochs=42) ;; esac
         case $method in coconut | pause_as_thought | no_curriculum)
             form=marked file=coconut begin=("${staged[@]}" resume=0) ;;
@@ -77,7 +78,6 @@ for seed in "${seeds[@]}"; do
         fi
         train "$method" "$run" seed="$seed" "${length[@]}" examples_per_epoch=9600 "${settings[@]}" "${search[@]}" \
             load_model_path="$save_path/start-$form-seed$seed" lr_schedule=linear
-        if [ -e "$save_path/$run/compared" ]; then continue; fi
         evaluate "$method" "$run" "${length[@]}" "${settings[@]}"
         case $method in coconut | pause_as_thought | no_curriculum)
             evaluate "$method" "$run" "${length[@]}" "${settings[@]}" eval_latents=0 ;;
