@@ -8,6 +8,9 @@ Under torchrun the processes share the questions. The same command goes on where
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import systems.startup  # noqa: F401
+
 from experiments.noise.full import run_full
 from experiments.noise.settings import FullConfig
 from systems import distributed

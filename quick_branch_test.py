@@ -8,6 +8,9 @@ Without a model the quick start's checkpoint answers, or a small random model wh
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import systems.startup  # noqa: F401
+
 from experiments.checks.branch_check import QuickBranchConfig, show_branches, with_quick_start
 from systems import distributed
 from utils import entry_point, load_config

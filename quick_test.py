@@ -8,6 +8,9 @@ A small random model is made on the spot; model_id or load_model_path names anot
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import systems.startup  # noqa: F401
+
 import sys
 
 from experiments.checks.selfcheck import CheckConfig, run_checks

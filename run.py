@@ -6,6 +6,9 @@ python run.py args/prosqa_coconut_eval.yaml load_model_path=checkpoints/prosqa-c
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import systems.startup  # noqa: F401
+
 from pathlib import Path
 from typing import Any
 

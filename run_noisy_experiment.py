@@ -8,6 +8,9 @@ Under torchrun the processes share the questions. The same command goes on where
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import systems.startup  # noqa: F401
+
 from experiments.noise.results import answer_and_write
 from experiments.noise.settings import BranchConfig
 from utils import entry_point, load_config

@@ -6,6 +6,9 @@ python test.py args/noise_sweep.yaml load_model_path=checkpoints/x@best noise_ty
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import systems.startup  # noqa: F401
+
 from experiments.noise.results import answer_and_write
 from experiments.noise.settings import SweepConfig
 from utils import entry_point, load_config

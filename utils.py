@@ -24,6 +24,8 @@ import torch
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from systems import startup
+
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 PATH_ERRORS = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)
 LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes, on Linux and macOS
@@ -405,6 +407,7 @@ def entry_point(main: Callable[[list[str]], None]) -> Callable[[], None]:
 
     @functools.wraps(main)
     def run() -> None:
+        startup.imported()
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")  # a name may hold what the terminal cannot show

@@ -9,6 +9,7 @@ import pytest
 from conftest import ROOT
 
 ORDER = (
+    "systems.startup",
     "utils",
     "noise",
     "thoughts",
