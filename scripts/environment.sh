@@ -1,7 +1,5 @@
 # Sourced by the other scripts: make_environment DIR REQUIREMENTS creates or reuses a virtual environment and installs into it.
 
-unset PYTHONDONTWRITEBYTECODE # container images set it; each command would then compile all modules again
-
 find_python() {
     local candidate
     for candidate in "${PYTHON:-}" python3 python3.13 python3.12 python3.11 python3.10 python; do
