@@ -40,6 +40,7 @@ from generation import (
 )
 from noise import Scales, sampling_generator
 from states import Branch, Branches, Details, Outputs, Pass, Prompt, Thinking
+from systems.activation_checkpointing import summed_cross_entropy
 from thoughts import Intervention, Noise, ThoughtInterventions, ThoughtMap, gather_thoughts, published_noise
 
 IGNORE_INDEX = -100  # label of positions that carry no loss, as in torch.nn.functional.cross_entropy
@@ -158,7 +159,7 @@ class Coconut(nn.Module):
             input_ids: (B, T) int64. attention_mask: (B, T), 0 on padding; all ones if None.
             labels: (B, T) int64, `IGNORE_INDEX` where no loss is taken; shifted here.
             position_ids: (B, T) int64; counted from the attention mask if None.
-            labelled_only: project only the N positions that predict a label onto the vocabulary.
+            labelled_only: the loss alone; only the N positions that predict a label are projected onto the vocabulary.
             num_items_in_batch: divide the summed cross entropy by this instead of by N, for means over several batches.
             noise, noise_scale, noise_type, noise_direction, apply_noise_to_all_passes, seed, question_index: as in `generate`.
             return_details: also return the thoughts and their noise. all_layers: and every layer's states in the last pass.
@@ -183,15 +184,14 @@ class Coconut(nn.Module):
             return Outputs(None, thinking.inputs_embeds, self.project(thinking.hidden))
         predicts = labels[:, 1:] != IGNORE_INDEX  # (B, T-1): position t predicts the label at t + 1
         targets = labels[:, 1:][predicts]  # (N,)
-        if labelled_only:
-            logits = self.project(thinking.hidden[:, :-1][predicts])  # (N, V)
-            predictions = logits
-        else:
-            logits = self.project(thinking.hidden)  # (B, T, V)
-            predictions = logits[:, :-1][predicts]
         items = max(len(targets), 1) if num_items_in_batch is None else num_items_in_batch
-        loss = F.cross_entropy(predictions.float(), targets, reduction="sum") / items
-        return Outputs(loss, thinking.inputs_embeds, logits)
+        if labelled_only:
+            vocabulary = self.base_causallm.config.get_text_config().vocab_size
+            total = summed_cross_entropy(self.project, thinking.hidden[:, :-1][predicts], targets, vocabulary)
+            return Outputs(total / items, thinking.inputs_embeds, None)
+        logits = self.project(thinking.hidden)  # (B, T, V)
+        total = F.cross_entropy(logits[:, :-1][predicts].float(), targets, reduction="sum")
+        return Outputs(total / items, thinking.inputs_embeds, logits)
 
     def think(
         self,

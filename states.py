@@ -19,12 +19,12 @@ class Outputs(NamedTuple):
 
     loss: scalar float32, or None without labels.
     inputs_embeds: (B, T, D), the input embeddings with the thoughts filled in.
-    logits: (B, T, V) float; with `labelled_only` (N, V), row by row in the order of the labels they predict.
+    logits: (B, T, V) float, or None with `labelled_only`.
     """
 
     loss: Tensor | None
     inputs_embeds: Tensor
-    logits: Tensor
+    logits: Tensor | None
 
 
 class Pass(NamedTuple):

@@ -1,7 +1,7 @@
-"""Activation checkpointing of transformer blocks that keep a key-value cache between latent passes.
+"""Less memory for more arithmetic: blocks, and many logits, are computed again in the backward pass.
 
-transformers' own gradient checkpointing turns the cache off, and a block that is simply run a second time would add its keys
-and values a second time. Here each run of a block gets the cache as it was before the block.
+transformers' own gradient checkpointing turns the key-value cache off, and a block that is simply run a second time would add
+its keys and values a second time. Here each run of a block gets the cache as it was before the block.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 from utils import UserError
 
+MOST_LOGITS = 2**28  # of a loss at once: 1 GiB in float32, and two or three times that with their gradients
 _CACHE = object()  # stands for the cache among a block's arguments
 
 
@@ -114,3 +116,20 @@ class _Parts(DynamicLayer):
 
     def get_seq_length(self, *args: Any) -> int:
         return sum(keys.shape[-2] for keys, _ in self.parts)
+
+
+def summed_cross_entropy(project: Callable[[Tensor], Tensor], states: Tensor, targets: Tensor, vocabulary: int) -> Tensor:
+    """The cross entropy of `project(states)`, summed over the positions: a float32 scalar.
+
+    project: the language-model head, (N, D) to (N, vocabulary) logits. states: (N, D). targets: (N,) int64.
+    More than MOST_LOGITS logits are taken in pieces, each computed again in the backward pass: once more through the head.
+    """
+
+    def summed(states: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(project(states).float(), targets, reduction="sum")
+
+    rows = max(1, MOST_LOGITS // vocabulary)
+    if len(targets) <= rows:
+        return summed(states, targets)
+    pieces = zip(states.split(rows), targets.split(rows), strict=True)
+    return torch.stack([checkpoint(summed, *piece, use_reentrant=False) for piece in pieces]).sum()

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from methods import METHODS
+from systems import activation_checkpointing
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -49,6 +50,15 @@ def test_train_step(load, tmp_path, capsys):
     half = run(train_step, tmp_path / "bf16.json", "--naive-rows", "0", "--bf16")
     assert 0 < half["loss_difference"] < 0.05
     assert (set(half["milliseconds"]), set(half["ratios"])) == ({"coconut", "plain"}, {"coconut / plain"})
+
+
+def test_the_memory_of_a_loss(load, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(activation_checkpointing, "MOST_LOGITS", activation_checkpointing.MOST_LOGITS)  # put back afterwards
+    result = run(load("loss_memory"), tmp_path / "loss.json", "--batch-size", "40")
+    assert set(result["milliseconds"]) == set(result["losses"]) == {"1", "4", "16"}
+    assert result["losses"]["16"] == pytest.approx(result["losses"]["1"])
+    assert result["more_memory_mib"]["1"] >= 0
+    assert "more MiB" in capsys.readouterr().out
 
 
 def test_generate(load, tmp_path, capsys):

@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from coconut import Coconut
 from generation import MAX_N_LATENT, count_positions, nucleus, sample
+from systems import activation_checkpointing
 from systems.models import verify_projection
 from thoughts import make_thought_map
 
@@ -283,18 +284,32 @@ def test_count_positions():
     ("family", "layout"), [*product(FAMILIES, ["ragged"]), *product(["gpt2"], sorted(LAYOUTS.keys() - {"ragged"}))]
 )
 def test_labelled_only(family, layout):
-    """The same loss and gradients, and logits of exactly the positions that predict a label, row by row."""
+    """The same loss and gradients; the head sees exactly the positions that predict a label."""
     model, batch = build(family), draw(LAYOUTS[layout])
     full = model(**batch)
     expected = gradients(model.base_causallm, full.loss)
     counter = PassCounter(model)
     outputs = model(**batch, labelled_only=True)
-    predicts = [(row, t - 1) for row, t in (batch["labels"] != -100).nonzero().tolist()]
-    assert outputs.logits.shape == (len(predicts), VOCABULARY)
-    assert counter.projected == [(len(predicts), outputs.inputs_embeds.shape[-1])]
-    assert_near(outputs.logits, torch.stack([full.logits[row, t] for row, t in predicts]))
+    assert outputs.logits is None
+    assert counter.projected == [(int((batch["labels"] != -100).sum()), outputs.inputs_embeds.shape[-1])]
     assert_near(outputs.loss, full.loss)
     assert_same_gradients(gradients(model.base_causallm, outputs.loss), expected)
+
+
+def test_many_logits_are_taken_in_pieces(monkeypatch):
+    """The same loss and gradients from three positions at a time, whose logits are not kept for the backward pass."""
+    model, batch = build("llama"), draw(LAYOUTS["ragged"])
+    whole = model(**batch, labelled_only=True)
+    expected = gradients(model.base_causallm, whole.loss)
+    monkeypatch.setattr(activation_checkpointing, "MOST_LOGITS", 3 * VOCABULARY + 1)
+    counter, kept = PassCounter(model), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape) or tensor, lambda tensor: tensor):
+        loss = model(**batch, labelled_only=True).loss
+    count = int((batch["labels"] != -100).sum())
+    assert [rows for rows, _ in counter.projected] == [3] * (count // 3) + [count % 3] * (count % 3 > 0)
+    assert not [shape for shape in kept if len(shape) == 2 and shape[0] <= count and shape[1] == VOCABULARY]
+    assert_near(loss, whole.loss)
+    assert_same_gradients(gradients(model.base_causallm, loss), expected)
 
 
 @pytest.mark.parametrize("labelled_only", [False, True])
@@ -541,7 +556,6 @@ def test_training_beside_a_rank_with_more_latents(layout):
     )
     outputs = model(**batch, labelled_only=True)
     assert torch.equal(outputs.loss, alone.loss)
-    assert torch.equal(outputs.logits, alone.logits)
     assert_same_gradients(gradients(model.base_causallm, outputs.loss), expected)
     assert counter.lengths[-3:] == [1, 1, 1]
     assert len(backwards) == len(counter.lengths)
