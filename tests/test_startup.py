@@ -47,8 +47,11 @@ def test_importing_a_command_leaves_it_alone(name: str, collector: list[str]) ->
 
 def test_python_m_turns_it_off_and_an_import_does_not(collector: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     importlib.reload(experiments)
-    assert collector == []
     monkeypatch.setattr(sys, "argv", ["-m"])
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "mine.own"])  # whose package imports experiments
+    importlib.reload(experiments)
+    assert collector == []
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "experiments.chat"])
     importlib.reload(experiments)
     assert collector == ["disable"]
 
