@@ -116,6 +116,7 @@ def test_with_activation_checkpointing_little_is_kept_and_losses_agree(monkeypat
     assert kept[1] < kept[0] / 3
 
 
+@pytest.mark.timeout(900)  # on a busy machine the C++ compiler alone may take some minutes
 @pytest.mark.parametrize("family", ["llama"])  # the compiler takes a minute; the graphs of both are compared above
 def test_generated_code_computes_the_same(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, fast = compiled(family, "inductor", monkeypatch, num_hidden_layers=1)
