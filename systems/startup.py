@@ -1,6 +1,6 @@
 """Imported first by a command: Python looks for garbage while torch and transformers are imported, and there is none.
 
-It is a fifth of the time that a command takes to start (docs/LOG.md, "Starting faster"). `utils.entry_point` ends it.
+It was a third of the time that a command took to start (docs/LOG.md, "Starting faster"). `utils.entry_point` ends it.
 """
 
 import gc
