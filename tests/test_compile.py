@@ -77,7 +77,7 @@ def test_training_and_answers_take_a_handful_of_graphs(family: str, monkeypatch:
 
 def test_sizes_that_are_equal_make_more_graphs_and_all_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many rows as heads, and as many rows as columns: more than the eight graphs at which the compiler stops by itself."""
-    plain, fast = compiled("gpt2", "eager", monkeypatch)
+    plain, fast = compiled("gpt2", "eager", monkeypatch, n_layer=1)
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     try:
         heads = plain.base_causallm.config.n_head
@@ -109,7 +109,7 @@ def test_with_activation_checkpointing_little_is_kept_and_losses_agree(monkeypat
     """A third at the most of what the same graphs keep without it; they are cut in two as the real compiler does."""
     kept = []
     for recompute in (False, True):
-        plain, fast = compiled("gpt2", "aot_eager_decomp_partition", monkeypatch, recompute)
+        plain, fast = compiled("gpt2", "aot_eager_decomp_partition", monkeypatch, recompute, n_layer=1)
         inputs = batch(fast, 4, 24, 3)
         losses_agree(plain, fast, inputs)
         kept.append(kept_for_backward(fast, inputs))
