@@ -5,28 +5,44 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import launch
 
 from methods import METHODS
 from systems import activation_checkpointing
 
+run_command = subprocess.run
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
 @pytest.fixture
 def load(monkeypatch):
-    """Imports a benchmark; its peak memory is measured, in another process, for one variant only, to save time."""
+    """Imports a benchmark. Its own processes come from `processes.launch`, and only one variant's peak memory is measured."""
     monkeypatch.setattr(sys, "path", [str(FOLDER), *sys.path])
     common = importlib.import_module("common")
     peak_memories = common.peak_memories
     monkeypatch.setattr(common, "peak_memories", lambda script, argv, variants: peak_memories(script, argv, variants[:1]))
+    monkeypatch.setattr(subprocess, "run", forked)
     threads = torch.get_num_threads()
     yield importlib.import_module
     torch.set_num_threads(threads)
+
+
+def forked(command: list[str], **options) -> subprocess.CompletedProcess:
+    """`python SCRIPT ...`, `python -m torch.distributed.run --standalone --nproc_per_node N SCRIPT ...`; others as they are."""
+    if command[0] != sys.executable:
+        return run_command(command, **options)
+    at = next(place for place, word in enumerate(command) if word.endswith(".py"))
+    processes = re.findall(r"\d+", " ".join(command[1:at])) or ["1"]
+    result = launch(int(processes[0]), command[at + 1 :], script=Path(command[at]))
+    assert result.returncode == 0, result.stderr
+    print(result.stdout)
+    return result
 
 
 def run(benchmark, out: Path, *options: str) -> dict:
@@ -137,11 +153,11 @@ def test_sharded_step(load, tmp_path, monkeypatch, capsys):
     assert "pass / step: 1.00 in time" in capsys.readouterr().out
 
 
-def test_start_memory(load, monkeypatch, capfd):
+def test_start_memory(load, monkeypatch, capsys):
     start_memory = load("start_memory")
     monkeypatch.setattr("sys.argv", ["start_memory", "--layers", "1", "--width", "64"])
     start_memory.main()
-    lines = capfd.readouterr().out.splitlines()
+    lines = list(filter(None, capsys.readouterr().out.splitlines()))
     assert [line for line in lines if not line.startswith(" ")] == [
         "every process makes the whole model",
         "the first one makes it",
@@ -155,7 +171,7 @@ def test_start_memory(load, monkeypatch, capfd):
 def test_two_checkouts(load, capsys):
     """This checkout against itself."""
     load("two_checkouts").main([str(FOLDER.parent), "--rounds", "1", "--repeats", "1"])
-    lines = capsys.readouterr().out.splitlines()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("llama", "gpt2"))]
     assert len(lines) == 6
     assert all(
         re.fullmatch(r"(llama_quick|gpt2_small), [a-z ]+: [\d.]+ s, by the other [\d.]+ \([\d.]+\)", line) for line in lines

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import read_rows
+from processes import launch
 from test_distillation import examples
-from test_run import launch, start
+from test_run import start
 from transformers import GPT2Config
 
 from coconut import Coconut

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import read_rows
+from processes import launch
 from test_evaluation import evaluator
-from test_run import launch, start
+from test_run import start
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast

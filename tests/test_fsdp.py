@@ -10,9 +10,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import ROOT, read_evaluation, read_rows
+from processes import launch
 from safetensors.torch import load_file
 from same_run import equal, timeless_rows
-from test_run import launch, losses, start
+from test_run import losses, start
 from tiny_models import FAMILIES, tiny_model
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM

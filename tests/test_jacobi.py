@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from naive import fill_together, full_pass, naive_map
+from processes import launch
 from test_coconut import IDS, LAYOUTS, PROMPTS, assert_same_gradients, draw, gradients, mapped
-from test_run import launch, read_rows, start
+from test_run import read_rows, start
 from tiny_models import assert_near, near, tiny_model
 from torch.nn import functional as F
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, read_evaluation, read_rows
+from conftest import read_evaluation, read_rows
+from processes import launch
 from safetensors.torch import load_file
 from tiny_models import assert_near, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -165,11 +164,8 @@ def test_adapters_of_a_checkpoint_are_copied_not_shared(tmp_path: Path) -> None:
 def test_two_processes_train_the_adapters_of_one(lora_arguments: list[str], tmp_path: Path) -> None:
     more = ["lr=1e-3", "num_epochs=2"]
     start(lora_arguments, *more, "name=one", "batch_size_training=4")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "run.py")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-    subprocess.run(
-        [*command, *lora_arguments, *more, "name=two", "batch_size_training=2"], cwd=ROOT, env=environment, check=True
-    )
+    result = launch(2, lora_arguments, *more, "name=two", "batch_size_training=2")
+    assert result.returncode == 0, result.stderr
     losses = [
         [row["loss"] for row in read_rows(tmp_path / "checkpoints" / name / "metrics.jsonl", "step")] for name in ("one", "two")
     ]

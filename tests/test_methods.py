@@ -12,9 +12,10 @@ import pytest
 import torch
 from conftest import ROOT, read_rows
 from datasets import Dataset
+from processes import launch
 from safetensors.torch import load_file
 from same_run import differences
-from test_run import launch, start
+from test_run import start
 
 import run
 from config import RunConfig

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, read_rows
+from processes import launch
 from same_run import differences, timeless_rows
-from test_run import launch
 
 import coconut
 import run

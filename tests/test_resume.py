@@ -21,9 +21,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, chain_records, read_rows, write_json
+from processes import launch
 from safetensors.torch import load_file
 from same_run import differences
-from test_run import launch
 
 import run
 import training

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,28 +12,16 @@ from typing import Any
 import pytest
 import torch
 from conftest import PUBLISHED, ROOT, chain_records, read_evaluation, read_rows, write_json
+from processes import ENVIRONMENT, launch
 from safetensors.torch import load_file
 
 import run
 from methods import METHODS
 from utils import UserError
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-
 
 def start(arguments: list[str], *more: str) -> None:
     run.main.__wrapped__([*arguments, *more])
-
-
-def launch(
-    processes: int, arguments: list[str], *more: str, script: Path = ROOT / "run.py"
-) -> subprocess.CompletedProcess[str]:
-    """run.py, or another script, in a process of its own, or under torchrun."""
-    starter = [sys.executable]
-    if processes > 0:
-        starter += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [*starter, str(script), *arguments, *more]
-    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=280, check=False)
 
 
 def losses(directory: Path) -> list[float]:
@@ -215,7 +202,8 @@ def test_wandb_offline_keeps_the_run_and_falls_back_without_login(
 
 
 def test_bad_input_is_one_line_and_exit_code_2(run_arguments: list[str], tmp_path: Path) -> None:
-    result = launch(0, run_arguments, "val_path=nowhere.json")
+    command = [sys.executable, "run.py", *run_arguments, "val_path=nowhere.json"]
+    result = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert result.returncode == 2
     assert result.stderr.strip().splitlines()[-1] == "error: nowhere.json: no such file"
     assert "Traceback" not in result.stderr

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import read_rows
+from processes import launch
 from safetensors.torch import load_file
 from same_run import differences
 from test_distillation import naive_loss as naive_codi
 from test_distillation import naive_states
 from test_evaluation import evaluator
-from test_run import launch, start
+from test_run import start
 from torch.nn import functional as F
 
 from coconut import Coconut

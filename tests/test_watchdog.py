@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT
-from test_run import launch
+from processes import ENVIRONMENT
 
 import evaluation
 import run
@@ -122,7 +122,10 @@ def test_every_process_reports_when_one_hangs(run_arguments: list[str], tmp_path
     """Process 1 hangs before its third step, in which process 0 waits for it."""
     path = tmp_path / "hangs.py"
     path.write_text(HANGS.format(root=str(ROOT)))
-    result = launch(2, run_arguments, "hang_timeout=4", script=path)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(path)]
+    result = subprocess.run(
+        [*torchrun, *run_arguments, "hang_timeout=4"], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
+    )
     assert result.returncode != 0
     reports = dict(
         re.findall(

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from processes import launch
 from test_coconut import LAYOUTS, assert_same_gradients, draw, gradients, mapped
-from test_run import launch, read_rows, start
+from test_run import read_rows, start
 from tiny_models import assert_near, tiny_model
 from torch import nn
 
