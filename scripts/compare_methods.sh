@@ -70,11 +70,14 @@ evaluate() { # METHOD SEED SUFFIX SETTINGS...: writes to METHOD-seedSEEDSUFFIX/e
 }
 
 for seed in "${seeds[@]}"; do
+    missing=()
+    for method in "${methods[@]}"; do if [ ! -e "$save_path/$method-seed$seed/finished" ]; then missing+=("$method"); fi; done
+    if [ ${#missing[@]} = 0 ]; then continue; fi # nor is its start needed
     link start cot "$seed"
     link coconut coconut "$seed"
     train start "$seed"
     train coconut "$seed"
-    for method in "${methods[@]}"; do train "$method" "$seed"; done
+    for method in "${missing[@]}"; do train "$method" "$seed"; done
 done
 for seed in "${seeds[@]}"; do
     for method in "${methods[@]}"; do
