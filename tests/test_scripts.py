@@ -71,7 +71,7 @@ def executable(path: Path, text: str) -> Path:
 
 def start(root: Path, script: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
     """A script started from the directory above; ours is no SLURM job, whatever these tests run in."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "OMP_"))}
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "OMP_", "PROCESSES"))}
     return subprocess.Popen(
         [str(shutil.which("bash")), str(root / "scripts" / f"{script}.sh"), *arguments],
         cwd=root.parent,
