@@ -33,7 +33,7 @@ def server() -> Any:
     """The context whose processes have imported what run.py imports."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["run"])
-    with mock.patch.dict(os.environ, {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}):
+    with mock.patch.dict(os.environ, {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}):  # where it finds run.py, from any directory
         forkserver.ensure_running()
     return context
 
