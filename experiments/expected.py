@@ -48,7 +48,7 @@ It says at which stage the run leaves the range of these seeds. Runs of `scripts
 `scripts/search.sh` have entries too, by method; a stage of `icot` is the number of tokens removed, and "all" that all are. Loss
 and accuracy are those of the validation set at the end of each stage: mean over seeds, and lowest to highest. The same seed
 gives the same bits on the same kind of machine only; compare ranges, not digits. Seconds are of training alone, on the machine
-named.
+named, with other work beside some of the runs.
 """
 PUBLISHED = """
 ## Published

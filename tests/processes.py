@@ -1,4 +1,4 @@
-"""run.py and other scripts in processes of their own, in seconds less than torchrun takes.
+"""run.py and other scripts in process groups that start faster than under torchrun.
 
 torch and transformers take each process some seconds to import. Here a server imports them once, and every process is forked
 from it (https://docs.python.org/3/library/multiprocessing.html#contexts-and-start-methods). What torchrun itself does is

@@ -124,7 +124,7 @@ def test_every_process_reports_when_one_hangs(run_arguments: list[str], tmp_path
     path.write_text(HANGS.format(root=str(ROOT)))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(path)]
     result = subprocess.run(
-        [*torchrun, *run_arguments, "hang_timeout=4"], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
+        [*torchrun, *run_arguments, "hang_timeout=4"], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=280
     )
     assert result.returncode != 0
     reports = dict(
