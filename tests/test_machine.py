@@ -38,7 +38,18 @@ def test_bfloat16_on_a_processor_without_it_is_said(
         monkeypatch.setattr(machine, "has_bfloat16", lambda device, has=has: has)
         machine.warn_of_slow_bfloat16("bf16: True", "bf16=false", torch.device("cpu"))
         assert (
-            capsys.readouterr().out.count("bf16: True: on this processor torch takes many times longer with bfloat16") == lines
+            capsys.readouterr().out.count("bf16: True: on this processor torch takes several times as long with bfloat16")
+            == lines
         )
     start([*run_arguments, "bf16=true", "num_epochs=1", "debug=true"])
     assert "take bf16=false" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
+def test_avx512_alone_is_no_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN says yes to a Xeon with AVX-512 that lacks AVX512_BF16, where bfloat16 took 4.5 times as long."""
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    for architecture, instructions, expected in (("x86_64", False, False), ("x86_64", True, True), ("aarch64", False, True)):
+        monkeypatch.setattr(machine.platform, "machine", lambda named=architecture: named)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=instructions: has)
+        assert machine.has_bfloat16() == expected
