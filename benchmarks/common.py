@@ -83,12 +83,19 @@ def parser(description: str, batch_size: int, repeats: int) -> argparse.Argument
     return options
 
 
+def add_dropout(options: argparse.ArgumentParser) -> None:
+    """For training steps. torch has no fused attention with dropout on a CPU, which makes a step much longer."""
+    options.add_argument("--dropout", type=float, help="0 to 1 (default: 0.1, as GPT-2 is published; with --tiny 0)")
+
+
 def prepare(arguments: argparse.Namespace) -> tuple[Setting, torch.device]:
     """Threads, seed, setting and device."""
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
     setting = replace(Setting(**TINY) if arguments.tiny else Setting(), latents=arguments.latents)
+    if getattr(arguments, "dropout", None) is not None:
+        setting = replace(setting, dropout=arguments.dropout)
     return setting, torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

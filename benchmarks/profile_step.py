@@ -64,6 +64,7 @@ def by_kind(step: Callable[[int], float]) -> dict[str, float]:
 def main(argv: Sequence[str]) -> None:
     options = common.parser("Where the time of a training step goes.", batch_size=4, repeats=5)
     options.add_argument("--bf16", action="store_true", help="compute in bfloat16 from float32 weights")
+    common.add_dropout(options)
     arguments = options.parse_args(argv)
     setting, device = common.prepare(arguments)
     batch = training_batch(setting, arguments.batch_size, device)
@@ -84,7 +85,7 @@ def main(argv: Sequence[str]) -> None:
         return step
 
     taken = {
-        "plain": step_of(made["apart"], plain),
+        "plain": step_of(made["coconut"], plain),
         "apart": step_of(made["apart"], batch),
         "coconut": step_of(made["coconut"], batch),
     }

@@ -142,6 +142,7 @@ def main(argv: Sequence[str]) -> None:
     options.add_argument("--bf16", action="store_true", help="compute in bfloat16 from float32 weights")
     options.add_argument("--compile", action="store_true", help="compile the decoder")
     options.add_argument("--naive-rows", type=int, default=1, help="rows the naive forward takes at a time; 0: it is not timed")
+    common.add_dropout(options)
     arguments = options.parse_args(argv)
     variants = VARIANTS if arguments.naive_rows else VARIANTS[:-1]
     memory = {} if arguments.memory_of or arguments.no_memory else common.peak_memories(__file__, argv, variants)

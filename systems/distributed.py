@@ -28,7 +28,7 @@ from coconut import Coconut
 from generation import transformer_blocks
 from methods import METHODS, Objective
 from systems.activation_checkpointing import recompute_activations
-from systems.weight_gradients import gather_over_passes
+from systems.weight_gradients import gather_gradients
 from utils import UserError, get_logger
 
 ParallelName = Literal["ddp", "fsdp"]
@@ -196,7 +196,7 @@ def wrap(
     elif config.activation_checkpointing:
         recompute_activations(named_blocks(model))
     elif config.parallel == "ddp" and device.type == "cpu":
-        gather_over_passes(model)
+        gather_gradients(model)
     method = METHODS[config.method]
     loss = method.loss if loss_options is None else functools.partial(method.loss, options=loss_options)
     objective = Objective(model, loss)

@@ -1,9 +1,13 @@
-"""The gradients of a linear layer's weights over all latent passes, as one product.
+"""Gradients of weights without the copies that autograd makes of them.
 
+**Linear layers over all latent passes, as one product.**
 A pass over one position is a thin product, and its backward pass has to write a gradient as large as the weights, and add it
 to those of the other passes: memory traffic, not arithmetic, is what such passes cost. Here passes after the first leave their
 inputs and the gradients of their outputs, a few rows each, to the first one, which comes last in the backward pass. It
 multiplies them all at once. Gradients are the same but for the order of the sum.
+
+**Embeddings that are also the head.** autograd makes a gradient as large as the embeddings, nearly all zeros, and adds it to
+the head's, which is there before. Here the rows of the tokens that were read are added to the head's.
 """
 
 from __future__ import annotations
@@ -22,8 +26,8 @@ if TYPE_CHECKING:
 LARGE = 2**18  # entries of a weight; smaller ones stay in the processor's cache, and there is nothing to save
 
 
-def gather_over_passes(model: Coconut) -> None:
-    """Let the decoder's linear layers with large weights that are trained do so. Without gradients nothing changes.
+def gather_gradients(model: Coconut) -> None:
+    """Let layers with large weights that are trained do so. Without gradients nothing changes.
 
     Not together with what takes the decoder's passes apart: compilation, recomputed activations, FSDP2.
     """
@@ -32,6 +36,11 @@ def gather_over_passes(model: Coconut) -> None:
     for module in model.decoder.modules():
         if isinstance(module, nn.Linear | Conv1D) and module.weight.requires_grad and module.weight.numel() > LARGE:
             module.forward = _Gathered(module, passes)  # type: ignore[method-assign]
+    embedding, head = model.embedding, cast("nn.Linear", model.base_causallm.get_output_embeddings())
+    weight = embedding.weight
+    plain = type(embedding) is nn.Embedding  # a subclass may compute something else
+    if plain and weight is head.weight and weight.requires_grad and weight.numel() > LARGE:
+        embedding.forward = _TiedEmbedding(embedding)  # type: ignore[assignment, method-assign]
 
 
 _Rows = list[tuple[Tensor, Tensor]]  # of one layer and one forward of the model: what later passes have left for the first
@@ -123,3 +132,44 @@ class _Linear(torch.autograd.Function):
                 of_bias += given.sum(dim=0)
             ctx.rows.clear()
         return of_inputs, of_weight, of_bias, None, None, None
+
+
+class _TiedEmbedding:
+    """The forward of embeddings that are also the head."""
+
+    def __init__(self, module: nn.Embedding) -> None:
+        self.module = module
+        self.rows: _Rows = []  # token ids and gradients of their embeddings, until the gradient of the head is there
+        module.weight.register_hook(self.add)
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        if self.rows:
+            raise RuntimeError("a loss that the head has no part in: the embeddings' gradients are lost")
+        return _Embed.apply(ids, self.module.weight, self.module.padding_idx, self.rows)
+
+    def add(self, gradient: Tensor | None) -> None:
+        """To the head's gradient, in place: nobody else has it yet. None: the head has no part in the loss."""
+        if gradient is None:
+            return
+        for ids, rows in self.rows:
+            gradient.index_add_(0, ids, rows.to(gradient.dtype))
+        self.rows.clear()
+
+
+class _Embed(torch.autograd.Function):
+    """Embeddings whose gradients go to `rows`; autograd waits for them before it takes the weight's gradient as complete."""
+
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, weight: Tensor, padding: int | None, rows: _Rows) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.padding, ctx.rows = padding, rows
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, ...]:
+        (ids,) = ctx.saved_tensors
+        if ctx.padding is not None:  # as nn.Embedding: this row has no gradient
+            gradient = gradient.masked_fill((ids == ctx.padding).unsqueeze(-1), 0)
+        ctx.rows.append((ids.flatten(), gradient.flatten(0, -2)))
+        return None, None, None, None

@@ -18,7 +18,7 @@ from torch import nn
 from coconut import Coconut
 from systems import distributed, weight_gradients
 from systems.distributed import Parallelism
-from systems.weight_gradients import gather_over_passes
+from systems.weight_gradients import gather_gradients
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +31,7 @@ def pair(family: str, setting: Any = "identity", iterations: int | None = None) 
     plain = mapped(tiny_model(family)[0], setting)
     plain.jacobi_iterations = iterations
     gathered = copy.deepcopy(plain)
-    gather_over_passes(gathered)
+    gather_gradients(gathered)
     return plain, gathered
 
 
@@ -65,6 +65,26 @@ def test_several_sequences_of_one_loss() -> None:
     first, second = (torch.stack([model(**batch).loss for batch in batches]).sum() for model in (plain, gathered))
     expected = gradients(plain, first)
     assert_same_gradients(gradients(gathered, second), expected)
+
+
+@pytest.mark.parametrize("padding", [None, 1])
+def test_embeddings_that_are_also_the_head(padding: int | None) -> None:
+    """Two sequences of one loss, and a second backward pass that adds to the first; nn.Embedding leaves out its padding row."""
+    plain, gathered = pair("gpt2")
+    for model in (plain, gathered):
+        model.embedding.padding_idx = padding
+        for names in (("ragged", "many"), ("no latents",)):
+            torch.stack([model(**draw(LAYOUTS[name])).loss for name in names]).sum().backward()
+    assert "forward" in vars(gathered.embedding)
+    assert_near(gathered.embedding.weight.grad, plain.embedding.weight.grad)
+
+
+def test_a_loss_without_the_head_is_told() -> None:
+    _, gathered = pair("gpt2")
+    batch = {key: value for key, value in draw(LAYOUTS["no latents"]).items() if key in ("input_ids", "attention_mask")}
+    gathered.think(**batch).hidden.sum().backward()
+    with pytest.raises(RuntimeError, match="the head has no part in"):
+        gathered(**batch)
 
 
 def test_thin_products_are_left_to_the_first_pass(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,7 +138,7 @@ def test_frozen_weights_are_left_alone() -> None:
     trained = model.decoder.layers[0].mlp.up_proj
     for parameter in model.parameters():
         parameter.requires_grad_(parameter is trained.weight)
-    gather_over_passes(model)
+    gather_gradients(model)
     assert [name for name, module in model.decoder.named_modules() if "forward" in vars(module)] == ["layers.0.mlp.up_proj"]
 
 
