@@ -46,7 +46,8 @@ train() { # METHOD
         codi_simcot) questions=1024 settings=(load_model_path=$save_path/cot num_epochs=1 'thought_map={name: projection, width: 576}') ;;
     esac
     run "$1" "$1" "$1" "${all_weights[@]}" "${settings[@]}" seed=0 lr=1e-4 lr_schedule=linear warmup_share=0.05 grad_clip=1.0 \
-        weight_decay=0.01 reset_optimizer=false batch_size_training=16 group_by_length=true examples_per_epoch=$((questions * times)) \
+        weight_decay=0.01 reset_optimizer=false batch_size_training=8 gradient_accumulation_steps=2 group_by_length=true \
+        examples_per_epoch=$((questions * times)) \
         train_path="${data}_train.json" val_path=$save_path/valid.json save_only_improve=false save_every_steps=20 keep_last=1 log_every=5
     whole "$save_path/$1.log"
     touch "$save_path/$1/finished"
