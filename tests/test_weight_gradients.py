@@ -153,7 +153,7 @@ def test_training_on_a_cpu_does_so(setting: dict[str, bool], patched: bool) -> N
 def test_two_processes_agree_with_one(run_arguments: list[str], model_directory: Path, tmp_path: Path) -> None:
     """With weights that are large enough of themselves."""
     values = json.loads((model_directory / "config.json").read_text())
-    (model_directory / "config.json").write_text(json.dumps(values | {"intermediate_size": 8224}))
+    (model_directory / "config.json").write_text(json.dumps(values | {"intermediate_size": 8224, "vocab_size": 8224}))
     more = ["method=coconut", "num_epochs=2", "epochs_per_stage=1", "grad_clip=1"]
     start(run_arguments, *more, "name=one", "batch_size_training=4")
     result = launch(2, run_arguments, *more, "name=two", "batch_size_training=1", "gradient_accumulation_steps=2")
