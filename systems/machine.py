@@ -46,9 +46,7 @@ def described(where: dict[str, Any]) -> str:
 
 def processor() -> str:
     """The CPU's model as Linux names it, elsewhere its architecture."""
-    listing = Path("/proc/cpuinfo")
-    lines = listing.read_text(encoding="utf-8").splitlines() if listing.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    names = [line.partition(":")[2].strip() for line in _cpuinfo().splitlines() if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 
 
@@ -62,7 +60,13 @@ def has_bfloat16(device: torch.device | str = "cpu") -> bool:
         return True
     if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
-    return platform.machine() not in ("x86_64", "AMD64") or torch.cpu._is_avx512_bf16_supported()
+    return platform.machine() not in ("x86_64", "AMD64") or "avx512_bf16" in _cpuinfo()
+
+
+def _cpuinfo() -> str:
+    """What Linux says of the processor; nothing elsewhere."""
+    listing = Path("/proc/cpuinfo")
+    return listing.read_text(encoding="utf-8") if listing.exists() else ""
 
 
 def warn_of_slow_bfloat16(setting: str, instead: str, device: torch.device) -> None:
