@@ -2,7 +2,7 @@
 # A small pretrained model on GSM8K: chain of thought; then, each from its weights, Coconut, CODI, and CODI + SIM-CoT.
 #   MODEL=DIRECTORY [GGUF=FILE_IN_IT] [DATA=data/gsm8k] bash scripts/smollm2.sh
 # DATA is the prefix of what preprocessing/gsm8k.py writes. CoT on 2,560 questions takes about half an hour for SmolLM2-135M on one
-# core of a CPU that has bfloat16 (on one without, float32 takes hours); the others get fewer, as a question costs them more.
+# core of a CPU that has bfloat16 (in float32 40 minutes to hours); the others get fewer, as a question costs them more.
 # TIMES=6 gives each six times as many. METHODS="cot codi" may be set; a rerun goes on. Each then answers the first 300 test
 # questions, those with thoughts also without them; each one's accuracy is printed.
 set -euo pipefail
