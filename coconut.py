@@ -41,6 +41,7 @@ from generation import (
 from noise import Scales, sampling_generator
 from states import Branch, Branches, Details, Outputs, Pass, Prompt, Thinking
 from systems.activation_checkpointing import summed_cross_entropy
+from systems.cache import GrowingCache
 from thoughts import Intervention, Noise, ThoughtInterventions, ThoughtMap, gather_thoughts, published_noise
 
 IGNORE_INDEX = -100  # label of positions that carry no loss, as in torch.nn.functional.cross_entropy
@@ -206,7 +207,7 @@ class Coconut(nn.Module):
         prompt = self.prompt(input_ids, attention_mask, position_ids)
         bounds = pass_bounds(prompt.latent, prompt.mask)
         idle = missing_passes(self, bounds)  # agreed on before the first pass gathers anything
-        cache = DynamicCache() if keep_cache or len(bounds) > 1 else None
+        cache = GrowingCache() if keep_cache or len(bounds) > 1 else None
         embeds = self.embedding(input_ids)
         thinking = self.passes(embeds, prompt, bounds, cache, interventions=interventions, all_layers=all_layers)
         nothing = idle_passes(self, idle, with_map=torch.is_grad_enabled())
@@ -239,8 +240,7 @@ class Coconut(nn.Module):
                 thought = self.thought_map(before)  # (B, 1, D)
                 if interventions is not None:
                     thought = interventions.apply(thought, start)
-                is_latent = prompt.latent[:, start, None, None]  # (B, 1, 1)
-                first = torch.where(is_latent, thought.to(segment.dtype), segment[:, :1])
+                first = torch.where(prompt.latent[:, start, None, None], thought.to(segment.dtype), segment[:, :1])  # (B, 1, D)
                 segment = torch.cat([first, segment[:, 1:]], dim=1)
             place = (prompt.mask[:, :end], prompt.positions[:, start:end])
             with dropout(self, interventions, start, end):

@@ -5,7 +5,6 @@ Shapes: B rows of the batch, T positions, D width of the model, V vocabulary, K 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -17,6 +16,7 @@ from transformers import DynamicCache
 
 from noise import block_dropout, sampling_generator
 from states import Branch, Branches, BranchPoint, Decoded, Generated, Prompt, Thinking
+from systems.cache import GrowingCache, fork, keep_rows, select_cache
 from thoughts import ThoughtInterventions, count_passes, gather_thoughts, path_diversity
 
 if TYPE_CHECKING:
@@ -91,26 +91,6 @@ def gather_branches(generated: Generated, steps: Tensor, noise_at_step: int, sha
         diversity=nested(diversity, shape[:-1]),
         noise=nested(generated.noise, shape),
     )
-
-
-def select_cache(cache: DynamicCache, rows: Tensor) -> DynamicCache:
-    """A cache of these rows (R,) of another one, which stays as it is."""
-    selected = fork(cache)
-    keep_rows(selected, rows)
-    return selected
-
-
-def fork(cache: DynamicCache) -> DynamicCache:
-    """A cache that goes on from another one, which stays as it is; what they share is not copied."""
-    forked = copy.copy(cache)
-    forked.layers = [copy.copy(layer) for layer in cache.layers]
-    return forked
-
-
-def keep_rows(cache: DynamicCache, rows: Tensor) -> None:
-    """Drop all other rows of a cache, whose layers may be on several devices."""
-    for layer in cast("Any", cache.layers):
-        layer.batch_select_indices(rows.to(layer.keys.device))
 
 
 def nested(values: list[Any], shape: Sequence[int]) -> list[Any]:
@@ -194,7 +174,7 @@ def branch_point(
         column = bounds[1][0]
     embeds = model.embedding(ids)
     shared = [(start, end) for start, end in bounds if start < column]
-    thinking = model.passes(embeds[:, :column], prompt, shared, DynamicCache())
+    thinking = model.passes(embeds[:, :column], prompt, shared, GrowingCache())
     return BranchPoint(prompt, embeds, column, thinking, bounds)
 
 

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
+from systems.cache import GrowingLayer
 from utils import UserError
 
 MOST_LOGITS = 2**28  # of a loss at once: 1 GiB in float32, and two or three times that with their gradients
@@ -105,7 +106,7 @@ class _Parts(DynamicLayer):
         """The same content; of layers that forget what is far away there is no other form."""
         if isinstance(layer, cls):
             return layer
-        if type(layer) is not DynamicLayer:
+        if type(layer) not in (DynamicLayer, GrowingLayer):
             raise UserError(f"activation_checkpointing: a cache layer of {type(layer).__name__} is not known here")
         return cls(((layer.keys, layer.values),)) if layer.get_seq_length() else cls()  # type: ignore[arg-type]
 

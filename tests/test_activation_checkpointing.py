@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicLayer
 from coconut import Coconut
 from generation import transformer_blocks
 from systems.activation_checkpointing import _Parts, recompute_activations
+from systems.cache import GrowingLayer
 from utils import UserError
 
 
@@ -118,7 +119,7 @@ def test_nothing_outlives_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_gradients_nothing_changes() -> None:
     with torch.no_grad():
         cache = coconut("llama", recomputed=True).think(batch()[0], keep_cache=True).cache
-    assert {type(layer) for layer in cache.layers} == {DynamicLayer}  # type: ignore[union-attr]
+    assert {type(layer) for layer in cache.layers} == {GrowingLayer}  # type: ignore[union-attr]
 
 
 def test_a_cache_that_is_not_known_is_refused() -> None:

@@ -14,6 +14,7 @@ ORDER = (
     "noise",
     "thoughts",
     "states",
+    "systems.cache",
     "generation",
     "systems.weight_gradients",
     "systems.activation_checkpointing",
