@@ -14,10 +14,11 @@ ROOM = 32  # positions that come into a cache between two copies of what it hold
 
 
 class GrowingCache(DynamicCache):
-    """Without gradients a pass writes its own keys and values and leaves those before where they are.
+    """A pass writes its own keys and values and leaves those before where they are.
 
-    A `DynamicCache` copies them all in every pass, which for each new token moves more memory than its attention reads. With
-    gradients, and in compiled graphs, which would need one more for making room, this is a `DynamicCache`.
+    A `DynamicCache` copies them all in every pass, which for each new token moves more memory than its attention reads; with
+    gradients all copies are kept for the backward pass. In compiled graphs, which would need one more for making room, this
+    is a `DynamicCache`.
     """
 
     def __init__(self) -> None:
@@ -33,7 +34,7 @@ class GrowingLayer(DynamicLayer):
         self._rooms: dict[str, tuple[Tensor, Tensor]] = {}  # of keys and values: the memory, and what was last made of it
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not self.get_seq_length():
+        if torch.compiler.is_compiling() or not self.get_seq_length():
             return super().update(key_states, value_states, *args, **kwargs)
         self.keys, self.values = self._append("keys", key_states), self._append("values", value_states)
         return self.keys, self.values
@@ -44,9 +45,8 @@ class GrowingLayer(DynamicLayer):
         room, known = self._rooms.get(name, (held, None))
         if known is not held or end > room.shape[-2]:  # also after rows were chosen, or somebody set other keys
             room = held.new_empty(*held.shape[:-2], end + ROOM, held.shape[-1])
-            room[..., :begin, :] = held
-        room[..., begin:end, :] = new
-        whole = room[..., :end, :]
+            room[..., :begin, :] = held.detach()
+        whole = _Append.apply(held, new, room)
         self._rooms[name] = room, whole
         return whole
 
@@ -55,6 +55,25 @@ class GrowingLayer(DynamicLayer):
         copied = GrowingLayer()
         copied.__dict__ |= self.__dict__ | {"_rooms": {}}
         return copied
+
+
+class _Append(torch.autograd.Function):
+    """held (.., T, d) and new (.., n, d), of which the first already stands in `room`, as the first T + n positions of it.
+
+    What earlier passes have kept of `room` for the backward pass is never written again, so autograd is not told of the writing
+    (`.data`), which would have it refuse.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, held: Tensor, new: Tensor, room: Tensor) -> Tensor:
+        ctx.begin = held.shape[-2]
+        whole = room.data[..., : ctx.begin + new.shape[-2], :]
+        whole[..., ctx.begin :, :] = new
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        return grads[0][..., : ctx.begin, :], grads[0][..., ctx.begin :, :], None
 
 
 def select_cache(cache: DynamicCache, rows: Tensor) -> DynamicCache:

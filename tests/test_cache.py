@@ -88,19 +88,21 @@ def test_keys_that_somebody_sets_count() -> None:
     assert all(map(torch.equal, other, before))
 
 
-def test_with_gradients_it_is_copied_as_autograd_needs_it() -> None:
-    cache = GrowingCache()
+def test_gradients_reach_what_each_pass_read_and_came_in_from_one_memory() -> None:
+    cache, places = GrowingCache(), set()
     with torch.no_grad():
         early = [step(cache, seed) for seed in range(2)]
     late, read = [], []
-    for seed in (2, 3):
+    for seed in range(2, 6):
         late.append(step(cache, seed, grad=True))
         read.append((cache.layers[0].keys ** 2).sum())  # as attention does, before the next pass adds its own
+        places.add(cache.layers[0].keys.data_ptr())
+    assert len(places) == 1
     torch.stack(read).sum().backward()
-    for keys, passes in zip(late, (2, 1), strict=True):
+    for keys, passes in zip(late, (4, 3, 2, 1), strict=True):
         assert torch.allclose(keys.grad, passes * 2 * keys.detach())
     with torch.no_grad():
-        after = step(cache, 4)
+        after = step(cache, 6)
     assert holds(cache, [*early, *late, after])
 
 
