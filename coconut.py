@@ -378,7 +378,7 @@ class Coconut(nn.Module):
         if output_embedding:
             returned.append(torch.cat([thinking.inputs_embeds, self.embedding(new)], dim=1))
         if return_details:
-            returned.append(self._details(ids, thinking, changes))
+            returned.append(self._details(ids, thinking._replace(cache=None), changes))
         return tuple(returned) if len(returned) > 1 else tokens
 
     @torch.no_grad()

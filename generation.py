@@ -32,6 +32,12 @@ class Sampling(NamedTuple):
     top_p: float
     generator: torch.Generator | Sequence[torch.Generator] | None = None
 
+    @property
+    def by_row(self) -> bool:
+        """Whether a row's tokens do not depend on which other rows there are."""
+        own = self.generator is not None and not isinstance(self.generator, torch.Generator)
+        return own or (not isinstance(self.temperature, Tensor) and self.temperature == 0)
+
     def select(self, rows: list[int]) -> Sampling:
         """The same for some rows of the batch."""
         if isinstance(self.temperature, Tensor):
@@ -210,7 +216,7 @@ def generate_from(
         sampling = Sampling(torch.tensor(temperatures, device=hidden.device), top_p, generators)
     else:
         sampling = Sampling(0.0, top_p)
-    decoded = decode(model, hidden, cache, prompt.mask, max_new_tokens, sampling, synced_gpus, score, True)
+    decoded = decode(model, hidden, cache, prompt.mask, max_new_tokens, sampling, synced_gpus, score)
     return Generated(*decoded, thoughts, interventions.infos)
 
 
@@ -244,12 +250,11 @@ def decode(
     sampling: Sampling,
     synced_gpus: bool = False,
     score: bool = False,
-    drop_finished: bool = False,
 ) -> Decoded:
     """Tokens after prompts whose last hidden states are (B, D) and whose mask is (B, T).
 
-    score: also compute the log-probabilities. drop_finished: go on without finished rows as soon as they are half of
-    all, which saves their time; the generators must then be one for each row.
+    score: also compute the log-probabilities. Finished rows leave the batch, and the cache, as soon as they are half of all,
+    where a row's tokens do not depend on the others (`Sampling.by_row`).
     """
     position = count_positions(mask)[:, -1:]  # (B, 1)
     finished = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
@@ -271,7 +276,7 @@ def decode(
         if new + 1 == max_new_tokens:
             _accompany(model)
             break
-        if drop_finished and 0 < (going := (~finished).nonzero().squeeze(1)).numel() <= len(finished) // 2:
+        if sampling.by_row and 0 < (going := (~finished).nonzero().squeeze(1)).numel() <= len(finished) // 2:
             keep_rows(cast("DynamicCache", cache), going)
             rows, token, mask, position, finished = (part[going] for part in (rows, token, mask, position, finished))
             sampling = sampling.select(going.tolist())

@@ -66,7 +66,8 @@ class Details(NamedTuple):
 
     thoughts: (B, N, D), as they were fed back, noise included; zeros after a row's last one. steps: (B,), how many.
     noise: for each row the descriptions of its perturbed thoughts (`noise.apply_noise_to_hidden_states`, and "pass").
-    hidden: (B, T, D), the last hidden states, which the language-model head reads. layers, cache: as in `Thinking`.
+    hidden: (B, T, D), the last hidden states, which the language-model head reads. layers, cache: as in `Thinking`; no cache
+    after `generate`, whose decoding has gone on with it.
     """
 
     thoughts: Tensor

@@ -30,6 +30,10 @@ SETTINGS = {
 }
 
 
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
 def branches(model, layout: list[str] = PROMPTS, **how) -> Branches:
     """Details of three branches of the first questions."""
     batch = draw(layout)
@@ -289,6 +293,37 @@ def test_finished_branches_are_dropped():
     assert rows[-1] < 30
     for path, new, length in zip(endless, result.tokens.flatten(0, 2), lengths, strict=True):  # the others go on unmoved
         assert torch.equal(path[:length], new[:length])
+
+
+@pytest.mark.parametrize("how", [{}, {"temperature": 2.0, "seed": 3}], ids=["greedy", "sampled"])
+def test_finished_rows_of_generate_are_dropped(how):
+    base, prompt = tiny_model("llama", tie_word_embeddings=False)[0], torch.randint(1, 40, (8, 5), generator=seeded(0))
+    endless = wrap(base, IDS._replace(eos=-1)).generate(prompt, max_new_tokens=24, **how)[:, 5:]
+    ends = {token: int((endless[:, :12] == token).any(dim=1).sum()) for token in range(1, IDS.start_latent)}
+    common = max((token for token, rows in ends.items() if rows < 8), key=ends.__getitem__)
+    assert ends[common] > 3
+    model = wrap(base, IDS._replace(eos=common))
+    sizes = Sizes(model)
+    tokens = model.generate(prompt, max_new_tokens=24, **how)[:, 5:]
+    assert sizes.passes[-1][0] < 8
+    for expected, found in zip(endless.tolist(), tokens.tolist(), strict=True):  # the others go on unmoved
+        length = [*expected, common].index(common)
+        assert found == expected[:length] + [common] * (24 - length)
+
+
+def test_no_row_is_dropped_where_all_are_drawn_from_one_generator():
+    base, prompt = tiny_model("llama", tie_word_embeddings=False)[0], torch.randint(1, 40, (8, 5), generator=seeded(0))
+    answers = []
+    for eos in (-1, 0):
+        model = wrap(base, IDS._replace(eos=eos))
+        sizes = Sizes(model)
+        answers.append(model.generate(prompt, max_new_tokens=60, temperature=2.0, generator=seeded(1))[:, 5:].tolist())
+        assert {rows for rows, _ in sizes.passes} == {8}
+    endless, ended = answers
+    assert sum(0 in row for row in endless) > 3
+    for expected, found in zip(endless, ended, strict=True):
+        length = [*expected, 0].index(0)
+        assert found[:length] == expected[:length]
 
 
 @pytest.mark.parametrize("at", [1, 4, 50])
