@@ -6,7 +6,9 @@
 - coconut_single: one question at a time, cached.
 - naive: one question at a time, every thought and every token recomputes the whole sequence (`tests/naive.py`).
 
-No answer ends early, so all have the same number of tokens; the tokens of the variants are compared.
+No answer ends early, so all have the same number of tokens; the tokens of the variants are compared. The floor is the time of
+the arithmetic alone: the operations of prompt and answer in the layers, and of each new token in the head, at the rate of
+matrix products measured in the same run.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from naive import naive_generate
 from torch import Tensor
 
 from coconut import Coconut
+from experiments.race import matrix_rate, operations_of_a_token
 
 VARIANTS = ("coconut", "coconut_single", "naive")
 
@@ -47,12 +50,20 @@ def timed(answer: Callable[[int], Tensor], question: int, device: torch.device) 
     return (common.clock(device) - start) / len(tokens), tokens.cpu()
 
 
+def floor(model: Coconut, questions: Sequence[Tensor], new: int, device: torch.device) -> float:
+    """Seconds of the arithmetic of an answer; the last token is not read."""
+    positions = statistics.mean(map(len, questions)) + new - 1
+    layers = positions * operations_of_a_token(model.base_causallm, positions) / 3  # forward alone
+    head = new * 2 * model.base_causallm.get_output_embeddings().weight.numel()
+    return (layers + head) / matrix_rate(device, torch.float32)
+
+
 def count_differences(measured: dict[str, list[tuple[float, Tensor]]]) -> int:
     """Questions to which two variants gave different tokens."""
     batch = measured["coconut"][0][1]
     different = {
         question
-        for name in ("coconut_single", "naive")
+        for name in {"coconut_single", "naive"} & measured.keys()
         for question, (_, tokens) in enumerate(measured[name])
         if not torch.equal(tokens[0], batch[question])
     }
@@ -61,7 +72,7 @@ def count_differences(measured: dict[str, list[tuple[float, Tensor]]]) -> int:
 
 def report(result: dict) -> str:
     seconds, memory = result["seconds_per_answer"], result["peak_memory_mib"]
-    rows = [[name, f"{seconds[name]:.3f}", memory.get(name, "-")] for name in VARIANTS]
+    rows = [[name, f"{value:.3f}", memory.get(name, "-")] for name, value in seconds.items()]
     lines = [f"{name}: {value:.2f}" for name, value in result["ratios"].items()]
     lines.append(f"answers compared: {result['answers_compared']}, different: {result['answers_different']}")
     return "\n".join([common.table(["variant", "s per answer", "peak MiB"], rows), *lines])
@@ -70,10 +81,12 @@ def report(result: dict) -> str:
 def main(argv: Sequence[str]) -> None:
     options = common.parser("Time and memory of answering questions.", batch_size=16, repeats=4)
     options.add_argument("--new-tokens", type=int, default=24)
+    options.add_argument("--no-naive", action="store_true", help="leave out the naive variant, which takes most of the time")
     arguments = options.parse_args(argv)
     if arguments.repeats > arguments.batch_size:
         options.error("--repeats: each repeat answers another question of the batch, so at most --batch-size")
-    memory = {} if arguments.memory_of or arguments.no_memory else common.peak_memories(__file__, argv, VARIANTS)
+    variants = [name for name in VARIANTS if name != "naive" or not arguments.no_naive]
+    memory = {} if arguments.memory_of or arguments.no_memory else common.peak_memories(__file__, argv, variants)
     setting, device = common.prepare(arguments)
     model = common.random_model(setting, device).eval()
     questions = common.random_questions(setting, arguments.batch_size)
@@ -82,16 +95,15 @@ def main(argv: Sequence[str]) -> None:
         of[arguments.memory_of](max(range(len(questions)), key=lambda i: len(questions[i])))
         print(json.dumps({"peak_memory_mib": common.peak_memory(device)}))
         return
-    runs = {name: lambda i, name=name: timed(of[name], i, device) for name in VARIANTS}
+    runs = {name: lambda i, name=name: timed(of[name], i, device) for name in variants}
     measured = common.measure(runs, arguments.warmup, arguments.repeats)
     seconds = {name: statistics.median(time for time, _ in results) for name, results in measured.items()}
+    seconds["floor"] = floor(model, questions, arguments.new_tokens, device)
+    pairs = [("naive", "coconut"), ("naive", "coconut_single"), ("coconut", "floor"), ("coconut_single", "floor")]
     result = {
         **common.describe(setting, arguments, device),
         "seconds_per_answer": seconds,
-        "ratios": {
-            "naive / coconut": seconds["naive"] / seconds["coconut"],
-            "naive / coconut_single": seconds["naive"] / seconds["coconut_single"],
-        },
+        "ratios": {f"{one} / {other}": seconds[one] / seconds[other] for one, other in pairs if one in seconds},
         "peak_memory_mib": memory,
         "answers_compared": arguments.repeats,
         "answers_different": count_differences(measured),

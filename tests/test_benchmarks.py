@@ -80,11 +80,15 @@ def test_the_memory_of_a_loss(load, tmp_path, capsys, monkeypatch):
 def test_generate(load, tmp_path, capsys):
     generate = load("generate")
     result = run(generate, tmp_path / "generate.json", "--batch-size", "3", "--repeats", "3", "--new-tokens", "5")
-    assert set(result["seconds_per_answer"]) == set(generate.VARIANTS)
+    assert set(result["seconds_per_answer"]) == {*generate.VARIANTS, "floor"}
+    assert result["ratios"]["coconut / floor"] > 1
     assert result["answers_compared"] == 3
     assert result["answers_different"] == 0
     assert result["peak_memory_mib"]["coconut"] > 50
     assert "answers compared: 3, different: 0" in capsys.readouterr().out
+    short = run(generate, tmp_path / "short.json", "--batch-size", "2", "--repeats", "1", "--no-naive", "--no-memory")
+    assert "naive" not in short["seconds_per_answer"]
+    assert short["answers_different"] == 0
 
 
 def test_generate_reports_different_tokens(load, tmp_path, monkeypatch):
