@@ -2,8 +2,9 @@
 
 Reads what scripts/compare_methods.sh left in SAVE_PATH: METHOD-seedSEED (training, and in eval/ the evaluations on
 TEST_FILE and on those of --further) and METHOD-seedSEED-single of one seed (evaluation, one question at a time), and in
-OUT/METHOD-seedSEED the noise experiment with another question's thoughts. Writes to OUT: summary.json, table.md,
-accuracy.png, learning_curves.png and metrics/RUN.jsonl.
+OUT/METHOD-seedSEED the noise experiment with another question's thoughts. A METHOD is the name of its runs, such as pccot;
+the method itself stands in their config.yaml. Writes to OUT: summary.json, table.md, accuracy.png, learning_curves.png and
+metrics/RUN.jsonl.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def summarise(
     records, stem = load_records(test_file), test_file.stem
     runs = {method: [save_path / f"{method}-seed{seed}" for seed in seeds] for method in methods}
     right = {method: right_answers(runs[method], stem) for method in methods}
-    found = {method: summarise_method(runs[method], out, records, method, stem) for method in methods}
+    found = {method: summarise_method(runs[method], out, records, stem) for method in methods}
     for method, row in found.items():
         row["further"] = {file.stem: [read_evaluation(run, file.stem)["accuracy"] for run in runs[method]] for file in further}
     for method, row in found.items():
@@ -70,24 +71,25 @@ def right_answers(runs: Sequence[Path], data: str) -> np.ndarray:
     return np.array([[json.loads(line)["correct"] for line in read_text(file).splitlines()] for file in files], float)
 
 
-def summarise_method(runs: Sequence[Path], out: Path, records: list[dict[str, Any]], method: str, data: str) -> dict[str, Any]:
+def summarise_method(runs: Sequence[Path], out: Path, records: list[dict[str, Any]], data: str) -> dict[str, Any]:
     results = [read_evaluation(run, data) for run in runs]
     epochs = [read_metrics(run, "epoch") for run in runs]
     timed = next((run for run in (one.with_name(one.name + TIMED) for one in runs) if run.is_dir()), None)
     accuracies = [result["accuracy"] for result in results]
-    has_thoughts = bool(METHODS[method].markers)
-    without = [read_metrics(evaluation_of(run, 0, data), "evaluation")[-1] for run in runs] if has_thoughts else []
-    new_tokens = mean(result["new_tokens"] for result in results)
     config = load_config(RunConfig, [str(runs[0] / "config.yaml")])
+    method = METHODS[str(config.method)]
+    without = [read_metrics(evaluation_of(run, 0, data), "evaluation")[-1] for run in runs] if method.markers else []
+    new_tokens = mean(result["new_tokens"] for result in results)
     own_thoughts = thoughts(config, records)
     alike = [rows[-1]["question_cosine"] for rows in epochs if "question_cosine" in rows[-1]]
     return {
+        "label": method.label + (" + Jacobi" if config.latent_mode == "jacobi" else ""),
         "accuracies": accuracies,
         "accuracy": mean(accuracies),
         "deviation": stdev(accuracies) if len(accuracies) > 1 else None,
         "zero_thoughts": [row["accuracy"] for row in without] or None,
         "zero_thoughts_wrote_steps": mean(row["wrote_steps"] for row in without) if without else None,
-        "others_thoughts": [with_others(out / run.name) for run in runs] if LATENT in METHODS[method].markers else None,
+        "others_thoughts": [with_others(out / run.name) for run in runs] if LATENT in method.markers else None,
         "wrote_steps": mean(result["wrote_steps"] for result in results),
         "new_tokens": new_tokens,
         "thoughts": own_thoughts,
@@ -124,7 +126,7 @@ def table(summary: dict[str, Any]) -> str:
     further = list(next(iter(summary["methods"].values()))["further"])
     columns = [
         "accuracy, 95% over seeds and questions",
-        f"minus {METHODS[next(iter(summary['methods']))].label}",
+        f"minus {next(iter(summary['methods'].values()))['label']}",
         "each seed",
         *further,
         "zero thoughts (wrote steps)",
@@ -140,7 +142,7 @@ def table(summary: dict[str, Any]) -> str:
     ]
     rows = [
         [
-            f"{METHODS[method].label} (`{method}`)",
+            f"{row['label']} (`{method}`)",
             _with_interval(row["over_seeds"]),
             _with_interval(row["minus_first"], "+"),
             ", ".join(f"{100 * accuracy:.1f}" for accuracy in row["accuracies"]),
@@ -177,12 +179,12 @@ def _percent(share: float | None) -> float | None:
 
 def write_results(summary: dict[str, Any], save_path: Path, out: Path, title: str, data: str) -> None:
     (out / "metrics").mkdir(parents=True, exist_ok=True)
-    bars = {METHODS[method].label: row["accuracies"] for method, row in summary["methods"].items()}
+    bars = {row["label"]: row["accuracies"] for row in summary["methods"].values()}
     title = f"{title}: {summary['questions']:,} test questions, {len(summary['seeds'])} seeds"
     method_bars(bars, summary["chance"], out / "accuracy.png", title)
     curves = {
-        METHODS[method].label: [read_metrics(save_path / f"{method}-seed{seed}", "epoch") for seed in summary["seeds"]]
-        for method in summary["methods"]
+        row["label"]: [read_metrics(save_path / f"{method}-seed{seed}", "epoch") for seed in summary["seeds"]]
+        for method, row in summary["methods"].items()
     }
     learning_curves(curves, summary["chance"], out / "learning_curves.png", title)
     for method in summary["methods"]:
@@ -201,7 +203,7 @@ def main(given: list[str]) -> None:
     parser.add_argument("test_file", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--further", type=Path, nargs="+", default=[], help="other test files that the runs were evaluated on")
     parser.add_argument("--title", default="Small ProsQA from scratch", help="of the figures")
     arguments = parser.parse_args(given)

@@ -13,7 +13,7 @@ make_environment .venv requirements.txt
 
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 read -ra seeds <<< "${SEEDS:-0 1 2 3 4}"
-read -ra methods <<< "${METHODS:-coconut cot no_cot no_thoughts no_curriculum pause pause_as_thought icot codi simcot codi_simcot codi_kv}"
+read -ra methods <<< "${METHODS:-coconut cot no_cot no_thoughts no_curriculum pause pause_as_thought icot codi pccot simcot codi_simcot codi_kv}"
 processes=${PROCESSES:-2} batch=64
 save_path=checkpoints/compare data=data/prosqa_quick out=results/compare_methods
 launch=(.venv/bin/torchrun --standalone --nproc_per_node "$processes")
@@ -87,10 +87,10 @@ for seed in "${seeds[@]}"; do
         fi
         if [ -e "$save_path/$name/compared" ]; then continue; fi
         evaluate "$method" "$seed" "" val_path="${data}_test.json" batch_size_eval=250
-        case $method in coconut | no_curriculum | pause | pause_as_thought | codi | simcot | codi_simcot | codi_kv)
+        case $method in coconut | no_curriculum | pause | pause_as_thought | codi | pccot | simcot | codi_simcot | codi_kv)
             evaluate "$method" "$seed" "" val_path="${data}_test.json" batch_size_eval=250 eval_latents=0 ;;
         esac
-        case $method in coconut | no_curriculum | codi | simcot | codi_simcot | codi_kv)
+        case $method in coconut | no_curriculum | codi | pccot | simcot | codi_simcot | codi_kv)
             quietly "$save_path/$name-others.log" "${launch[@]}" test.py args/noise_sweep.yaml name="compare_methods/$name" \
                 load_model_path="$save_path/$name" data_path="${data}_test.json" num_questions=200 noise_type=gaussian_scaled \
                 noise_scales="[1]" controls="[other]" ;;

@@ -130,9 +130,10 @@ def write_comparison(save_path: Path, accuracies: dict[str, list[float]]) -> Non
             longer = directory / "eval" / "longer-run-checkpoint_4"  # the newest, on another file
             longer.mkdir()
             append_jsonl(longer / "metrics.jsonl", {"kind": "evaluation", "accuracy": accuracy - 0.4, "accuracy_fixed": 0.0})
-            needed = [f"name={directory.name}", f"method={method}", "model_id=m", "train_path=t", "val_path=v", "num_epochs=8"]
+            needed = [f"name={directory.name}", "model_id=m", "train_path=t", "val_path=v", "num_epochs=8"]
             curriculum = ["c_thought=2", "max_latent_stage=3", "pad_latent_to_max=false"]
-            save_config(load_config(RunConfig, needed + curriculum), directory / "config.yaml")
+            kind = {"pccot": ["method=codi", "latent_mode=jacobi", "jacobi_iterations=3"]}.get(method, [f"method={method}"])
+            save_config(load_config(RunConfig, needed + curriculum + kind), directory / "config.yaml")
         timed = save_path / f"{method}-seed0-single" / "eval" / "valid-run-checkpoint_4"
         timed.mkdir(parents=True)
         append_jsonl(timed / "metrics.jsonl", {"kind": "evaluation", "seconds_per_question": 0.125})
@@ -185,6 +186,18 @@ def test_comparison_of_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     for name in ("accuracy", "learning_curves"):
         assert image.imread(out / f"{name}.png").shape[0] > 300
     assert (out / "metrics" / "no_cot-seed1-test.jsonl").is_file()
+
+
+def test_a_run_is_counted_as_the_method_of_its_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_path, out = tmp_path / "runs", tmp_path / "out"
+    write_comparison(save_path, {"codi": [0.5], "pccot": [0.6]})
+    for method in ("codi", "pccot"):
+        write_others(out / f"{method}-seed0", [True, False])
+    compare(save_path, out, monkeypatch, "--seeds", "0", "--methods", "codi", "pccot")
+    methods = json.loads((out / "summary.json").read_text())["methods"]
+    assert (methods["codi"]["label"], methods["pccot"]["label"]) == ("CODI", "CODI + Jacobi")
+    assert methods["codi"]["passes"] - methods["pccot"]["passes"] == methods["codi"]["thoughts"] - (1 + 3)
+    assert "| CODI + Jacobi (`pccot`) | 60.0 (" in (out / "table.md").read_text()
 
 
 def test_packed_runs_make_the_same_table_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
