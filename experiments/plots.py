@@ -124,7 +124,7 @@ def method_bars(accuracies: dict[str, list[float]], chance: float, path: Path, t
             offsets = [place + 0.12 * (number - (len(values) - 1) / 2) for number in range(len(values))]
             axes.plot(offsets, [100 * value for value in values], "o", color="#1f3d66", markersize=4)
         references(axes, {"chance": 100 * chance})
-        axes.tick_params(axis="x", rotation=25)
+        axes.set_xticks(range(len(accuracies)), [*accuracies], rotation=25, ha="right", rotation_mode="anchor")
 
 
 def learning_curves(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], chance: float, path: Path, title: str) -> None:
@@ -135,11 +135,12 @@ def learning_curves(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], c
     labels = {"xlabel": "examples trained, thousands", "ylabel": "validation accuracy in %", "title": title}
     with drawing(path, (9, 4.6), **labels) as axes:
         for number, (method, seeds) in enumerate(runs.items()):
+            style = f"C{number}" + ("-" if number < 10 else "--")  # there are ten colours
             curves = [([row["examples"] / 1000 for row in rows], [100 * row["accuracy"] for row in rows]) for rows in seeds]
             for curve in curves if len(curves) > 1 else ():
-                axes.plot(*curve, f"C{number}", linewidth=0.6, alpha=0.5)
+                axes.plot(*curve, style, linewidth=0.6, alpha=0.5)
             middle = np.median([np.interp(curves[0][0], *curve) for curve in curves], axis=0)
-            axes.plot(curves[0][0], middle, f"C{number}", linewidth=2, label=method)
+            axes.plot(curves[0][0], middle, style, linewidth=2, label=method)
         references(axes, {"chance": 100 * chance})
 
 
