@@ -43,12 +43,16 @@ class GrowingLayer(DynamicLayer):
         held = getattr(self, name)
         begin, end = held.shape[-2], held.shape[-2] + new.shape[-2]
         room, known = self._rooms.get(name, (held, None))
-        if known is not held or end > room.shape[-2]:  # also after rows were chosen, or somebody set other keys
+        if known is not held or end > room.shape[-2]:  # also after somebody set other keys
             room = held.new_empty(*held.shape[:-2], end + ROOM, held.shape[-1])
             room[..., :begin, :] = held.detach()
         whole = _Append.apply(held, new, room)
         self._rooms[name] = room, whole
         return whole
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._rooms = {}  # else the memory of all rows would stay until the next pass
 
     def __copy__(self) -> GrowingLayer:
         """The same keys and values; what either adds goes into memory of its own."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from tiny_models import FAMILIES, tiny_model
@@ -70,7 +72,11 @@ def test_chosen_rows_go_on_and_leave_the_others_as_they_are() -> None:
     new = step(selected, 5, rows=4)
     assert holds(cache, keys)
     assert holds(selected, [*(one[rows] for one in keys), new])
+    step(cache, 7)
+    before = weakref.ref(cache.layers[0].keys)
+    keys.append(step(GrowingCache(), 7))
     keep_rows(cache, torch.tensor([1]))
+    assert before() is None
     assert holds(cache, [*(one[1:2] for one in keys), step(cache, 6, rows=1)])
 
 
