@@ -8,7 +8,8 @@
 
 No answer ends early, so all have the same number of tokens; the tokens of the variants are compared. The floor is the time of
 the arithmetic alone: the operations of prompt and answer in the layers, and of each new token in the head, at the rate of
-matrix products measured in the same run.
+matrix products measured in the same run. --profile also shows where the time of a batch goes (torch.profiler, on the CPU), up
+to its first new token and in all; what is between the two are passes over one position.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from collections.abc import Callable, Sequence
 import common  # first: it makes the repository importable
 import torch
 from naive import naive_generate
+from profile_step import HOST, KINDS, by_kind
 from torch import Tensor
 
 from coconut import Coconut
@@ -58,6 +60,18 @@ def floor(model: Coconut, questions: Sequence[Tensor], new: int, device: torch.d
     return (layers + head) / matrix_rate(device, torch.float32)
 
 
+def profiled(
+    model: Coconut, setting: common.Setting, questions: Sequence[Tensor], new: int, device: torch.device
+) -> dict[str, dict[str, float]]:
+    """Milliseconds of a batch by kind of operation, up to its first new token and in all."""
+
+    def by_tokens(tokens: int) -> dict[str, float]:
+        batch = answers(model, setting, questions, tokens, device)["coconut"]
+        return by_kind(lambda question: 1e3 * len(questions) * timed(batch, question, device)[0])
+
+    return {"first token": by_tokens(1), f"{new} tokens": by_tokens(new)}
+
+
 def count_differences(measured: dict[str, list[tuple[float, Tensor]]]) -> int:
     """Questions to which two variants gave different tokens."""
     batch = measured["coconut"][0][1]
@@ -75,6 +89,9 @@ def report(result: dict) -> str:
     rows = [[name, f"{value:.3f}", memory.get(name, "-")] for name, value in seconds.items()]
     lines = [f"{name}: {value:.2f}" for name, value in result["ratios"].items()]
     lines.append(f"answers compared: {result['answers_compared']}, different: {result['answers_different']}")
+    if result["by_kind"]:
+        parts = [[name, *kinds.values()] for name, kinds in result["by_kind"].items()]
+        lines.append(common.table(["the batch, ms", *KINDS, HOST], parts))
     return "\n".join([common.table(["variant", "s per answer", "peak MiB"], rows), *lines])
 
 
@@ -82,6 +99,7 @@ def main(argv: Sequence[str]) -> None:
     options = common.parser("Time and memory of answering questions.", batch_size=16, repeats=4)
     options.add_argument("--new-tokens", type=int, default=24)
     options.add_argument("--no-naive", action="store_true", help="leave out the naive variant, which takes most of the time")
+    options.add_argument("--profile", action="store_true", help="where the time of a batch goes, by kind of operation")
     arguments = options.parse_args(argv)
     if arguments.repeats > arguments.batch_size:
         options.error("--repeats: each repeat answers another question of the batch, so at most --batch-size")
@@ -107,6 +125,7 @@ def main(argv: Sequence[str]) -> None:
         "peak_memory_mib": memory,
         "answers_compared": arguments.repeats,
         "answers_different": count_differences(measured),
+        "by_kind": profiled(model, setting, questions, arguments.new_tokens, device) if arguments.profile else {},
         "all_seconds": {name: [time for time, _ in results] for name, results in measured.items()},
     }
     common.write(result, arguments.out)

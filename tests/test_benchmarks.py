@@ -86,7 +86,11 @@ def test_generate(load, tmp_path, capsys):
     assert result["answers_different"] == 0
     assert result["peak_memory_mib"]["coconut"] > 50
     assert "answers compared: 3, different: 0" in capsys.readouterr().out
-    short = run(generate, tmp_path / "short.json", "--batch-size", "2", "--repeats", "1", "--no-naive", "--no-memory")
+    assert result["by_kind"] == {}
+    options = ["--batch-size", "2", "--repeats", "1", "--new-tokens", "9", "--no-naive", "--no-memory", "--profile"]
+    short = run(generate, tmp_path / "short.json", *options)
+    first, whole = short["by_kind"].values()
+    assert 0 < first["attention"] < whole["attention"]
     assert "naive" not in short["seconds_per_answer"]
     assert short["answers_different"] == 0
 
@@ -220,11 +224,19 @@ def test_the_step_of_every_method(load, tmp_path, capsys):
 def test_scaling_fits_laws_and_counts_what_fits(load, tmp_path, capsys):
     scaling = load("scaling")
     result = run(scaling, tmp_path / "scaling.json")
-    assert set(result["laws"]) == {"thoughts", "question tokens", "width", "layers", "rows"}
+    assert set(result["laws"]) == {"thoughts", "question tokens", "width", "layers", "rows", "processes"}
     assert result["laws"]["rows"]["operations_exponent"] == pytest.approx(1)
+    assert 0.9 < result["laws"]["rows"]["kept_exponent"] < 1.1  # of question lengths that differ with the number of rows
     assert 0.7 < result["laws"]["layers"]["operations_exponent"] < 1  # positions have weights, too
     assert scaling.exponent([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
     small, *_, large = scaling.SIZES
-    assert small.fixed_bytes(1) == pytest.approx(16 * 124e6 + 2 * 124e6 / 12)
+    assert small.fixed_bytes(1) == pytest.approx(16 * 124e6 + 2 * 124e6 / 12, rel=0.01)
+    linear = torch.nn.Linear(4, 8)
+    twice = torch.nn.Sequential(linear, torch.nn.Sigmoid())
+    assert scaling.kept_bytes(twice, lambda: twice(torch.zeros(3, 4))) == 4 * (3 * 4 + 3 * 8)  # the input, the output
+    assert scaling.kept_bytes(linear, lambda: 0) == 0
+    assert large.parameters == pytest.approx(8.03e9, rel=0.01)
+    width, inner = 4096, 14336  # norms, projections, attention and feed-forward by hand, two bytes each, the norms four
+    assert large.row_bytes == pytest.approx(400 * 32 * (34 * width + 6 * inner), rel=0.1)
     assert large.rows(1) == 0 < large.rows(8) < large.rows(64)
     assert "none: does not fit" in capsys.readouterr().out
