@@ -20,7 +20,6 @@ from pathlib import Path, PurePath
 from typing import Annotated, Any, NoReturn, TypeVar, get_args, get_origin
 
 import numpy as np
-import torch
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -272,9 +271,11 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(no_such_file(path)) from None
-    except (OSError, UnicodeDecodeError) as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        raise UserError(f"{path}: cannot be read: {reason}") from None
+    except UnicodeDecodeError as error:
+        line, byte = error.object[: error.start].count(b"\n") + 1, error.object[error.start]
+        raise UserError(f"{path}: line {line}: cannot be read: not UTF-8 (byte 0x{byte:02x})") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
 MAKERS = {  # the command that makes the files of `args/`, by how their names begin
@@ -329,6 +330,8 @@ def shown(value: Any) -> str:
 
 def set_seed(seed: int) -> None:
     """Seed python, numpy and torch on every device."""
+    import torch  # not above: commands that compute nothing start without it
+
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -396,17 +399,15 @@ def get_logger() -> logging.Logger:
     return logger
 
 
-# --- writing ---
+def entry_point(main: Callable[[list[str]], None]) -> Callable[..., None]:
+    """Run `main` on the command line's arguments, or on those given.
 
-
-def entry_point(main: Callable[[list[str]], None]) -> Callable[[], None]:
-    """Run `main` on the command line's arguments; a UserError or a full disk becomes one line on each node and exit code 2.
-
-    A path that may not be read or is no path is meant for the user too; other errors of the system keep their stack trace.
+    A UserError or a full disk becomes one line on each node and exit code 2. A path that may not be read or is no path
+    is meant for the user too; other errors of the system keep their stack trace.
     """
 
     @functools.wraps(main)
-    def run() -> None:
+    def run(arguments: list[str] | None = None) -> None:
         startup.imported()
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
@@ -416,7 +417,7 @@ def entry_point(main: Callable[[list[str]], None]) -> Callable[[], None]:
         except UserError as error:
             _exit(f"error: {error}", 2, everywhere=True)  # it is not known which process this is
         try:
-            main(sys.argv[1:])
+            main(sys.argv[1:] if arguments is None else arguments)
         except UserError as error:
             _exit(f"error: {error}", 2)
         except KeyboardInterrupt:
@@ -432,15 +433,13 @@ def entry_point(main: Callable[[list[str]], None]) -> Callable[[], None]:
 
 def _exit(line: str, code: int, everywhere: bool = False) -> NoReturn:
     if everywhere or is_main_process() or os.environ.get("LOCAL_RANK") == "0":  # what is wrong may be so on this node alone
-        print(_one_printable_line(line), file=sys.stderr, flush=True)
+        print(_cut(printable(" ".join(line.split())), LONGEST_LINE), file=sys.stderr, flush=True)
     sys.exit(code)
 
 
-def _one_printable_line(text: str) -> str:
-    """Control characters are escaped: what a hostile file says must not move the cursor of a terminal."""
-    line = " ".join(text.split())
-    plain = "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in line)
-    return _cut(plain, LONGEST_LINE)
+def printable(text: str) -> str:
+    """Control characters escaped: what a hostile file says must not move the cursor of a terminal."""
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 
 
 def _cut(text: str, longest: int) -> str:

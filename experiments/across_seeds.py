@@ -7,7 +7,6 @@ questions: both are drawn again with replacement, the same questions for every s
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from experiments.noise.summary import CLEAN, JUDGE, counterpart, likeliest
 from experiments.plots import ACCURACY, drawing
 from experiments.tables import markdown
 from experiments.transfer import transferred
+from systems.arguments import Parser
 from systems.writing import write_json, write_text
 from utils import UserError, entry_point, get_logger
 
@@ -189,7 +189,7 @@ def _draw(curve: Mapping[float, Numbers], path: Path, title: str, clean: Numbers
 
 @entry_point
 def main(given: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m experiments.across_seeds", description=__doc__)
+    parser = Parser("python -m experiments.across_seeds", __doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("directories", type=Path, nargs="+", help="one noise experiment for each seed")
     arguments = parser.parse_args(given)

@@ -7,7 +7,6 @@ more steps than it was trained on shows how many it takes.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from typing import Any
 from dataset import load_records
 from experiments.quickstart import evaluation_of
 from experiments.tables import markdown
+from systems.arguments import Parser
 from utils import entry_point, get_logger, read_text
 
 OTHER, ELSE = "the other chain", "anything else"
@@ -44,7 +44,7 @@ def shares(records: Sequence[dict[str, Any]], run: Path, data: str, latents: int
 
 @entry_point
 def main(given: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m experiments.chain_answers", description=__doc__)
+    parser = Parser("python -m experiments.chain_answers", __doc__)
     parser.add_argument("test_file", type=Path)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     parser.add_argument("--latents", type=int, help="of evaluations with so many thoughts (eval_latents)")

@@ -13,7 +13,6 @@ Ctrl-C ends it.
 
 from __future__ import annotations
 
-import argparse
 import random
 import re
 import sys
@@ -33,6 +32,7 @@ from torch import Tensor
 from coconut import Coconut
 from dataset import load_records
 from states import Details
+from systems.arguments import Parser
 from systems.pretrained import prompt_of
 from thoughts import Noise
 from utils import UserError, entry_point
@@ -186,8 +186,7 @@ def converse(model: Coconut, records: list[dict[str, Any]], seed: int, max_new_t
 
 @entry_point
 def main(given: list[str]) -> None:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="python -m experiments.chat", description=__doc__, formatter_class=form)
+    parser = Parser("python -m experiments.chat", __doc__)
     parser.add_argument("checkpoint", help="a checkpoint, or a run's directory (its newest one)")
     parser.add_argument("--data", type=Path, help="records, for `random`")
     parser.add_argument("--seed", type=int, default=0, help="of the random questions")

@@ -7,11 +7,11 @@ bootstrap interval of the difference.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from experiments.noise.progress import finished_records
 from experiments.noise.summary import compare, condition_keys
+from systems.arguments import Parser
 from utils import UserError, entry_point, get_logger
 
 
@@ -35,7 +35,7 @@ def report(directory: Path, keys: list[str]) -> str:
 
 @entry_point
 def main(given: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m experiments.compare", description=__doc__)
+    parser = Parser("python -m experiments.compare", __doc__)
     parser.add_argument("directory", type=Path)
     parser.add_argument("keys", nargs="*", help="two conditions")
     arguments = parser.parse_args(given)

@@ -9,7 +9,6 @@ metrics/RUN.jsonl.
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 from collections.abc import Sequence
@@ -29,6 +28,7 @@ from experiments.quickstart import CHANCE, evaluation_of, read_evaluation, read_
 from experiments.tables import markdown, text
 from methods import LATENT, METHODS, scheduled_stage, stage_shape
 from preprocessing.prosqa_shortcuts import depth_shortcut
+from systems.arguments import Parser
 from systems.metrics import METRICS
 from systems.writing import write_json, write_text
 from utils import entry_point, get_logger, load_config, read_text
@@ -198,7 +198,7 @@ def write_results(summary: dict[str, Any], save_path: Path, out: Path, title: st
 
 @entry_point
 def main(given: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m experiments.compare_methods", description=__doc__)
+    parser = Parser("python -m experiments.compare_methods", __doc__)
     parser.add_argument("save_path", type=Path)
     parser.add_argument("test_file", type=Path)
     parser.add_argument("out", type=Path)

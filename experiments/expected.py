@@ -11,7 +11,6 @@ is lower, or its loss or its epochs are more, than the range of the seeds and ha
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import re
@@ -24,6 +23,7 @@ from config import RunConfig
 from experiments.quickstart import read_metrics
 from experiments.tables import markdown
 from methods import ALL_TOKENS
+from systems.arguments import Parser
 from systems.files import read_typed
 from systems.machine import described
 from systems.writing import write_json, write_text
@@ -182,7 +182,7 @@ def make(runs: Sequence[Path], add: bool = False) -> None:
 
 @entry_point
 def main(given: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m experiments.expected", description=__doc__)
+    parser = Parser("python -m experiments.expected", __doc__)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     parser.add_argument("--make", action="store_true", help="take these runs as what is expected")
     parser.add_argument("--add", action="store_true", help="take them too, beside those that are there")

@@ -5,7 +5,6 @@ For every method one question, each stage, the exact tokens, and which of them c
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 from pathlib import Path
@@ -16,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from config import RunConfig
 from dataset import IGNORE_INDEX, get_cot_latent_dataset
 from methods import ALL_TOKENS, MAIN, METHODS, TokenRemoval, scheduled_stage, sequence_name
+from systems.arguments import Parser
 from systems.models import latent_ids, load_tokenizer
 from systems.tokens import get_dataset
 from systems.writing import write_text
@@ -113,7 +113,7 @@ sample the sequence of another stage, drawn from (seed, epoch, index); the metho
 
 @entry_point
 def main(given: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m experiments.methods_page", description=__doc__)
+    parser = Parser("python -m experiments.methods_page", __doc__)
     parser.add_argument("out", type=Path, nargs="?", help="the page; standard output if left out")
     out = parser.parse_args(given).out
     if out is None:

@@ -28,6 +28,7 @@ from experiments.noise.settings import SweepConfig
 from experiments.noise.subjects import Subject, load_subject
 from experiments.tables import terminal, text
 from noise import noise_generator
+from systems.arguments import Parser
 from systems.machine import machine
 from systems.metrics import show
 from systems.models import embedding_weight
@@ -218,7 +219,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
 
 
 def _arguments(given: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog=f"python -m experiments.{PROGRAM}", description=__doc__)
+    parser = Parser(f"python -m experiments.{PROGRAM}", __doc__)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("data_file", type=Path)
     parser.add_argument("out", type=Path)

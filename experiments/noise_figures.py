@@ -7,7 +7,6 @@ noise_schedules.png (the share of the scale in later passes).
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from matplotlib.figure import Figure
 from experiments.checks.noise_laws import NoiseSetting, expected_cosine, expected_ratio
 from experiments.plots import save_figure
 from noise import NOISES, SCHEDULES, NoiseType, apply_noise_to_hidden_states, derived_generator, schedule_factor
+from systems.arguments import Parser
 from systems.files import read_typed
 from utils import UserError, entry_point, get_logger
 
@@ -113,7 +113,7 @@ def _draw_schedule(axes: Axes, schedule: str, norms: Sequence[float]) -> None:
 
 @entry_point
 def main(given: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m experiments.noise_figures", description=__doc__)
+    parser = Parser("python -m experiments.noise_figures", __doc__)
     parser.add_argument("result", type=Path)
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args(given)

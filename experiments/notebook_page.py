@@ -6,12 +6,12 @@ Text becomes text, each command a cell of its own, and after some commands a cel
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from systems.arguments import Parser
 from systems.writing import write_text
 from utils import entry_point
 
@@ -72,7 +72,7 @@ def notebook() -> str:
 
 @entry_point
 def main(given: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m experiments.notebook_page", description=__doc__)
+    parser = Parser("python -m experiments.notebook_page", __doc__)
     parser.add_argument("out", type=Path, nargs="?", default=ROOT / "docs" / "tutorial.ipynb")
     write_text(parser.parse_args(given).out, notebook())
 

@@ -6,7 +6,6 @@ twice, the last column says for how many graphs both answers are right; a guess 
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from dataset import load_records
 from experiments.quickstart import read_metrics
 from experiments.tables import markdown
+from systems.arguments import Parser
 from systems.files import read_typed_lines
 from systems.metrics import METRICS
 from utils import UserError, entry_point, get_logger
@@ -64,7 +64,7 @@ def table(run: Path, files: Sequence[Path]) -> str:
 
 @entry_point
 def main(given: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m experiments.out_of_distribution", description=__doc__)
+    parser = Parser("python -m experiments.out_of_distribution", __doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument("files", type=Path, nargs="+")
     arguments = parser.parse_args(given)

@@ -8,7 +8,6 @@ many tokens, so that positions agree, and gold answers with different last words
 
 from __future__ import annotations
 
-import argparse
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from dataset import load_records
 from experiments.across_seeds import Numbers, numbers
 from experiments.tables import markdown
 from methods import stage_shape
+from systems.arguments import Parser
 from systems.tokens import question_ids
 from systems.writing import write_json, write_text
 from utils import UserError, entry_point, get_logger
@@ -205,7 +205,7 @@ def table(found: dict[str, dict[str, Numbers]]) -> str:
 
 @entry_point
 def main(given: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m experiments.patching", description=__doc__)
+    parser = Parser("python -m experiments.patching", __doc__)
     parser.add_argument("checkpoints", nargs="+", help="of one recipe and several seeds")
     parser.add_argument("--data", type=Path, default=Path("data/prosqa_quick_test.json"))
     parser.add_argument("--questions", type=int, default=500)

@@ -6,7 +6,6 @@ Writes OUT/summary.json, figures, and copies of the metrics and predictions.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import shutil
 from collections import Counter
@@ -20,6 +19,7 @@ from evaluation import interval
 from experiments.plots import epoch_curves, grouped
 from experiments.tables import terminal, text
 from preprocessing.prosqa_shortcuts import depth_shortcut, shortcuts
+from systems.arguments import Parser
 from systems.files import read_typed_lines
 from systems.metrics import METRICS, show
 from systems.writing import write_json
@@ -129,7 +129,7 @@ def write_results(summary: dict[str, Any], save_path: Path, test_file: Path, out
 
 @entry_point
 def main(given: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m experiments.quickstart", description=__doc__)
+    parser = Parser("python -m experiments.quickstart", __doc__)
     parser.add_argument("save_path", type=Path)
     parser.add_argument("test_file", type=Path)
     parser.add_argument("out", type=Path)

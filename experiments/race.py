@@ -7,7 +7,6 @@ matrix products in the dtype of the run, is the utilisation (MFU, arXiv 2204.023
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import time
 from pathlib import Path
@@ -21,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from config import RunConfig
 from experiments.quickstart import read_metrics
 from experiments.tables import terminal
+from systems.arguments import Parser
 from systems.metrics import show
 from systems.storage import newest_whole
 from utils import entry_point, get_logger, load_config
@@ -106,7 +106,7 @@ def report(run: Path) -> tuple[Table, str]:
 
 @entry_point
 def main(given: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m experiments.race", description=__doc__)
+    parser = Parser("python -m experiments.race", __doc__)
     parser.add_argument("run", type=Path)
     run = parser.parse_args(given).run
     table, line = report(run)

@@ -7,7 +7,6 @@ whenever a run has finished an epoch; --wandb PROJECT logs it there as well.
 
 from __future__ import annotations
 
-import argparse
 import base64
 import os
 import shlex
@@ -34,6 +33,7 @@ from experiments.probes.frontier import GRAPH
 from experiments.probes.sketches import graph_after, lens
 from experiments.quickstart import read_metrics
 from experiments.tables import markdown
+from systems.arguments import Parser
 from systems.files import read_typed
 from systems.machine import described, machine
 from systems.metrics import METRICS, start_wandb
@@ -179,7 +179,7 @@ def watch(paths: Sequence[Path], out: Path, questions: int, logged: Any = None) 
 
 @entry_point
 def main(given: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m experiments.report", description=__doc__)
+    parser = Parser("python -m experiments.report", __doc__)
     parser.add_argument("paths", type=Path, nargs="+", metavar="RUN_OR_RESULTS")
     parser.add_argument("--out", type=Path, default=Path("report.html"))
     parser.add_argument("--questions", type=int, default=3, help="of a run that are answered on the page")

@@ -7,13 +7,13 @@ Only questions count whose own gold answer ends in another word than that of the
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
 from evaluation import interval
 from experiments.noise.progress import Record, finished_records
 from experiments.tables import with_interval
+from systems.arguments import Parser
 from systems.writing import write_json
 from utils import UserError, entry_point, get_logger
 
@@ -68,7 +68,7 @@ def report(directory: Path) -> str:
 
 @entry_point
 def main(given: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m experiments.transfer", description=__doc__)
+    parser = Parser("python -m experiments.transfer", __doc__)
     parser.add_argument("directory", type=Path)
     get_logger().info(report(parser.parse_args(given).directory))
 

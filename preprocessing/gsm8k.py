@@ -17,20 +17,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from preprocessing.common import (
-    SPLITS,
-    OneLineParser,
-    Record,
-    exit_with,
-    keep_inputs,
-    parse_lines,
-    parse_rows,
-    prepare_directory,
-    print_steps,
-    write_records,
-)
+from preprocessing.common import SPLITS, Record, parse_lines, parse_rows, print_steps, write_splits
+from systems.arguments import Parser
+from utils import UserError, entry_point
 
-PROGRAM = "gsm8k.py"
 EXAMPLES = ("--train train.jsonl --test test.jsonl", "--hub --steps sentences")
 HUB = "openai/gsm8k"
 ANNOTATION = re.compile(r"<<[^<>\n]*>>")  # a `<<` that is not closed ends at the next one: linear time
@@ -79,29 +69,29 @@ def to_record(problem: Record, steps: str) -> Record:
 
 
 def draw_valid(problems: Sequence[Record], count: int, seed: int) -> tuple[list[Record], list[Record]]:
-    """(the others, `count` drawn ones), both in the given order. ValueError: nothing would be left to train on."""
+    """(the others, `count` drawn ones), both in the given order. UserError: nothing would be left to train on."""
     if count >= len(problems):
-        raise ValueError(f"--valid {count} would leave nothing of the {len(problems)} training questions")
+        raise UserError(f"--valid {count} would leave nothing of the {len(problems)} training questions")
     drawn = sorted(random.Random(seed).sample(range(len(problems)), count))
     left = sorted(set(range(len(problems))).difference(drawn))
     return [problems[i] for i in left], [problems[i] for i in drawn]
 
 
 def read_hub() -> dict[str, list[Record]]:
-    """Both splits of the data set on the hub. ValueError: it cannot be had, or a row is malformed."""
+    """Both splits of the data set on the hub. UserError: it cannot be had, or a row is malformed."""
     import datasets
 
     try:
         loaded = datasets.load_dataset(HUB, "main")
     except Exception as error:  # whatever goes wrong between here and the hub
         reason = " ".join(str(error).split())
-        raise ValueError(f"cannot load {HUB}: {reason}; files on disk can be given with --train and --test") from None
+        raise UserError(f"cannot load {HUB}: {reason}; files on disk can be given with --train and --test") from None
     return {split: parse_rows(f"{HUB} {split}", "row", loaded[split], parse_row) for split in ("train", "test")}
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Command line, checked; a contradiction ends with one line and exit code 2."""
-    parser = OneLineParser(PROGRAM, __doc__, EXAMPLES)
+def parse_arguments(given: list[str]) -> argparse.Namespace:
+    """Command line, checked. UserError: a contradiction."""
+    parser = Parser("python preprocessing/gsm8k.py", __doc__, EXAMPLES)
     parser.add_argument("--train", type=Path, metavar="FILE", help="JSON lines")
     parser.add_argument("--test", type=Path, metavar="FILE", help="JSON lines")
     parser.add_argument("--hub", action="store_true", help=f"take both from {HUB}")
@@ -115,7 +105,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         default="keep",
         help="questions whose answer has no annotation (with --steps equations they have no steps)",
     )
-    args = parser.parse_args(argv)
+    args = parser.parse_args(given)
     if args.hub == bool(args.train or args.test):
         parser.error("give --train and --test (or one of them), or else --hub")
     if args.valid < 0:
@@ -124,7 +114,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def read_problems(args: argparse.Namespace) -> dict[str, list[Record]]:
-    """The problems of each split, in the order of SPLITS. OSError, ValueError: an input cannot be read or is malformed."""
+    """The problems of each split, in the order of SPLITS. UserError: an input cannot be read or is malformed."""
     files = {"train": args.train, "test": args.test}
     splits = read_hub() if args.hub else {name: parse_lines(path, parse_line) for name, path in files.items() if path}
     if "train" in splits and args.valid:
@@ -132,26 +122,15 @@ def read_problems(args: argparse.Namespace) -> dict[str, list[Record]]:
     return {split: splits[split] for split in SPLITS if split in splits}
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_arguments(argv)
-    try:
-        splits = read_problems(args)
-    except OSError as error:
-        exit_with(PROGRAM, f"cannot read {error.filename}: {error.strerror}")
-    except ValueError as error:
-        exit_with(PROGRAM, str(error))
+@entry_point
+def main(given: list[str]) -> None:
+    args = parse_arguments(given)
+    splits = read_problems(args)
     bare = [sum(not equations(problem["rationale"]) for problem in problems) for problems in splits.values()]
     if args.without_annotation == "drop":
         splits = {split: [p for p in problems if equations(p["rationale"])] for split, problems in splits.items()}
     records = {split: [to_record(problem, args.steps) for problem in problems] for split, problems in splits.items()}
-    paths = {split: args.out_prefix.with_name(f"{args.out_prefix.name}_{split}.json") for split in records}
-    keep_inputs(PROGRAM, (args.train, args.test), paths.values())
-    try:
-        prepare_directory(args.out_prefix.parent)
-        for split, path in paths.items():
-            write_records(path, records[split])
-    except OSError as error:
-        exit_with(PROGRAM, f"cannot write to {args.out_prefix.parent}: {error.strerror}")
+    write_splits(args.out_prefix, records, (args.train, args.test))
     print_steps(records, {f"no annotation, {PAST[args.without_annotation]}": bare})
 
 

@@ -7,23 +7,14 @@ that the paper's models were trained on.
 
 import re
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from preprocessing.common import (
-    OneLineParser,
-    Record,
-    exit_with,
-    keep_inputs,
-    parse_lines,
-    prepare_directory,
-    print_steps,
-    write_records,
-)
+from preprocessing.common import Record, keep_inputs, parse_lines, prepare_directory, print_steps, write_records
+from systems.arguments import Parser
+from utils import entry_point
 
-PROGRAM = "gsm_icot.py"
 EXAMPLES = ("train.txt data/gsm_train.json", "valid.txt data/gsm_valid.json")
 # Only between two steps: blanks inside `<<...>>` belong to the step.
 BETWEEN_STEPS = re.compile(r"(?<=>>)\s*(?=<<)")
@@ -51,23 +42,16 @@ def parse_line(line: str) -> Record:
     return {"question": question.strip(), "answer": answer.strip(), "steps": split_steps(rationale)}
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = OneLineParser(PROGRAM, __doc__, EXAMPLES)
+@entry_point
+def main(given: list[str]) -> None:
+    parser = Parser("python preprocessing/gsm_icot.py", __doc__, EXAMPLES)
     parser.add_argument("text", type=Path, metavar="IN.txt")
     parser.add_argument("out", type=Path, metavar="OUT.json")
-    args = parser.parse_args(argv)
-    keep_inputs(PROGRAM, [args.text], [args.out])
-    try:
-        records = parse_lines(args.text, parse_line)
-    except OSError as error:
-        exit_with(PROGRAM, f"cannot read {args.text}: {error.strerror}")
-    except ValueError as error:
-        exit_with(PROGRAM, str(error))
-    try:
-        prepare_directory(args.out.parent)
-        write_records(args.out, records)
-    except OSError as error:
-        exit_with(PROGRAM, f"cannot write {args.out}: {error.strerror}")
+    args = parser.parse_args(given)
+    keep_inputs([args.text], [args.out])
+    records = parse_lines(args.text, parse_line)
+    prepare_directory(args.out.parent)
+    write_records(args.out, records)
     print_steps({args.out.stem: records})
 
 

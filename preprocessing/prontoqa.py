@@ -14,19 +14,10 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from preprocessing.common import (
-    SPLITS,
-    OneLineParser,
-    Record,
-    exit_with,
-    keep_inputs,
-    prepare_directory,
-    printable,
-    write_records,
-)
-from utils import UserError, read_text
+from preprocessing.common import SPLITS, Record, write_splits
+from systems.arguments import Parser
+from utils import UserError, entry_point, printable, read_text
 
-PROGRAM = "prontoqa.py"
 EXAMPLES = ("5hop_0shot_random.json", "5hop_0shot_random.json --train 500 --valid 50 --out-prefix data/mine")
 ANSWERS = ("True", "False")
 PUBLISHED_SIZES = (9000, 200, 800)
@@ -215,9 +206,9 @@ def print_table(splits: dict[str, list[Record]]) -> None:
 # --- command line ---
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Command line, checked; a contradiction ends with one line and exit code 2."""
-    parser = OneLineParser(PROGRAM, __doc__, EXAMPLES)
+def parse_arguments(given: list[str]) -> argparse.Namespace:
+    """Command line, checked. UserError: a contradiction."""
+    parser = Parser("python preprocessing/prontoqa.py", __doc__, EXAMPLES)
     parser.add_argument("raw", type=Path, metavar="RAW.json", help="the generator's file")
     train, valid, test = PUBLISHED_SIZES
     parser.add_argument("--train", type=int, default=train, metavar="N", help=f"first N examples (default {train})")
@@ -225,7 +216,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--test", type=int, metavar="N", help=f"next N examples (default all the rest; published {test})")
     parser.add_argument("--out-prefix", type=Path, default=Path("data/prontoqa"), help="files are PREFIX_train.json, ...")
     parser.add_argument("--check", action="store_true", help="a proof that does not hold is an error, not a line of the table")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(given)
     for split in SPLITS:
         if (getattr(args, split) or 0) < 0:
             parser.error(f"--{split} must be at least 0, is {getattr(args, split)}")
@@ -241,25 +232,17 @@ def check_proofs(records: dict[str, Record], strict: bool) -> None:
             if strict:
                 raise UserError(f"{name}: {problem}")
             warning = f"{name}: {problem} (the first such example; --check makes it an error)"
-            print(f"{PROGRAM}: warning: {printable(warning)}", file=sys.stderr)
+            print(f"warning: {printable(warning)}", file=sys.stderr)
             return
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_arguments(argv)
-    try:
-        records = convert(read_examples(args.raw))
-        splits = split_records(list(records.values()), args.train, args.valid, args.test)
-        check_proofs(records, args.check)
-        paths = {split: args.out_prefix.with_name(f"{args.out_prefix.name}_{split}.json") for split in splits}
-        keep_inputs(PROGRAM, [args.raw], paths.values())
-        prepare_directory(args.out_prefix.parent)
-        for split, path in paths.items():
-            write_records(path, splits[split])
-    except OSError as error:
-        exit_with(PROGRAM, f"cannot write to {args.out_prefix.parent}: {error.strerror}")
-    except UserError as error:
-        exit_with(PROGRAM, str(error))
+@entry_point
+def main(given: list[str]) -> None:
+    args = parse_arguments(given)
+    records = convert(read_examples(args.raw))
+    splits = split_records(list(records.values()), args.train, args.valid, args.test)
+    check_proofs(records, args.check)
+    write_splits(args.out_prefix, splits, [args.raw])
     print_table(splits)
 
 

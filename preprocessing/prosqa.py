@@ -23,14 +23,15 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from preprocessing.common import SPLITS, OneLineParser, Record, exit_with, prepare_directory, write_records
+from preprocessing.common import SPLITS, Record, prepare_directory, write_splits
 from preprocessing.prosqa_graphs import Edge, Question, find_matched_questions, find_question
 from preprocessing.prosqa_ood import SHAPES, ood_questions
 from preprocessing.prosqa_shortcuts import PUBLISHED, print_table, statistics
 from preprocessing.prosqa_symbolic import HOPS as SYMBOLIC_HOPS
 from preprocessing.prosqa_symbolic import NODES, symbolic_record, walk_record
+from systems.arguments import Parser
+from utils import UserError, entry_point
 
-PROGRAM = "prosqa.py"
 EXAMPLES = ("--symbolic", "--shape chains --train 5000 --valid 200 --test 200 --out-prefix data/mine")
 
 # Records by default. The symbolic ones are the paper's; its valid and test are the published files' questions of 3 and 4 hops.
@@ -108,9 +109,9 @@ def render_records(
 
 
 def draw_words(rng: np.random.Generator, words: Sequence[str], count: int) -> list[str]:
-    """`count` different words in random order. ValueError: there are fewer."""
+    """`count` different words in random order. UserError: there are fewer."""
     if count > len(words):
-        raise ValueError(f"{count} different names or concepts needed, {len(words)} available")
+        raise UserError(f"{count} different names or concepts needed, {len(words)} available")
     return [words[i] for i in rng.permutation(len(words))[:count]]
 
 
@@ -125,7 +126,7 @@ def chain_record(
 
     Both ends stand at the same depth and have h ancestors each, so an option's own depth says nothing about the answer.
     0..`branches` further concepts hang as leaves from random nodes that are no ends.
-    ValueError: fewer concepts or names than a question needs.
+    UserError: fewer concepts or names than a question needs.
     """
     h = int(rng.choice(hops)) if len(hops) > 1 else hops[0]
     chains = [[side, *range(2 + side * h, 2 + (side + 1) * h)] for side in (0, 1)]
@@ -148,7 +149,7 @@ def draw_records(
 ) -> list[Record]:
     """The records of `count` draws by `draw`, no question twice and none whose `key` is in `exclude`.
 
-    ValueError: so many different questions could not be found.
+    UserError: so many different questions could not be found.
     """
     records: list[Record] = []
     taken: set[str] = set()
@@ -160,7 +161,7 @@ def draw_records(
         )
         group = next(fresh, None)
         if group is None:
-            raise ValueError(f"only {index} different questions found for {split}, {count} asked for")
+            raise UserError(f"only {index} different questions found for {split}, {count} asked for")
         taken.update(record["question"] for record in group)
         records += group
     return records
@@ -247,9 +248,9 @@ def prosqa_records(
     return draw_records(draw, count // 2 if paired else count, rngs, split, exclude)
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Command line, checked; a contradiction ends with one line and exit code 2."""
-    parser = OneLineParser(PROGRAM, __doc__, EXAMPLES)
+def parse_arguments(given: list[str]) -> argparse.Namespace:
+    """Command line, checked. UserError: a contradiction."""
+    parser = Parser("python preprocessing/prosqa.py", __doc__, EXAMPLES)
     parser.add_argument(
         "--shape", choices=("graph", "chains", "walk", *SHAPES), default="graph", help="ProsQA, or other graphs"
     )
@@ -266,7 +267,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--branches", type=int, metavar="N", help="chains: up to N further leaves (default 0)")
     parser.add_argument("--concepts", type=int, metavar="K", help="use the first K concepts only")
     parser.add_argument("--names", type=int, metavar="M", help="use the first M names only")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(given)
     if problem := find_problem(args):
         parser.error(problem)
     return fill_defaults(args)
@@ -336,17 +337,12 @@ def generate(args: argparse.Namespace) -> dict[str, list[Record]]:
     return {split: splits[split] for split in SPLITS if splits[split]}
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_arguments(argv)
-    try:
-        prepare_directory(args.out_prefix.parent)
-        splits = generate(args)
-        for split, records in splits.items():
-            write_records(args.out_prefix.with_name(f"{args.out_prefix.name}_{split}.json"), records)
-    except OSError as error:
-        exit_with(PROGRAM, f"cannot write to {args.out_prefix.parent}: {error.strerror}")
-    except ValueError as error:
-        exit_with(PROGRAM, str(error))
+@entry_point
+def main(given: list[str]) -> None:
+    args = parse_arguments(given)
+    prepare_directory(args.out_prefix.parent)
+    splits = generate(args)
+    write_splits(args.out_prefix, splits)
     if args.shape == "walk":
         return  # without options there are no shortcuts to count
     columns = {split: statistics(records) for split, records in splits.items()}

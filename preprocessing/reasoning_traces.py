@@ -31,19 +31,11 @@ from spacy.tokens import Doc, Token
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from preprocessing.common import (
-    OneLineParser,
-    Record,
-    exit_with,
-    keep_inputs,
-    prepare_directory,
-    printable,
-    write_records,
-    write_text,
-)
-from utils import UserError, read_text
+from preprocessing.common import Record, keep_inputs, prepare_directory, write_records
+from systems.arguments import Parser
+from systems.writing import write_text
+from utils import UserError, entry_point, printable, read_text
 
-PROGRAM = "reasoning_traces.py"
 EXAMPLES = ("TRACES.jsonl data/own.json", "TRACES.jsonl data/own.json --trace-field reasoning --answer-field answer")
 MARKER = "In summary:"
 # Beside those that spaCy's English tokenizer keeps whole ("Dr.", "e.g.", "U.S."); "No." is as often a sentence.
@@ -341,9 +333,9 @@ def first_words(text: str) -> str:
 # --- command line ---
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Command line, checked; a contradiction ends with one line and exit code 2."""
-    parser = OneLineParser(PROGRAM, __doc__, EXAMPLES)
+def parse_arguments(given: list[str]) -> argparse.Namespace:
+    """Command line, checked. UserError: a contradiction."""
+    parser = Parser("python preprocessing/reasoning_traces.py", __doc__, EXAMPLES)
     parser.add_argument("traces", type=Path, metavar="TRACES", help="JSONL file, or a JSON list")
     parser.add_argument("out", type=Path, metavar="OUT.json", help="records; rejected traces go to OUT.rejected.jsonl")
     parser.add_argument("--question-field", default="question", metavar="NAME", help="(default question)")
@@ -353,13 +345,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--pipeline", metavar="NAME", help="an installed spaCy pipeline, such as en_core_web_sm")
     parser.add_argument("--merge-short", type=int, default=0, metavar="N", help="join steps shorter than N characters")
     parser.add_argument("--strict", action="store_true", help="a trace that would be rejected is an error")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(given)
     if not args.marker.strip():
         parser.error("--marker is blank")
     if args.merge_short < 0:
         parser.error(f"--merge-short must be at least 0, is {args.merge_short}")
     args.rejected = args.out.with_suffix(".rejected.jsonl")
-    keep_inputs(PROGRAM, [args.traces], (args.out, args.rejected))
+    keep_inputs([args.traces], (args.out, args.rejected))
     return args
 
 
@@ -382,19 +374,15 @@ def write_rejected(path: Path, rejected: Sequence[Record]) -> None:
         path.unlink(missing_ok=True)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_arguments(argv)
+@entry_point
+def main(given: list[str]) -> None:
+    args = parse_arguments(given)
     options = Options(args.question_field, args.trace_field, args.answer_field, args.marker, args.merge_short)
-    try:
-        result = convert(read_traces(args.traces), load_pipeline(args.pipeline), options)
-        check(result, args.strict, args.traces)
-        prepare_directory(args.out.parent)
-        write_rejected(args.rejected, result.rejected)
-        write_records(args.out, result.records)
-    except OSError as error:
-        exit_with(PROGRAM, f"cannot write to {args.out}: {error.strerror}")
-    except UserError as error:
-        exit_with(PROGRAM, str(error))
+    result = convert(read_traces(args.traces), load_pipeline(args.pipeline), options)
+    check(result, args.strict, args.traces)
+    prepare_directory(args.out.parent)
+    write_rejected(args.rejected, result.rejected)
+    write_records(args.out, result.records)
     print("\n".join(map(printable, report_lines(result, options, args.rejected))))
 
 

@@ -16,11 +16,12 @@ from transformers import PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from preprocessing.common import OneLineParser, exit_with, write_text
 from preprocessing.prosqa import CONCEPTS, NAMES
 from preprocessing.prosqa_symbolic import EDGE, NODES, OPTIONS, ROOT
+from systems.arguments import Parser
+from systems.writing import write_text, writing
+from utils import entry_point
 
-PROGRAM = "word_tokenizer.py"
 EXAMPLES = ("", "--out my_configs")
 
 UNK, EOS = "<unk>", "<eos>"
@@ -163,8 +164,9 @@ def tokenizer_config() -> dict[str, Any]:
 
 
 def write_model_directory(directory: Path, model: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> None:
-    """config.json, tokenizer.json and tokenizer_config.json. OSError: they cannot be written."""
-    directory.mkdir(parents=True, exist_ok=True)
+    """config.json, tokenizer.json and tokenizer_config.json. UserError: they cannot be written."""
+    with writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
     files = {
         "config.json": json.dumps(model | {"vocab_size": len(tokenizer)}, indent=2),
         "tokenizer.json": tokenizer.backend_tokenizer.to_str(pretty=True),
@@ -174,21 +176,19 @@ def write_model_directory(directory: Path, model: dict[str, Any], tokenizer: Pre
         write_text(directory / name, text + "\n")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = OneLineParser(PROGRAM, __doc__, EXAMPLES)
+@entry_point
+def main(given: list[str]) -> None:
+    parser = Parser("python preprocessing/word_tokenizer.py", __doc__, EXAMPLES)
     parser.add_argument("--out", type=Path, default=Path("configs"), help="directory (default configs)")
-    out = parser.parse_args(argv).out
+    out = parser.parse_args(given).out
     tokenizers = [
         (WORD_MODELS, build_word_tokenizer([*NAMES, *CONCEPTS])),
         (PHRASE_MODELS, build_phrase_tokenizer(NAMES, CONCEPTS)),
         (SYMBOL_MODELS, build_symbol_tokenizer()),
     ]
-    try:
-        for models_of_one, tokenizer in tokenizers:
-            for name, model in models_of_one.items():
-                write_model_directory(out / name, model, tokenizer)
-    except OSError as error:
-        exit_with(PROGRAM, f"cannot write to {out}: {error.strerror}")
+    for models_of_one, tokenizer in tokenizers:
+        for name, model in models_of_one.items():
+            write_model_directory(out / name, model, tokenizer)
 
 
 if __name__ == "__main__":

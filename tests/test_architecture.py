@@ -11,6 +11,7 @@ from conftest import ROOT
 ORDER = (
     "systems.startup",
     "utils",
+    "systems.arguments",
     "noise",
     "thoughts",
     "states",

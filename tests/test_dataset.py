@@ -143,7 +143,7 @@ def test_missing_or_unreadable_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nothing.json: no such file"):
         load_records(tmp_path / "nothing.json")
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match=r"binary.json: cannot be read"):
+    with pytest.raises(ValueError, match=r"binary.json: line 1: cannot be read"):
         load_records(tmp_path / "binary.json")
     with pytest.raises(ValueError, match="not a regular file"):
         load_records(tmp_path)

@@ -11,7 +11,6 @@ import pytest
 from conftest import ROOT
 
 from preprocessing import gsm8k, gsm_icot, prontoqa, reasoning_traces
-from preprocessing.common import exit_with
 
 SCRIPTS = ("prosqa", "prontoqa", "gsm8k", "gsm_icot", "reasoning_traces", "word_tokenizer")
 MILLION = 1_000_000
@@ -83,8 +82,8 @@ def test_an_input_is_not_overwritten_under_another_name(module, arguments, tmp_p
 
 def test_control_characters_do_not_reach_the_terminal(capsys):
     with pytest.raises(SystemExit):
-        exit_with("x.py", "bad \x1b[2J\r\n name")
-    assert capsys.readouterr().err == "x.py: error: bad \\x1b[2J\\r\\n name\n"
+        gsm_icot.main(["bad \x1b[2J\r\n name", "out.json"])
+    assert capsys.readouterr().err == "error: bad \\x1b[2J name: no such file\n"
 
 
 def test_reports_escape_control_characters(tmp_path: Path, capsys):

@@ -218,7 +218,7 @@ def test_a_malformed_example_is_named(tmp_path, capsys, change, expected):
     change(examples["example2"])
     raw = write_json(tmp_path / "raw.json", examples)
     message = fails(capsys, raw, "--train", 1, "--valid", 1, "--out-prefix", tmp_path / "made" / "p")
-    assert f"prontoqa.py: error: {expected}" in message
+    assert f"error: {expected}" in message
     assert not (tmp_path / "made").exists()
 
 
@@ -261,7 +261,7 @@ def test_the_sizes_advised_fit(available):
 def test_a_directory_that_cannot_be_written(tmp_path, capsys):
     raw = write_json(tmp_path / "raw.json", make_examples(3))
     message = fails(capsys, raw, "--train", 1, "--valid", 1, "--out-prefix", raw / "sub" / "p")
-    assert f"cannot write to {raw / 'sub'}" in message
+    assert f"{raw / 'sub'}: cannot be written" in message
 
 
 # --- scripts/make_prontoqa.sh ---

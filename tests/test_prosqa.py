@@ -365,7 +365,7 @@ def test_the_files_in_data_are_what_the_command_writes(split):
 def test_bad_options_end_with_one_line(arguments, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         run("--out-prefix", tmp_path / "x", *arguments)
-    error = [line for line in capsys.readouterr().err.splitlines() if "prosqa.py: error:" in line]
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert end.value.code == 2
     assert len(error) == 1
     assert message in error[0]
@@ -377,7 +377,7 @@ def test_an_unwritable_directory_ends_with_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         run("--out-prefix", tmp_path / "file" / "below" / "x", "--train", 1)
     assert end.value.code == 2
-    assert capsys.readouterr().err.startswith(f"prosqa.py: error: cannot write to {tmp_path}")
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'file' / 'below'}: cannot be written")
 
 
 def test_splits_of_chains_share_no_pair_of_chains(tmp_path):

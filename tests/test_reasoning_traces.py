@@ -306,7 +306,7 @@ def test_what_cannot_be_converted_is_named_and_nothing_written(tmp_path, capsys,
         (b'{"question": "Q"}\n{"question": \n', "traces.jsonl: line 2: not valid JSON"),
         (b"[1, 2", "traces.jsonl: not valid JSON"),
         (b"[" * 100_000, "traces.jsonl: not valid JSON"),
-        (b"\xff\xfe", "traces.jsonl: cannot be read"),
+        (b"\xff\xfe", "traces.jsonl: line 1: cannot be read"),
     ],
 )
 def test_a_file_of_another_kind(tmp_path, capsys, content, expected):
@@ -321,4 +321,4 @@ def test_files_that_cannot_be_read_or_written(tmp_path, capsys):
     assert "would overwrite the input" in fails(capsys, path, path)
     rejected = write_lines(tmp_path / "own.rejected.jsonl", trace("In summary: 4"))
     assert "would overwrite the input" in fails(capsys, rejected, tmp_path / "own.json")
-    assert f"cannot write to {path / 'own.json'}" in fails(capsys, path, path / "own.json")
+    assert f"{path}: cannot be written" in fails(capsys, path, path / "own.json")
