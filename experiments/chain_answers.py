@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dataset import load_records
+from experiments.answers.extraction import last_word
 from experiments.quickstart import evaluation_of
 from experiments.tables import markdown
 from systems.arguments import Parser
@@ -24,20 +25,16 @@ OTHER, ELSE = "the other chain", "anything else"
 
 def places(record: dict[str, Any]) -> dict[str, str]:
     """Of each concept of a question the step that finds it, counted from 1, or OTHER."""
-    own = [_last_word(step) for step in record["steps"]]
+    own = [last_word(step) for step in record["steps"]]
     names = dict.fromkeys(record["idx_to_symbol"], OTHER)
     return names | {name: str(step) for step, name in enumerate(own, start=1)}
-
-
-def _last_word(sentence: str) -> str:
-    return (sentence.rstrip(" .").split() or [""])[-1]
 
 
 def shares(records: Sequence[dict[str, Any]], run: Path, data: str, latents: int | str = "gold") -> dict[str, float]:
     """Of the answers of a run's newest evaluation, by the place of what they name."""
     [file] = evaluation_of(run, latents, data).glob("predictions_*.jsonl")
     predictions = [json.loads(line) for line in read_text(file).splitlines()]
-    found = Counter(places(records[one["idx"]]).get(_last_word(one["answer"]), ELSE) for one in predictions)
+    found = Counter(places(records[one["idx"]]).get(last_word(one["answer"]), ELSE) for one in predictions)
     steps = [str(step) for step in range(1, 1 + max(len(record["steps"]) for record in records))]
     return {place: found[place] / len(predictions) for place in (*steps, OTHER, ELSE)}
 

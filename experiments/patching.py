@@ -22,6 +22,7 @@ from transformers import DynamicCache
 from coconut import Coconut
 from dataset import load_records
 from experiments.across_seeds import Numbers, numbers
+from experiments.answers.extraction import last_word
 from experiments.tables import markdown
 from methods import stage_shape
 from systems.arguments import Parser
@@ -90,10 +91,6 @@ def pairs_of(model: Coconut, records: Sequence[dict[str, Any]]) -> list[Pair]:
         if (other := next(fitting, None)) is not None:
             found.append(Pair((prompt, prompts[other]), (golds[first], golds[other])))
     return found
-
-
-def last_word(answer: str) -> str:
-    return answer.strip().rstrip(".").rsplit(" ", 1)[-1]
 
 
 @torch.no_grad()

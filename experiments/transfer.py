@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluation import interval
+from experiments.answers.extraction import last_word
 from experiments.noise.progress import Record, finished_records
 from experiments.tables import with_interval
 from systems.arguments import Parser
@@ -34,14 +35,10 @@ def transferred(records: list[Record]) -> dict[str, list[tuple[bool, bool]]]:
                 counted = found.setdefault(key, [])
                 other = known.get(outcome["displaced_by"], record)  # one that failed is left out as one with the same gold
                 said = outcome["branches"][0]["answer"]
-                said, theirs, own = map(_last_word, (said, other["gold"], record["gold"]))
+                said, theirs, own = map(last_word, (said, other["gold"], record["gold"]))
                 if theirs != own:
                     counted.append((said == theirs, said == own))
     return found
-
-
-def _last_word(answer: str) -> str:
-    return answer.rstrip(".").rsplit(" ", 1)[-1]
 
 
 def _shares(counted: list[tuple[bool, bool]]) -> dict[str, Any]:

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from utils import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """`command` is how the program is called; `doc`, its module's text, stands above the options in --help as it is written.
+    """`prog` is how the program is called; `description`, its module's text, stands in --help as it is written.
 
-    examples: what may stand behind the command. A mistake raises UserError.
+    examples: what may stand behind `prog`. A mistake raises UserError.
     """
 
-    def __init__(self, command: str, doc: str | None, examples: Sequence[str] = ()) -> None:
+    def __init__(self, prog: str, description: str | None = None, examples: Sequence[str] = (), **more: Any) -> None:
         as_written = argparse.RawDescriptionHelpFormatter
-        super().__init__(prog=command, description=doc, formatter_class=as_written)
+        super().__init__(prog=prog, description=description, formatter_class=as_written, **more)
         if examples:
-            self.epilog = "\n".join(["examples:", *(f"  {command} {example}" for example in examples)])
+            self.epilog = "\n".join(["examples:", *(f"  {prog} {example}" for example in examples)])
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import yaml
@@ -18,6 +18,7 @@ from transformers import AutoConfig
 
 from config import RunConfig
 from methods import METHODS
+from systems.arguments import Parser
 from systems.checkpoint import _fill_model, check_absent, id_facts, write_model
 from systems.codi_format import is_codi, plain_state
 from systems.files import FACTS, STATE, Facts, read_facts, read_training_state
@@ -32,23 +33,16 @@ from systems.storage import (
 from systems.weights import read_map, read_state_dict
 from utils import UserError, entry_point, get_logger
 
+EXAMPLES = (
+    "convert FILE DIRECTORY --stage 4 --c-thought 2 --max-latent-stage 3",
+    """convert FILE DIRECTORY --method codi --stage 4 --c-thought 2 --max-latent-stage 3 \\
+      --lora-alpha 32 --thought-map "{name: projection, width: 768}\"""",
+    "consolidate checkpoints/NAME DIRECTORY",
+)
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see python -m systems.checkpoint --help")
 
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="python -m systems.checkpoint",
-        description="Checkpoints of other forms to checkpoint directories.",
-        formatter_class=argparse.RawTextHelpFormatter,
-        epilog="""examples:
-  python -m systems.checkpoint convert FILE DIRECTORY --stage 4 --c-thought 2 --max-latent-stage 3
-  python -m systems.checkpoint convert FILE DIRECTORY --method codi --stage 4 --c-thought 2 --max-latent-stage 3 \\
-      --lora-alpha 32 --thought-map "{name: projection, width: 768}"
-  python -m systems.checkpoint consolidate checkpoints/NAME DIRECTORY""",
-    )
+def _parser() -> Parser:
+    parser = Parser("python -m systems.checkpoint", "Checkpoints of other forms to checkpoint directories.", EXAMPLES)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser(
         "convert", help="a single-file state dict (torch or safetensors) to a directory that run.py evaluates and trains"

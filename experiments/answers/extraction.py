@@ -436,3 +436,8 @@ def _sentences(text: str) -> list[str]:
         for match in matches
         if not _QUANTIFIED.search(text[max(0, match.start() - 12) : match.start()])
     ]
+
+
+def last_word(sentence: str) -> str:
+    """What "NAME is a CONCEPT." says; "" of nothing."""
+    return (sentence.rstrip(" .").split() or [""])[-1]

@@ -12,7 +12,7 @@ from experiments.noise.controls import CONTROLS
 from methods import MOST_THOUGHTS, EvalLatents
 from noise import DECAY, SCHEDULES, check_noise, find_noise, noise_rows, noise_types
 from thoughts import Noise, ThoughtMapSetting
-from utils import Config, OptionalPath, OptionalText, PathText, Positive, Seed, check_folder_name, check_kernel, one_of
+from utils import Config, OptionalPath, OptionalText, PathText, Positive, Seed, check_folder_name, check_kernel, null, one_of
 
 NoiseName = Annotated[str, one_of(noise_types)]
 Schedule = Annotated[str, one_of(lambda: list(SCHEDULES))]
@@ -22,10 +22,6 @@ SELF_CONSISTENCY = 0.7  # temperature of the baseline
 MOST_BRANCHES = 10_000  # of a question: what only a slip of the finger exceeds
 Branches = Annotated[int, Field(ge=1, le=MOST_BRANCHES)]
 Voters = Annotated[int, Field(ge=2, le=MOST_BRANCHES)]  # one alone does not vote
-
-
-def _null(value: Any) -> Any:
-    return None if value == "None" else value
 
 
 def listed(value: Any) -> Any:
@@ -66,14 +62,14 @@ class SweepConfig(Config):
     """Run code that comes with a model: read it first."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """float32, bfloat16 or float16."""
-    device_map: Annotated[Literal["auto"] | None, BeforeValidator(_null)] = None
+    device_map: Annotated[Literal["auto"] | None, BeforeValidator(null)] = None
     """auto: the layers are spread over all GPUs of a single process, for models that do not fit one; null: one device."""
-    hidden_layer_idx: Annotated[int | None, BeforeValidator(_null)] = None
+    hidden_layer_idx: Annotated[int | None, BeforeValidator(null)] = None
     """The layer whose state is fed back: -1 the last one, after the final norm; published gpt-oss experiments used 1.
     null: as trained, else -1."""
-    thought_map: Annotated[ThoughtMapSetting | None, BeforeValidator(_null)] = None
+    thought_map: Annotated[ThoughtMapSetting | None, BeforeValidator(null)] = None
     """Another map from states to thoughts, as the key of run.py; null: as trained, else identity."""
-    n_latents: Annotated[int | None, Field(ge=1, le=MOST_THOUGHTS), BeforeValidator(_null)] = None
+    n_latents: Annotated[int | None, Field(ge=1, le=MOST_THOUGHTS), BeforeValidator(null)] = None
     """Thoughts of every question; null: as trained, else 8."""
     eval_latents: EvalLatents = "gold"
     """Thoughts of a checkpoint trained with pad_latent_to_max: False: gold: as the record's steps; max: as the most steps; or
@@ -87,12 +83,12 @@ class SweepConfig(Config):
     """Configuration of the hub's data set; null: the usual one."""
     split: OptionalText = None
     """Split of the hub's data set; null: its test split."""
-    num_questions: Annotated[int | None, Field(ge=1), BeforeValidator(_null)] = None
+    num_questions: Annotated[int | None, Field(ge=1), BeforeValidator(null)] = None
     """So many: of a file the first ones, of the hub drawn with the seed; null: all."""
     # noise
     noise_type: NoiseNames = Field(default=["gaussian"])
     """One, a list, or all: gaussian, gaussian_scaled, snr, orthogonal, uniform, dropout, targeted."""
-    noise_direction: Annotated[Literal["same", "opposite"] | None, BeforeValidator(_null)] = None
+    noise_direction: Annotated[Literal["same", "opposite"] | None, BeforeValidator(null)] = None
     """Of targeted noise: same or opposite; null: both."""
     noise_scales: Annotated[list[float] | None, Field(min_length=1), BeforeValidator(listed)] = None
     """A scale or a list; null: the recommended ones of each type."""
@@ -124,7 +120,7 @@ class SweepConfig(Config):
     # running
     batch_size: Positive = 64
     """Branches decoded at once; no answer depends on it."""
-    tokens_per_batch: Annotated[int | None, Field(ge=1), BeforeValidator(_null)] = None
+    tokens_per_batch: Annotated[int | None, Field(ge=1), BeforeValidator(null)] = None
     """As many branches at once as fit into so many positions, padding and the longest answers included; null: batch_size."""
 
     @model_validator(mode="after")
