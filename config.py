@@ -287,6 +287,8 @@ class RunConfig(Config):
             self.attn_implementation = self.attn_implementation or "eager"
             if self.attn_implementation != "eager":
                 raise ValueError(f"attn_implementation: {self.method} needs eager, the one that tells where attention goes")
+        if method.equal_latents and not self.pad_latent_to_max:
+            raise ValueError(f"pad_latent_to_max: False: method {self.method} needs as many latents in every question")
         if method.markers and self.c_thought == 0:
             raise ValueError(f"c_thought: 0 leaves {self.method} without thoughts: set at least 1, or method: no_thoughts")
         if method.markers and not method.has_stages and self.max_latent_stage == 0:

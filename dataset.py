@@ -27,6 +27,7 @@ from methods import (
     StageShape,
     example_parts,
     example_sequences,
+    remaining_steps,
     sequence_key,
     stage_shape,
 )
@@ -241,10 +242,11 @@ def check_lengths(
     for dataset in datasets:
         columns = (dataset[name] for name in ("question_tokenized", "steps_tokenized", "answer_tokenized"))
         for index, (question, steps, answer) in enumerate(zip(*columns, strict=True)):
-            shapes = [stage_shape(curriculum, curriculum.max_latent_stage, len(steps), kind) for kind in ("gold", latents)]
+            stages = range(curriculum.max_latent_stage + 1)
+            shapes = [stage_shape(curriculum, stage, len(steps), kind) for kind in ("gold", latents) for stage in stages]
             thoughts = max(shape.thoughts for shape in shapes)
-            longest = max(sum(map(len, steps)) + len(answer), max_new_tokens)
-            needed = len(question) + markers + thoughts + longest
+            trained = max(shape.thoughts + len(remaining_steps(shape, steps)) for shape in shapes[: len(stages)])
+            needed = len(question) + markers + max(trained + len(answer), thoughts + max_new_tokens)
             if method.sequences is not None:
                 prompt = question + [0] * (markers + thoughts)
                 parts = example_parts(curriculum, StageShape(thoughts, 0), question, prompt, steps, answer)

@@ -31,6 +31,8 @@ from noise import (
     scheduled_scale,
 )
 
+EMBEDDINGS_AT_ONCE = 4096  # rows of a table that are read together
+
 
 class ThoughtMap(nn.Module):
     """Maps the states of a position to the thought that a latent after it is given. This one gives the last state as it is.
@@ -67,11 +69,18 @@ class NormMap(ThoughtMap):
 
     def __init__(self, base: PreTrainedModel) -> None:
         super().__init__()
-        weight = cast("Tensor", base.get_input_embeddings().weight)
-        self.register_buffer("norm", length(weight.detach()).mean())
+        self.register_buffer("norm", embedding_norm(base))
 
     def forward(self, states: Sequence[Tensor]) -> Tensor:
         return F.normalize(states[0], dim=-1) * self.norm
+
+
+@torch.no_grad()
+def embedding_norm(base: PreTrainedModel) -> Tensor:
+    """The mean norm of the token embeddings as the model reads them: Gemma's are the weights by the root of the width."""
+    embedding = cast("nn.Embedding", base.get_input_embeddings())
+    tokens = torch.arange(len(embedding.weight), device=embedding.weight.device)
+    return torch.cat([length(embedding(some)) for some in tokens.split(EMBEDDINGS_AT_ONCE)]).mean()
 
 
 class ProjectionMap(ThoughtMap):

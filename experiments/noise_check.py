@@ -31,9 +31,8 @@ from noise import noise_generator
 from systems.arguments import Parser
 from systems.machine import machine
 from systems.metrics import show
-from systems.models import embedding_weight
 from systems.writing import write_json
-from thoughts import count_passes
+from thoughts import count_passes, embedding_norm
 from utils import UserError, entry_point, load_config
 
 PROGRAM = "noise_check"
@@ -160,7 +159,7 @@ def check(subject: Subject, questions: Sequence[BenchmarkQuestion], seed: int) -
         "seed": seed,
         "smallest_p": SMALLEST_P,
         "machine": machine(subject.device),
-        "norms": norms(thoughts) | {"embedding": embedding_weight(subject.model.base_causallm).norm(dim=-1).mean().item()},
+        "norms": norms(thoughts) | {"embedding": embedding_norm(subject.model.base_causallm).item()},
         **checks,
         "p_values": sum(one["p_value"] is not None for row in all_rows(checks) for one in row["checks"].values()),
         "failed": sum(not row["passed"] for row in all_rows(checks)),

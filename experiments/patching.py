@@ -24,7 +24,7 @@ from dataset import load_records
 from experiments.across_seeds import Numbers, numbers
 from experiments.answers.extraction import last_word
 from experiments.tables import markdown
-from methods import stage_shape
+from methods import METHODS, stage_shape
 from systems.arguments import Parser
 from systems.tokens import question_ids
 from systems.writing import write_json, write_text
@@ -79,9 +79,11 @@ def pairs_of(model: Coconut, records: Sequence[dict[str, Any]]) -> list[Pair]:
     trained = model.trained
     texts = question_ids(trained.tokenizer, [record["question"] for record in records], trained.config.chat_template)
     thoughts = stage_shape(trained.config.curriculum, trained.facts.stage, 0, "max").thoughts
-    if not thoughts:
-        raise UserError(f"a model of method {trained.config.method} at stage {trained.facts.stage} has no thoughts to patch")
-    latents = [model.latent_token_id] * thoughts
+    if not thoughts or not METHODS[trained.facts.method].brackets:
+        raise UserError(
+            f"a model of method {trained.facts.method} at stage {trained.facts.stage} has no thoughts between markers to patch"
+        )
+    latents = [trained.ids.thought] * thoughts  # of pause_as_thought pauses
     prompts = [[*text, model.start_latent_id, *latents] for text in texts]
     golds = [last_word(record["answer"]) for record in records]
     found = []
@@ -96,7 +98,7 @@ def pairs_of(model: Coconut, records: Sequence[dict[str, Any]]) -> list[Pair]:
 @torch.no_grad()
 def answers_by_patch(model: Coconut, pairs: Sequence[Pair]) -> dict[str, np.ndarray]:
     """For each patch by what it is about (pairs, 2): whether the answer is the other's, and whether it is its own."""
-    thoughts = pairs[0].prompts[0].count(model.latent_token_id)
+    thoughts = pairs[0].prompts[0].count(model.trained.ids.thought)
     tried = patches(thoughts, model.base_causallm.config.get_text_config().num_hidden_layers)
     found = {patch.about: np.zeros((len(pairs), 2)) for patch in tried}
     for places in _batches(pairs):

@@ -24,8 +24,9 @@ from experiments.across_seeds import Numbers, numbers
 from experiments.plots import save_figure, shades
 from experiments.probes import PROBES, Probe, Probed, Series
 from experiments.tables import markdown
-from systems.files import read_typed
+from systems.files import MANIFEST, read_typed
 from systems.machine import described, machine
+from systems.pretrained import resolved
 from systems.writing import write_json, write_text
 from utils import (
     Config,
@@ -77,6 +78,7 @@ def measured(config: ProbeConfig, checkpoint: str, device: torch.device) -> dict
     directory = Path(config.results_path) / config.name / checkpoint.strip("/.").replace("/", "_")
     asked = {
         "checkpoint": checkpoint,
+        "weights": weights_of(checkpoint),
         "questions": config.num_questions,
         "max_new_tokens": config.max_new_tokens,
         "data_sha256": hashlib.sha256(read_text(Path(config.data_path)).encode()).hexdigest(),
@@ -99,6 +101,12 @@ def measured(config: ProbeConfig, checkpoint: str, device: torch.device) -> dict
             probe.sketch(probed, directory / f"{name}.png")
         write_json(path, {"asked": asked, "machine": machine(device), "series": series})
     return found
+
+
+def weights_of(checkpoint: str) -> str | None:
+    """What tells the weights from those of another training: the manifest, which holds the hash of every file; None without."""
+    manifest = Path(str(resolved(checkpoint).load_model_path)) / MANIFEST
+    return hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.is_file() else None
 
 
 def over_seeds(by_checkpoint: Mapping[str, Sequence[Series]]) -> Found:

@@ -71,6 +71,7 @@ class Method:
     options: a dataclass of the configuration's keys that the loss is given. step_vectors: how many vectors stand for one
     step, where `Coconut.step_decoder`, a second model, is trained along to write steps from thoughts; else None.
     reads_attention: whether the loss reads attention probabilities, which only the eager implementation returns.
+    equal_latents: whether the loss needs as many latents in every question: it reads states of the last pass alone.
     """
 
     label: str
@@ -83,6 +84,7 @@ class Method:
     options: type | None = None
     step_vectors: Callable[[Curriculum], int] | None = None
     reads_attention: bool = False
+    equal_latents: bool = False
 
     @property
     def has_stages(self) -> bool:
@@ -179,6 +181,7 @@ the answer's first one (`codi_distillation_weight`). Published with `thought_map
         loss=codi_loss,
         sequences=teacher_sequence,
         options=CodiOptions,
+        equal_latents=True,
     ),
     "simcot": Method(
         label="SIM-CoT",
@@ -207,6 +210,7 @@ more. Latents without a step write nothing.""",
         sequences=codi_steps,
         options=CodiSimcotOptions,
         step_vectors=lambda curriculum: 1,
+        equal_latents=True,
     ),
     "codi_kv": Method(
         label="KaVa",
@@ -222,6 +226,7 @@ the cache holds them, rotated where a model rotates them. Published with `latent
         sequences=teacher_sequence,
         options=CodiKvOptions,
         reads_attention=True,
+        equal_latents=True,
     ),
 }
 

@@ -47,17 +47,12 @@ def codi_kv_loss(model: Coconut, batch: Batch, totals: Totals, options: CodiKvOp
     mean over layers and heads. Thoughts for which the teacher has too few written tokens take no part.
     """
     codi, details = distilled(model, batch, totals, options)
-    thoughts = int(details.steps.max())
-    # Also where a batch has no thoughts: processes with shards of the model take equally many passes.
-    teacher, there = teacher_memory(model, batch, max(thoughts, 1), options.codi_kv_importance)
-    cache = codi.total.new_zeros(())
-    if thoughts:
-        latent = batch["input_ids"] == model.latent_token_id
-        student = [_at_thoughts(layer, latent) for layer in cast("DynamicCache", details.cache).layers]
-        there = there & (torch.arange(thoughts, device=there.device) < details.steps[:, None])  # (B, M)
-        each = torch.stack([_distance(*pair, there, options.codi_kv_power) for pair in zip(student, teacher, strict=True)])
-        real = (batch["labels"] >= 0).any(dim=1)  # a row that fills up a batch has no label
-        cache = (each.mean(dim=0) * real).sum() / totals.examples
+    teacher, there = teacher_memory(model, batch, details.thoughts.shape[1], options.codi_kv_importance)
+    latent = batch["input_ids"] == model.latent_token_id  # as many in every row
+    student = [_at_thoughts(layer, latent) for layer in cast("DynamicCache", details.cache).layers]
+    each = torch.stack([_distance(*pair, there, options.codi_kv_power) for pair in zip(student, teacher, strict=True)])
+    real = (batch["labels"] >= 0).any(dim=1)  # a row that fills up a batch has no label
+    cache = (each.mean(dim=0) * real).sum() / totals.examples
     return Loss(codi.total + options.codi_kv_weight * cache, {**codi.parts, "cache": cache})
 
 
@@ -71,7 +66,7 @@ def _distance(student: Memory, teacher: Memory, there: Tensor, power: int) -> Te
 
 
 def _at_thoughts(layer: Any, latent: Tensor) -> Memory:
-    """What a layer of the cache holds where a row has latents (B, T); zeros after a row's last one."""
+    """What a layer of the cache holds where a row has latents (B, T)."""
     # With activation_checkpointing a layer is a list of what each pass has added.
     parts = getattr(layer, "parts", None) or [(layer.keys, layer.values)]
     whole = [torch.cat(one, dim=-2) for one in zip(*parts, strict=True)]  # (B, H, T, W) each
@@ -86,13 +81,16 @@ def _at_thoughts(layer: Any, latent: Tensor) -> Memory:
 def teacher_memory(model: Coconut, batch: Batch, size: int, importance: float) -> tuple[list[Memory], Tensor]:
     """Of each layer the `size` entries of the written steps that score best, in their order; (B, size) which are there.
 
-    A pass of its own over the teacher's sequence, which no gradient comes from.
+    A pass of its own over the teacher's sequence, which no gradient comes from. It is without dropout, which would decide what
+    the answer attends to.
     """
     inputs = sequence(batch, TEACHER)
     labelled = inputs["labels"] >= 0
     answer = (sequence(batch, MAIN)["labels"] >= 0).sum(dim=1, keepdim=True)  # the student writes nothing else
     is_answer = labelled & (labelled.flip(1).cumsum(dim=1).flip(1) <= answer)
     is_step = labelled & ~is_answer
+    training = model.decoder.training
+    model.decoder.eval()
     outputs = model.gathered(
         lambda: model.decoder(
             inputs_embeds=model.embedding(inputs["input_ids"]),
@@ -103,6 +101,7 @@ def teacher_memory(model: Coconut, batch: Batch, size: int, importance: float) -
             output_attentions=True,
         )
     )
+    model.decoder.train(training)
     memories = []
     for layer, attention in zip(outputs.past_key_values.layers, outputs.attentions, strict=True):
         chosen = best_entries(entry_scores(layer.keys, attention, is_step, is_answer, importance), is_step, size)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -56,12 +55,12 @@ def sequence(batch: Batch, name: str = MAIN) -> dict[str, Tensor]:
 def before_answer(states: Tensor, batch: Batch, name: str = MAIN) -> Tensor:
     """Of the states of a sequence those of the token that predicts the first one of the answer's own text: (B, D).
 
-    states: (B, T, D), or (B, T', D) of the last T' columns alone. The answer's text is what follows "### ", so that token is
-    "###", or, where a tokenizer keeps the blank apart from what follows, the blank.
+    states: (B, T, D), or (B, T', D) of the last T' columns alone; an error where a row has that token before them. The answer's
+    text is what follows "### ", so that token is "###", or the blank where a tokenizer keeps it apart from what follows.
     """
     missing = batch[sequence_key(name, "input_ids")].shape[1] - states.shape[1]
     at = batch[sequence_key(name, ANSWER_AT)] - 1 - missing
-    return states[torch.arange(len(states), device=states.device), at]
+    return states.gather(1, at[:, None, None].expand(-1, 1, states.shape[-1])).squeeze(1)
 
 
 def sequence_key(name: str, key: str) -> str:

@@ -95,7 +95,7 @@ def latent_ids(tokenizer: PreTrainedTokenizerBase, method: str | None) -> Latent
     """
     used = METHODS[method].markers if method is not None else ()
     tokenizer.add_tokens(list(used), special_tokens=True)
-    free = itertools.count(len(tokenizer))
+    free = itertools.count(max(tokenizer.get_vocab().values()) + 1)
     names = (START_LATENT, END_LATENT, LATENT, PAUSE)
     ids = {name: cast("int", tokenizer.convert_tokens_to_ids(name)) if name in used else next(free) for name in names}
     thought = ids[PAUSE] if PAUSE in used else ids[LATENT]
@@ -289,16 +289,20 @@ def _config_of(source: str, gguf_file: str | None = None, trust_remote_code: boo
 
 @torch.no_grad()
 def verify_projection(model: Coconut) -> None:
-    """Raise ValueError if `project` is not what the base model computes after its decoder."""
+    """Raise ValueError if `project` of what the decoder makes of embeddings is not what the base model makes of tokens."""
     token = torch.tensor([[model.eos_token_id]], device=model.embedding.weight.device)
     was_training = model.base_causallm.training
     model.base_causallm.eval()  # without dropout
     expected = model.base_causallm(input_ids=token, attention_mask=torch.ones_like(token)).logits
-    actual = model.project(model.decoder(input_ids=token, attention_mask=torch.ones_like(token)).last_hidden_state)
+    embeds = model.embedding(token)
+    actual = model.project(model.decoder(inputs_embeds=embeds, attention_mask=torch.ones_like(token)).last_hidden_state)
     model.base_causallm.train(was_training)
     if not torch.allclose(actual.float(), expected.float(), rtol=1e-2, atol=1e-3):
         family = model.base_causallm.config.model_type
-        raise ValueError(f"model family {family!r} changes its logits after the language-model head in a way not known here")
+        raise ValueError(
+            f"model family {family!r} changes its logits after the language-model head in a way not known here, or reads more "
+            "of a token than its embedding"
+        )
 
 
 def _check_usable(model: Coconut, source: str) -> None:
@@ -310,6 +314,7 @@ def _check_usable(model: Coconut, source: str) -> None:
         if not _is_causal(model):
             raise ValueError(f"family {family!r} reads in both directions (an encoder); a causal language model is needed")
         verify_projection(model)
+        model.decoder(inputs_embeds=torch.ones_like(model.embedding.weight[None, :2]))  # of no token, as thoughts are
         model.generate(torch.tensor([[model.eos_token_id]], device=model.embedding.weight.device), max_new_tokens=2)
     except ValueError as error:
         raise UserError(f"{source}: {error}") from None

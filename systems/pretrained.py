@@ -34,8 +34,7 @@ class Trained:
 
 def load(source: str, dtype: torch.dtype) -> Coconut:
     """See `Coconut.from_pretrained`."""
-    run = RunConfig(name="python", val_path="", only_eval=True, method="coconut", model_id=source, load_model_path=source)
-    run = sources.resolve_paths(run)
+    run = resolved(source)
     facts = read_facts(Path(str(run.load_model_path)))
     if facts is None:
         raise UserError(f"{source}: not a checkpoint of this project: it has no coconut.json")
@@ -45,6 +44,12 @@ def load(source: str, dtype: torch.dtype) -> Coconut:
     model = build_model(run, tokenizer, ids, dtype).eval()
     model.trained = Trained(facts, run, tokenizer, ids)
     return model
+
+
+def resolved(source: str) -> RunConfig:
+    """The configuration of an evaluation, whose `load_model_path` is the checkpoint that a name stands for."""
+    run = RunConfig(name="python", val_path="", only_eval=True, method="coconut", model_id=source, load_model_path=source)
+    return sources.resolve_paths(run)
 
 
 def save(model: Coconut, directory: Path) -> None:

@@ -34,12 +34,14 @@ def gather_gradients(model: Coconut) -> None:
     passes = _Passes()
     model.decoder.register_forward_pre_hook(passes.begin, with_kwargs=True)
     for module in model.decoder.modules():
-        if isinstance(module, nn.Linear | Conv1D) and module.weight.requires_grad and module.weight.numel() > LARGE:
-            module.forward = _Gathered(module, passes)  # type: ignore[method-assign]
+        if type(module) not in (nn.Linear, Conv1D):  # a subclass may compute something else
+            continue
+        weight = cast("Tensor", module.weight)
+        if weight.requires_grad and weight.numel() > LARGE:
+            module.forward = _Gathered(cast("nn.Linear", module), passes)  # type: ignore[method-assign]
     embedding, head = model.embedding, cast("nn.Linear", model.base_causallm.get_output_embeddings())
     weight = embedding.weight
-    plain = type(embedding) is nn.Embedding  # a subclass may compute something else
-    if plain and weight is head.weight and weight.requires_grad and weight.numel() > LARGE:
+    if type(embedding) is nn.Embedding and weight is head.weight and weight.requires_grad and weight.numel() > LARGE:
         embedding.forward = _TiedEmbedding(embedding)  # type: ignore[assignment, method-assign]
 
 

@@ -35,7 +35,8 @@ def naive_map(base: PreTrainedModel, name: str, layer: int = -1, weights: dict[s
 
         return project
     if name == "norm":
-        rows = base.get_input_embeddings().weight.detach().square().sum(dim=1).sqrt()
+        embedding = base.get_input_embeddings()
+        rows = embedding(torch.arange(len(embedding.weight))).detach().square().sum(dim=1).sqrt()
         return lambda states: states[-1] / states[-1].square().sum(dim=-1, keepdim=True).sqrt() * rows.mean()
     return lambda states: states[layer]
 

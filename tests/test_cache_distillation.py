@@ -18,14 +18,13 @@ from transformers import GPT2Config
 from coconut import Coconut
 from generation import transformer_blocks
 from methods import Totals
-from methods.cache_distillation import CodiKvOptions, best_entries, codi_kv_loss, entry_scores
+from methods.cache_distillation import CodiKvOptions, best_entries, codi_kv_loss, entry_scores, teacher_memory
 from methods.distillation import CodiOptions, codi_loss
 from systems.activation_checkpointing import recompute_activations
 from utils import UserError
 
 THOUGHTS = "thought_map={name: projection, width: 5}"
 CODI_KV = ["method=codi_kv", "c_thought=2", "max_latent_stage=2", THOUGHTS, "attn_implementation=eager"]
-EOS = 1
 PARTS = {"codi_teacher_weight": 0.5, "codi_distillation_weight": 3.0}
 
 
@@ -124,14 +123,15 @@ def test_loss_and_gradients_are_those_of_the_naive_reference(
             torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-6)
 
 
-def test_a_batch_may_have_no_thoughts(run_arguments: list[str]) -> None:
+def test_the_teacher_s_memory_is_without_dropout(run_arguments: list[str], model_directory: Path) -> None:
+    gpt2(model_directory)  # dropout 0.1
     model, collator, rows = examples(run_arguments, *CODI_KV)
-    plain = [
-        {**row, "input_ids": [EOS if token == model.latent_token_id else token for token in row["input_ids"]]} for row in rows
-    ]
-    loss = codi_kv_loss(model, collator(plain), totals(plain), options())
-    assert loss.parts["cache"] == 0
-    assert loss.total > 0
+    batch = collator(rows)
+    expected, _ = teacher_memory(model.eval(), batch, 4, 0.3)
+    found, _ = teacher_memory(model.train(), batch, 4, 0.3)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+    assert all(module.training for module in model.modules())
 
 
 def gradients(model: Coconut) -> dict[str, torch.Tensor]:

@@ -17,10 +17,11 @@ from transformers import PreTrainedTokenizerFast
 
 from coconut import Coconut
 from dataset import MyCollator, get_cot_latent_dataset
-from methods import Totals
+from methods import Totals, before_answer
 from methods.distillation import CodiOptions, codi_loss
 from systems.checkpoint import CheckpointError
 from systems.tokens import _Tokenize
+from utils import UserError
 
 CODI = ["method=codi", "c_thought=2", "thought_map={name: projection, width: 5}"]
 OPTIONS = CodiOptions(codi_teacher_weight=0.5, codi_distillation_weight=3.0)
@@ -85,6 +86,18 @@ def test_loss_and_gradients_are_those_of_the_naive_reference(run_arguments: list
         torch.testing.assert_close(parameter.grad, wanted[name], rtol=1e-4, atol=1e-6)
     assert model.thought_map.state_dict()  # the projection has weights, and they have gradients
     assert all(parameter.grad.abs().sum() > 0 for parameter in model.thought_map.parameters())
+
+
+def test_as_many_latents_in_every_question(run_arguments: list[str]) -> None:
+    """A row with fewer latents has its answer before the last pass, whose states are read."""
+    for method in ("codi", "codi_simcot", "codi_kv"):
+        with pytest.raises(UserError, match=f"pad_latent_to_max: False: method {method} needs as many latents"):
+            start(run_arguments, *CODI, f"method={method}", "pad_latent_to_max=false")
+    states, batch = torch.rand(2, 4, 3), {"input_ids": torch.zeros(2, 9), "answer_at": torch.tensor([7, 5])}
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        before_answer(states, batch)  # of the last four columns
+    batch["answer_at"] += 1
+    assert torch.equal(before_answer(states, batch), states[[0, 1], [2, 0]])
 
 
 def test_the_teacher_writes_all_steps_but_the_last(run_arguments: list[str]) -> None:

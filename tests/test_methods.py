@@ -192,12 +192,17 @@ def test_methods_add_the_tokens_they_use_and_no_others(method: str, tokens: list
 
 
 def test_positions_are_checked_with_the_thoughts_of_every_method() -> None:
-    base = Dataset.from_list([SAMPLE])  # 2 tokens of question, 6 of steps, 2 of answer
-    needs = {"coconut": 2 + 2 + 4 + 8, "pause": 2 + 4 + 8, "pause_as_thought": 2 + 2 + 4 + 8, "icot": 2 + 8}
-    for method, needed in needs.items():
-        check_lengths([base], configuration(method), 1, needed)
-        with pytest.raises(UserError, match=f"needs up to {needed} positions"):
-            check_lengths([base], configuration(method), 1, needed - 1)
+    """The longest sequence that it trains on at any stage, a teacher's too; or the last stage's prompt and the new tokens."""
+    base = Dataset.from_list([SAMPLE])
+    prompts = {"coconut": 2 + 2 + 4, "pause": 2 + 4, "no_cot": 2, "codi": 2 + 2 + 4}
+    for method in METHODS:
+        trained = max(len(training_sequence(configuration(method), stage)[0]) for stage in range(4))
+        if method in ("codi", "codi_kv", "codi_simcot"):
+            trained = max(trained, 2 + 5 + 2)  # the teacher's, without the last step
+        for needed, new in [(trained, 1), *([(prompts[method] + 30, 30)] if method in prompts else [])]:
+            check_lengths([base], configuration(method), new, needed)
+            with pytest.raises(UserError, match=f"needs up to {needed} positions"):
+                check_lengths([base], configuration(method), new, needed - 1)
 
 
 def test_a_pause_checkpoint_starts_from_a_coconut_checkpoint(run_arguments: list[str], tmp_path: Path) -> None:

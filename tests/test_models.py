@@ -108,6 +108,11 @@ def test_methods_without_markers_leave_the_model_alone(saved: Path) -> None:
     assert model.latent_token_id == 7  # an id that no text contains
 
 
+def test_ids_that_no_text_contains_where_the_vocabulary_has_holes() -> None:
+    ids = latent_ids(make_tokenizer({"a": 0, "b": 1, "<eos>": 2, "<unk>": 3, "c": 9}), "cot")
+    assert sorted(ids[:3]) == [10, 11, 12]
+
+
 def test_trained_markers_are_not_initialised_again(saved: Path, tmp_path: Path) -> None:
     config = configuration(saved)
     tokenizer = load_tokenizer(str(saved))
@@ -450,6 +455,35 @@ def test_directories_that_lack_a_part_or_bring_code_are_one_line(saved: Path, tm
     write_json(saved / "config.json", {**config, "model_type": "foo", "auto_map": code})
     with pytest.raises(UserError, match="it brings its own code, which is not run: set trust_remote_code: True"):
         build(configuration(saved))
+
+
+PER_LAYER = {"vocab_size_per_layer_input": 5, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0}
+GEMMA_3N = {"altup_num_inputs": 2, "laurel_rank": 4, "activation_sparsity_pattern": [0.0]}
+
+
+@pytest.mark.parametrize(("family", "more"), [("gemma3n_text", PER_LAYER | GEMMA_3N), ("gemma4_text", PER_LAYER)])
+def test_a_family_that_reads_more_than_embeddings_is_refused(family: str, more: dict[str, Any], tmp_path: Path) -> None:
+    """Embeddings of each layer are looked up by the token, and a thought is none."""
+    if family not in transformers.models.auto.configuration_auto.CONFIG_MAPPING:
+        pytest.skip("this version of transformers has no such family")
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "head_dim": 8,
+        "layer_types": ["full_attention"],
+    }
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    config = transformers.AutoConfig.for_model(family, vocab_size=5, **sizes, **heads, **more)
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    base.save_pretrained(tmp_path)
+    make_tokenizer(WORDS).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="reads more of a token than its embedding|cannot be used for latent thoughts"):
+        build(configuration(tmp_path, method="cot"))
 
 
 def test_a_family_without_a_key_value_cache_is_refused(tmp_path: Path) -> None:

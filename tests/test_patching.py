@@ -19,6 +19,7 @@ from experiments.patching import (
     _answer,
     _patched,
     _think,
+    answers_by_patch,
     last_word,
     main,
     pairs_of,
@@ -91,6 +92,19 @@ def test_answers_are_those_of_the_model(checkpoint: Path) -> None:
         expected = model.base_causallm(inputs_embeds=embeds, use_cache=True).past_key_values
         for layer, naive in zip(anew.layers, expected.layers, strict=True):
             torch.testing.assert_close(layer.values, naive.values, rtol=1e-5, atol=1e-6)
+
+
+def test_pauses_are_patched_as_pauses(run_arguments: list[str], tmp_path: Path) -> None:
+    """In their places stand the method's own tokens, and no state is fed back; without markers there is no place."""
+    start(run_arguments, "method=pause_as_thought", "name=paused")
+    model = Coconut.from_pretrained(tmp_path / "checkpoints" / "paused")
+    [pair, *_] = pairs = pairs_of(model, chain_records(7))
+    assert pair.prompts[0][-2:] == [model.trained.tokenizer.convert_tokens_to_ids("<pause>")] * 2
+    found = answers_by_patch(model, pairs)
+    assert {len(one) for one in found.values()} == {len(pairs)}
+    start(run_arguments, "method=pause", "name=bare")
+    with pytest.raises(UserError, match=r"method pause at stage \d has no thoughts between markers"):
+        pairs_of(Coconut.from_pretrained(tmp_path / "checkpoints" / "bare"), chain_records(7))
 
 
 def test_command_writes_shares_over_checkpoints(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from experiments.probes.decoded import decoded
 from experiments.probes.forced import forced
 from experiments.probes.frontier import KINDS, frontier, height, ranks, tree
 from experiments.probes.geometry import geometry
-from experiments.probes.layers import layers
+from experiments.probes.layers import final_norm, layers
 from experiments.probes.paths import kind_of, paths, stacked
 from experiments.probes.reachable import reachable
 from preprocessing.prosqa import CONCEPTS, chain_records
@@ -42,7 +42,7 @@ def planted(states: torch.Tensor, tokenizer: Any, data: Path) -> Any:
         data=data,
         records=lambda *keys: RECORDS,
         evaluator=SimpleNamespace(tokenizer=tokenizer),
-        model=SimpleNamespace(project=lambda states: states, decoder=torch.nn.Identity()),
+        model=SimpleNamespace(project=lambda states: states, decoder=SimpleNamespace(norm=torch.nn.Identity())),
         states=lambda: iter([(list(range(len(RECORDS))), states)]),
         layers=lambda: iter([(list(range(len(RECORDS))), torch.stack([0 * states, 0 * states, states], dim=1))]),
     )
@@ -163,6 +163,17 @@ def test_layers_finds_the_layer_that_says_the_step(tokenizer: Any, tmp_path: Pat
         states[place, 1, finds(tokenizer, record, 0)] = 5
     found = layers(planted(states, tokenizer, tmp_path))
     assert {name for name, values in found.items() if values.mean() == 100} == {"thought 2, layer 2"}
+
+
+def test_a_norm_of_an_unknown_name_is_refused() -> None:
+    """Without the last norm a layer's states are not what the head reads."""
+    inner = torch.nn.Module()
+    inner.final_layer_norm = torch.nn.LayerNorm(3)
+    outer = torch.nn.Module()
+    outer.decoder = inner
+    assert final_norm(outer) is final_norm(inner) is inner.final_layer_norm
+    with pytest.raises(UserError, match="the last norm of Linear is none of norm, ln_f"):
+        final_norm(torch.nn.Linear(2, 2))
 
 
 def test_linear_probes_find_what_is_planted_and_nothing_in_noise() -> None:
@@ -378,6 +389,24 @@ def test_the_command_probes_every_group_and_goes_on(
         probe.run(config.model_copy(update={"num_questions": 4}))
 
 
+def test_a_run_that_has_gone_on_is_probed_again(
+    trained: dict[str, list[str]], run_arguments: list[str], tmp_path: Path
+) -> None:
+    """A run's directory stands for its newest checkpoint, which is another one then."""
+    data = next(one.split("=", 1)[1] for one in run_arguments if one.startswith("val_path="))
+    run = str(tmp_path / "checkpoints" / "run")
+    given = ["name=x", f"results_path={tmp_path}", f"data_path={data}", f"groups={{a: [{run}]}}", "probes=[geometry]"]
+    config = load_config(probe.ProbeConfig, given)
+    first, again = (probe.measured(config, run, torch.device("cpu"))["geometry"] for _ in range(2))
+    start([*run_arguments, "num_epochs=5"])
+    later = probe.measured(config, run, torch.device("cpu"))["geometry"]
+    fresh = probe.measured(config.model_copy(update={"name": "y"}), run, torch.device("cpu"))["geometry"]
+    for name, values in later.items():
+        assert np.array_equal(first[name], again[name], equal_nan=True)
+        assert np.array_equal(values, fresh[name], equal_nan=True)
+    assert any(not np.array_equal(first[name], later[name], equal_nan=True) for name in later)
+
+
 def test_states_are_those_before_the_thoughts(trained: dict[str, list[str]], run_arguments: list[str]) -> None:
     """With the map `identity` they are the very thoughts that are fed back."""
     data = next(one.split("=", 1)[1] for one in run_arguments if one.startswith("val_path="))
@@ -387,6 +416,17 @@ def test_states_are_those_before_the_thoughts(trained: dict[str, list[str]], run
     assert states.shape[:2] == (5, probed.thoughts)
     torch.testing.assert_close(states, fed)
     assert not np.isnan(states.detach().numpy()).any()
+
+
+def test_states_are_those_of_passes_that_attended_to_padding(run_arguments: list[str], tmp_path: Path) -> None:
+    """attend_padding: one pass over all columns would not, so questions are asked one by one, without padding."""
+    start(run_arguments, "attend_padding=true", "attn_implementation=eager")
+    data = next(one.split("=", 1)[1] for one in run_arguments if one.startswith("val_path="))
+    settings = {"batch_size_eval": 4}
+    probed = Probed.load(str(tmp_path / "checkpoints" / "run"), Path(data), 5, settings, torch.device("cpu"))
+    assert len({len(batch["input_ids"][0]) for _, batch, _ in probed.batches()}) > 1  # a batch of them would have padding
+    for (_, own), (_, batch, thought) in zip(probed.states(), probed.batches(), strict=True):
+        torch.testing.assert_close(own, gather_thoughts(probed.think(batch).inputs_embeds, thought))
 
 
 def test_groups_must_have_checkpoints() -> None:

@@ -23,12 +23,13 @@ from tiny_models import tiny_model
 
 import run
 import thoughts
+from coconut import Coconut
 from config import RunConfig
 from experiments.noise.settings import SweepConfig
 from experiments.noise.subjects import load_subject
 from systems import convert, sources
 from systems.weights import THOUGHT_MAP, read_map
-from thoughts import MapKind, ThoughtMap, check_thought_map, make_thought_map, thought_health
+from thoughts import MapKind, ThoughtMap, check_thought_map, embedding_norm, make_thought_map, thought_health
 from utils import UserError, load_config
 
 CPU = torch.device("cpu")
@@ -89,6 +90,22 @@ def test_weights_come_from_the_seed_alone() -> None:
     assert not make_thought_map("identity", base).state_dict()
     with pytest.raises(ValueError, match="layer is 3; the model has 2 layers: use -1, or 0 to 2"):
         make_thought_map({"name": "layer", "layer": 3}, base)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma", "gemma3_text"])
+def test_the_norm_is_that_of_embeddings_as_the_model_reads_them(family: str) -> None:
+    """Gemma multiplies its table by the root of the width, in the embedding itself from transformers 5 on."""
+    base, ids = tiny_model(family)
+    embedding = base.get_input_embeddings()
+    scale = float(getattr(embedding, "embed_scale", 1.0))
+    expected = scale * embedding.weight.detach().norm(dim=-1).mean().item()
+    assert embedding_norm(base).item() == pytest.approx(expected, rel=1e-5)
+    model = Coconut(base, ids.latent, ids.start_latent, ids.end_latent, ids.eos, make_thought_map("norm", base)).eval()
+    with torch.no_grad():
+        thoughts = model.think(
+            torch.tensor([[5, 9, 7, ids.start_latent, ids.latent, ids.latent, ids.end_latent]])
+        ).inputs_embeds
+    assert thoughts[0, 4].norm().item() == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("setting", [{"name": "layer", "layer": 1}, "norm", PROJECTION], ids=str)

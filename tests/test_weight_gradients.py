@@ -142,6 +142,17 @@ def test_frozen_weights_are_left_alone() -> None:
     assert [name for name, module in model.decoder.named_modules() if "forward" in vars(module)] == ["layers.0.mlp.up_proj"]
 
 
+def test_a_layer_that_computes_something_else_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Routers of experts are subclasses of nn.Linear."""
+    monkeypatch.setattr(weight_gradients, "LARGE", 0)
+    model = mapped(tiny_model("llama")[0], "identity")
+    first, second = (layer.mlp.up_proj for layer in model.decoder.layers)
+    first.__class__ = type("Router", (torch.nn.Linear,), {})
+    gather_gradients(model)
+    assert "forward" not in vars(first)
+    assert "forward" in vars(second)
+
+
 @pytest.mark.parametrize(("setting", "patched"), [({}, True), ({"activation_checkpointing": True}, False)])
 def test_training_on_a_cpu_does_so(setting: dict[str, bool], patched: bool) -> None:
     model = mapped(tiny_model("llama")[0], "identity")

@@ -116,7 +116,9 @@ def clean_thoughts(subject: Subject, questions: Sequence[BenchmarkQuestion], bat
     paths = {index: gathered[index] for index in sorted(gathered)}  # sums over them do not depend on who thought what
     if not paths or not all(len(path) for path in paths.values()):
         raise UserError("the controls displace thoughts, but there are questions without any: set n_latents")
-    pause = subject.model.embedding.weight[subject.ids.latent].detach().float().cpu()
+    embedding = subject.model.embedding
+    with torch.no_grad():
+        pause = embedding(torch.tensor(subject.ids.latent, device=embedding.weight.device)).float().cpu()
     return Thoughts(paths, pause, seed)
 
 

@@ -64,6 +64,8 @@ class Probed:
         model = Coconut.from_pretrained(checkpoint).to(device)
         trained = model.trained
         update = {**settings, "pad_latent_to_max": True}
+        if model.attend_padding:  # `layers` takes one pass over all columns, in which padding would not be attended to
+            update["batch_size_eval"] = 1
         config = trained.config.model_copy(update=update)
         dataset = get_dataset(data, trained.tokenizer, questions, config.chat_template)
         evaluator = Evaluator(config.part(Asking), config.curriculum, dataset, trained.tokenizer, trained.ids, device)

@@ -7,8 +7,9 @@ from torch import nn
 
 from experiments.probes.base import Probed, Series, empty
 from experiments.probes.decoded import STEPS, finding
+from utils import UserError
 
-NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")  # what families call the decoder's last norm
+NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f", "layer_norm")  # names of the decoder's last norm
 
 
 def layers(probed: Probed) -> Series:
@@ -32,4 +33,9 @@ def layers(probed: Probed) -> Series:
 
 
 def final_norm(decoder: nn.Module) -> nn.Module:
-    return next((norm for name in NORMS if isinstance(norm := getattr(decoder, name, None), nn.Module)), nn.Identity())
+    """Raises UserError where it has another name."""
+    for holder in (decoder, getattr(decoder, "decoder", None)):  # OPT has its layers in an inner decoder
+        for name in NORMS:
+            if isinstance(norm := getattr(holder, name, None), nn.Module):
+                return norm
+    raise UserError(f"layers: the last norm of {type(decoder).__name__} is none of {', '.join(NORMS)}: leave this probe out")
