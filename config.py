@@ -72,7 +72,7 @@ class RunConfig(Config):
     max_latent_stage: Annotated[int, Field(ge=0, le=MOST_THOUGHTS)] = 0
     """The last stage with written steps; past it all steps are latent."""
     pad_latent_to_max: bool = True
-    """False: a question has no more latents than steps x c_thought."""
+    """False: a question has no more latents than steps x c_thought. Not with codi and its kin."""
     uniform_prob: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Probability that a sample is trained at a stage drawn from all of its own steps."""
     earlier_stage_prob: Annotated[float, Field(ge=0, le=1)] = 0.0
