@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, TypeVar, cast
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from methods import ALL_TOKENS, METHODS, MOST_THOUGHTS, Curriculum, EvalLatents
+from methods import ALL_TOKENS, METHODS, MOST_THOUGHTS, Curriculum, EvalLatents, Method, TokenRemoval, scheduled_stage
 from systems.optimization import LEARNING_RATES
 from thoughts import LatentMode, ThoughtMapSetting
 from utils import (
@@ -21,7 +21,6 @@ from utils import (
     Positive,
     Seed,
     check_folder_name,
-    check_kernel,
     null,
     one_of,
     shown,
@@ -34,6 +33,18 @@ DEBUG_TRAIN, DEBUG_VALID = 5000, 32  # records that `debug: True` keeps, as in t
 LONGEST_PROJECT = 128  # characters, of wandb
 
 Part = TypeVar("Part")
+
+
+def check_kernel(attn_implementation: str | None, trust_remote_code: bool) -> None:
+    """Raise ValueError if the attention is a repository of kernels, which transformers would fetch and run, without trust."""
+    if attn_implementation is not None and "/" in attn_implementation and not trust_remote_code:
+        raise ValueError(
+            f"attn_implementation: {shown(attn_implementation)} is code from a hub, which is not run: set trust_remote_code: "
+            "True if you have read it and trust it"
+        )
+
+
+ICOT_KEYS = ("icot_tokens_per_epoch", "icot_smoothing", "icot_start_epoch", "icot_remove_all_beyond")
 
 
 class RunConfig(Config):
@@ -291,12 +302,29 @@ class RunConfig(Config):
             raise ValueError(f"pad_latent_to_max: False: method {self.method} needs as many latents in every question")
         if method.markers and self.c_thought == 0:
             raise ValueError(f"c_thought: 0 leaves {self.method} without thoughts: set at least 1, or method: no_thoughts")
-        if method.markers and not method.has_stages and self.max_latent_stage == 0:
+        if method.markers and self.max_latent_stage == 0 and not self._writes_all_steps:
             raise ValueError(f"max_latent_stage: 0 leaves {self.method} without thoughts: set at least 1, or method: no_cot")
+        self._check_keys_of_methods(method)
         staged = [name for name, one in METHODS.items() if one.has_stages]
         for key in ("uniform_prob", "earlier_stage_prob", "advance_accuracy"):
             if getattr(self, key) and not method.has_stages:
                 raise ValueError(f"{key}: method {self.method} has no stages; leave it out, or use {', '.join(staged)}")
+
+    @property
+    def _writes_all_steps(self) -> bool:
+        """A method with stages that does not leave the first one."""
+        return METHODS[str(self.method)].has_stages and scheduled_stage(self.curriculum, self.num_epochs - 1) == 0
+
+    def _check_keys_of_methods(self, method: Method) -> None:
+        """Raise ValueError for a key that another method or mode has, and this one does not read."""
+        read = {field.name for field in fields(method.options)} if method.options else set()
+        others = {field.name for one in METHODS.values() if one.options for field in fields(one.options)}
+        idle = dict.fromkeys(others - read - {"c_thought"}, f"method {self.method}")
+        idle |= {key: f"method {self.method}" for key in ICOT_KEYS if not isinstance(method.schedule, TokenRemoval)}
+        idle |= {"jacobi_iterations": "latent_mode sequential"} if self.latent_mode != "jacobi" else {}
+        for key, where in idle.items():
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key}: {getattr(self, key)} has no effect with {where}: leave it out")
 
     def _check_step_decoder(self) -> None:
         """A second model is gathered whole: it is small beside what sharding by parts is for."""
@@ -335,9 +363,11 @@ class RunConfig(Config):
         run = Path(self.save_path) / self.name
         if not self.only_eval:
             return run
-        weights = Path(str(self.load_model_path)).resolve().parts[1:][-2:]
+        weights = Path(str(self.load_model_path)).resolve()
+        near = next((one for one in (Path(self.save_path).resolve(), Path.cwd()) if weights.is_relative_to(one)), None)
+        named = weights.parts[1:][-2:] if near is None else weights.relative_to(near).parts
         latents = [] if self.eval_latents == "gold" else [f"latents_{self.eval_latents}"]
-        return run / "eval" / "-".join([Path(self.val_path).stem, *weights, *latents])
+        return run / "eval" / "-".join([Path(self.val_path).stem, *named, *latents])
 
     def part(self, kind: type[Part]) -> Part:
         """The keys that a dataclass has fields for: a module is given its part of the configuration, not everything."""

@@ -87,15 +87,6 @@ def check_folder_name(name: str, below: str) -> None:
         raise ValueError(f"name: {shown(name)} must be a folder below {below}")
 
 
-def check_kernel(attn_implementation: str | None, trust_remote_code: bool) -> None:
-    """Raise ValueError if the attention is a repository of kernels, which transformers would fetch and run, without trust."""
-    if attn_implementation is not None and "/" in attn_implementation and not trust_remote_code:
-        raise ValueError(
-            f"attn_implementation: {shown(attn_implementation)} is code from a hub, which is not run: set trust_remote_code: "
-            "True if you have read it and trust it"
-        )
-
-
 class Config(BaseModel):
     """Base of every entry point's configuration: unknown keys are errors, values are converted to the declared types.
 
@@ -278,22 +269,26 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
-MAKERS = {  # the command that makes the files of `args/`, by how their names begin
-    "gsm_": "bash preprocessing/gsm_icot.bash",
-    "gsm8k_": "python preprocessing/gsm8k.py --train train.jsonl --test test.jsonl",
-    "prontoqa_": "bash scripts/make_prontoqa.sh CLONE",
-    "prosqa_quick_": "bash scripts/quickstart.sh",
-    "prosqa_symbolic_": "python preprocessing/prosqa.py --symbolic",
-    "prosqa_": "git checkout data",
-    "quick-": "bash scripts/quickstart.sh",
-    "gsm-cot": "run.py args/gsm_cot.yaml",
+SPLIT = r"(train|valid|test)\.json"
+MAKERS = {  # the command that makes the files of `args/`, by a pattern of how their paths end
+    rf"data/gsm_{SPLIT}": "bash preprocessing/gsm_icot.bash",
+    rf"data/gsm8k_{SPLIT}": "python preprocessing/gsm8k.py --train train.jsonl --test test.jsonl",
+    rf"data/prontoqa_{SPLIT}": "bash scripts/make_prontoqa.sh CLONE",
+    rf"data/prosqa_quick_{SPLIT}|checkpoints/(seed\d+/)?quick-(cot|coconut|no-cot)": "bash scripts/quickstart.sh",
+    rf"data/prosqa_symbolic_{SPLIT}": "python preprocessing/prosqa.py --symbolic",
+    rf"data/prosqa_{SPLIT}": "git checkout data",
+    r"checkpoints/gsm-cot": "run.py args/gsm_cot.yaml",
 }
 
 
 def no_such_file(path: Path) -> str:
-    """The problem, and for what `args/` names the command that makes it."""
-    begin = max((one for one in MAKERS if path.name.startswith(one)), key=len, default=None)
-    return f"{path}: no such file" + (f"; `{MAKERS[begin]}` makes it (data/README.md)" if begin else "")
+    """The problem, and for what `args/` names the command that makes it; else the name that is there and most like it."""
+    made = [maker for end, maker in MAKERS.items() if re.search(rf"(^|/)({end})$", path.as_posix())]
+    if made:
+        return f"{path}: no such file; `{made[0]}` makes it (data/README.md)"
+    there = [one.name for one in path.parent.iterdir()] if path.parent.is_dir() else []
+    like = difflib.get_close_matches(path.name, there, n=1, cutoff=0.8)
+    return f"{path}: no such file" + (f"; did you mean {path.with_name(like[0])}?" if like else "")
 
 
 def check_regular(path: Path) -> None:
@@ -414,7 +409,8 @@ def entry_point(main: Callable[[list[str]], None]) -> Callable[..., None]:
                 stream.reconfigure(errors="backslashreplace")  # a name may hold what the terminal cannot show
         try:
             check_environment()
-        except UserError as error:
+            startup.import_extensions()
+        except (UserError, ImportError) as error:
             _exit(f"error: {error}", 2, everywhere=True)  # it is not known which process this is
         try:
             main(sys.argv[1:] if arguments is None else arguments)

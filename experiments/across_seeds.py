@@ -7,6 +7,7 @@ questions: both are drawn again with replacement, the same questions for every s
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,15 +17,17 @@ import numpy as np
 
 from experiments.noise.ablation_results import RIGHT
 from experiments.noise.progress import Record, finished_records
+from experiments.noise.settings import WITHOUT_INFLUENCE
 from experiments.noise.summary import CLEAN, JUDGE, counterpart, likeliest
 from experiments.plots import ACCURACY, drawing
 from experiments.tables import markdown
 from experiments.transfer import transferred
 from systems.arguments import Parser
 from systems.writing import write_json, write_text
-from utils import UserError, entry_point, get_logger
+from utils import UserError, entry_point, get_logger, parse_yaml, read_text
 
 RESAMPLES = 10_000
+BY_SEED = ("name", "load_model_path", "model_id", "seed")  # keys that may differ from checkpoint to checkpoint
 COLUMNS = ("condition", "seeds", "questions", "mean of seeds, 95%", "lowest to highest seed", "minus its baseline, 95%")
 Numbers = dict[str, Any]
 
@@ -157,7 +160,8 @@ def table(result: Mapping[str, Numbers]) -> str:
 def write_results(directories: Sequence[Path], out: Path) -> dict[str, Numbers]:
     """Raises UserError: fewer than two experiments, or one without records, or nothing that all of them did."""
     if len(directories) < 2:
-        raise UserError(f"{len(directories)} experiment given; intervals over seeds need at least two, better five")
+        raise UserError(f"beside OUT ({out}) {len(directories)} experiment is given; seeds need at least two, better five")
+    check_alike(directories)
     result = across_seeds([read_experiment(directory) for directory in directories])
     if not result:
         raise UserError("the experiments have no condition and question in common; run them with one configuration")
@@ -169,6 +173,20 @@ def write_results(directories: Sequence[Path], out: Path) -> dict[str, Numbers]:
         curve = {float(key.split("@")[1]): result[key] for key in noisy if key.startswith(f"{setting}@")}
         _draw(dict(sorted(curve.items())), out / f"{setting}.png", f"{setting}, {len(directories)} seeds", result.get(CLEAN))
     return result
+
+
+def check_alike(directories: Sequence[Path]) -> None:
+    """Raise UserError unless this is one experiment, each time on another checkpoint; without a configuration it is trusted."""
+    asked = {one: parse_yaml(read_text(path), str(path)) for one in directories if (path := one / "config.yaml").is_file()}
+    if len({directory.resolve() for directory in directories}) < len(directories):
+        raise UserError("one directory is given twice: that is one seed")
+    for (first, config), (second, other) in itertools.combinations(asked.items(), 2):
+        if all(config.get(key) == other.get(key) for key in ("load_model_path", "model_id")):
+            raise UserError(f"{first} and {second} are of one checkpoint, so of one seed: {config.get('load_model_path')}")
+        for key in (config.keys() & other.keys()) - {*WITHOUT_INFLUENCE, *BY_SEED}:
+            if config[key] != other[key]:
+                both = f"{config[key]!r} in {first} and {other[key]!r} in {second}"
+                raise UserError(f"{key} is {both}: these are no seeds of one experiment")
 
 
 def _draw(curve: Mapping[float, Numbers], path: Path, title: str, clean: Numbers | None) -> None:

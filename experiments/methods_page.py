@@ -28,13 +28,14 @@ RECORD = {
     "steps": ["Tom is a lempus.", "Every lempus is a yumpus.", "Every yumpus is a zumpus."],
     "answer": "Tom is a zumpus.",
 }
-SETTINGS = ("c_thought=2", "max_latent_stage=2", "epochs_per_stage=1", "num_epochs=5", "icot_smoothing=null")
+SETTINGS = ("c_thought=2", "max_latent_stage=2", "epochs_per_stage=1", "num_epochs=5")
 REMOVED = (0, 1, 8, ALL_TOKENS)
 
 
 def configuration(method: str) -> RunConfig:
     needed = (f"method={method}", "name=example", f"model_id={TOKENIZER}", "train_path=none", "val_path=none")
-    return load_config(RunConfig, [*needed, *SETTINGS])
+    plain = ["icot_smoothing=null"] if isinstance(METHODS[method].schedule, TokenRemoval) else []
+    return load_config(RunConfig, [*needed, *SETTINGS, *plain])
 
 
 def stages(config: RunConfig) -> list[int]:

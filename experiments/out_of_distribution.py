@@ -11,23 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from dataset import load_records
-from experiments.quickstart import read_metrics
+from experiments.quickstart import evaluation_of, read_metrics
 from experiments.tables import markdown
 from systems.arguments import Parser
 from systems.files import read_typed_lines
-from systems.metrics import METRICS
-from utils import UserError, entry_point, get_logger
+from utils import entry_point, get_logger
 
 COLUMNS = ("test file", "questions", "gold thoughts, 95%", "fixed thoughts, 95%", "at once", "both of a graph, gold thoughts")
-
-
-def newest_evaluation(run: Path, file: Path) -> Path:
-    """Where the newest evaluation of a run on a file is. Raises UserError if there is none."""
-    places = sorted((run / "eval").glob(f"{file.stem}-*/{METRICS}"), key=lambda path: path.stat().st_mtime)
-    found = [path.parent for path in places if read_metrics(path.parent, "evaluation")[-1]["val_path"] == str(file)]
-    if not found:
-        raise UserError(f"{run / 'eval'}: no evaluation on {file}; bash scripts/out_of_distribution.sh {run} {file} makes one")
-    return found[-1]
 
 
 def pairs_right(place: Path, file: Path) -> float | None:
@@ -44,7 +34,7 @@ def pairs_right(place: Path, file: Path) -> float | None:
 def table(run: Path, files: Sequence[Path]) -> str:
     rows = []
     for file in files:
-        place = newest_evaluation(run, file)
+        place = evaluation_of(run, data=file.stem)
         row = read_metrics(place, "evaluation")[-1]
         both = pairs_right(place, file)
         scores = [

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 from matplotlib import pyplot as plt
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from experiments.across_seeds import Numbers, numbers
 from experiments.plots import save_figure, shades
@@ -59,7 +59,9 @@ class ProbeConfig(Config):
     """Questions at once."""
     max_new_tokens: Positive = 64
     """Most tokens of an answer."""
-    probes: list[Annotated[str, one_of(PROBES)]] = Field(default=list(PROBES))
+    probes: Annotated[
+        list[Annotated[str, one_of(PROBES)]], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
+    ] = Field(default=list(PROBES))
     """Those that run; docs/PROBES.md says what each asks."""
     groups: dict[str, list[str]]
     """By name the checkpoints, or directories of runs, that are seeds of one thing."""

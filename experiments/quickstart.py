@@ -53,11 +53,20 @@ def read_metrics(run: Path, kind: str) -> list[dict[str, Any]]:
 def evaluation_of(run: Path, latents: int | str = "gold", data: str = "*") -> Path:
     """Where a run's newest evaluation with these `eval_latents`, on a file of this stem, is. UserError if there is none."""
     places = sorted((run / "eval").glob(f"{data}-*/{METRICS}"), key=lambda path: path.stat().st_mtime)
-    found = [path for path in places if read_metrics(path.parent, "evaluation")[-1].get("eval_latents", "gold") == latents]
+    rows = {path: read_metrics(path.parent, "evaluation")[-1] for path in places}
+    found = [path for path, row in rows.items() if row.get("eval_latents", "gold") == latents and _is_of(row, run)]
     if not found:
         on = "" if data == "*" else f" of {data}"
         raise UserError(f"{run / 'eval'}: no evaluation{on} with {latents} thoughts; run.py with only_eval=true makes one")
     return found[-1].parent
+
+
+def _is_of(row: dict[str, Any], run: Path) -> bool:
+    """Whether an evaluation is of this run, not of another one with its configuration. What was not trained has no other."""
+    if "model" not in row or not (run / METRICS).exists():
+        return True
+    model = Path(row["model"]).parent
+    return model.resolve() == run.resolve() or (model.name == run.name and not model.exists())  # else it was moved
 
 
 def read_evaluation(run: Path, data: str = "*") -> dict[str, Any]:

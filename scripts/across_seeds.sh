@@ -15,6 +15,7 @@ case ${EXPERIMENT:-noise} in
     *) echo "error: EXPERIMENT must be noise or ablation, is $EXPERIMENT" >&2; exit 2 ;;
 esac
 out=${OUT:-$default}
+[[ $out == results/* ]] || { echo "error: OUT must be below results/, is $out" >&2; exit 2; }
 read -ra settings <<< "${SETTINGS:-$asked}"
 launch=(.venv/bin/torchrun --standalone --nproc_per_node "${PROCESSES:-2}")
 checkpoints=("$@")

@@ -10,6 +10,7 @@ import functools
 import gzip
 import zipfile
 import zlib
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast
@@ -18,8 +19,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, InstanceOf, TypeAdapter, ValidationError, model_validator
 
 from config import MOST_EPOCHS, MethodName
-from methods import ALL_TOKENS, MOST_THOUGHTS
-from thoughts import LatentMode, ThoughtMapSetting
+from methods import ALL_TOKENS, METHODS, MOST_THOUGHTS
+from systems import startup
+from thoughts import THOUGHT_MAPS, LatentMode, ThoughtMapSetting
 from utils import LARGEST, UserError, check_regular, get_logger, shown
 
 FACTS, STATE, MANIFEST = "coconut.json", "training_state.pt", "manifest.json"
@@ -165,10 +167,29 @@ def read_typed_lines(path: Path, kind: type[Kind]) -> list[Kind]:
     return found
 
 
+class UnknownRow(UserError):
+    """A method or a thought map that no table here has: a file of the user's own may add it."""
+
+
 def read_facts(directory: Path) -> Facts | None:
-    """coconut.json of a checkpoint directory; None where there is none (a plain Hugging Face model). Raises as read_typed."""
+    """coconut.json of a checkpoint directory; None where there is none (a plain Hugging Face model).
+
+    Raises UnknownRow, or UserError as read_typed.
+    """
     path = directory / FACTS
-    return read_typed(path, Facts) if path.is_file() else None
+    if not path.is_file():
+        return None
+    named = read_typed(path, dict[str, Any])
+    tables: dict[str, Iterable[str]] = {"method": METHODS, "thought_map": THOUGHT_MAPS}
+    for key, table in tables.items():
+        value = named.get(key)
+        name = value.get("name") if isinstance(value, dict) else value
+        if isinstance(name, str) and name.isidentifier() and name not in table:
+            raise UnknownRow(
+                f"{path}: {key} {name} is not known here; {startup.EXTENSIONS}=MODULE imports a file of your own that adds it "
+                "(docs/EXTENDING.md)"
+            )
+    return read_typed(path, Facts)
 
 
 def read_training_state(directory: Path, mmap: bool = False) -> dict[str, Any]:

@@ -146,7 +146,10 @@ class _Console(Console):
 def show(table: Table) -> None:
     if is_main_process():
         with telling():
-            _Console(width=max(100, Console().width), highlight=False).print(table)
+            console = _Console(highlight=False)
+            width = 100 if console.is_terminal else table.__rich_measure__(console, console.options.update(width=500)).maximum
+            console.width = max(width, console.width)
+            console.print(table)
             sys.stdout.flush()
 
 

@@ -162,7 +162,8 @@ def _base_model(
             get_logger().info(f"starts at epoch {config.resume + 1} with the weights of {config.model_id} itself")
         return _pretrained(config, config.model_id, dtype, device_map)
     if Path(path).is_file():
-        base = _pretrained(config, config.model_id, dtype)
+        bare = _without_weights(Path(config.model_id))  # the file has all of them
+        base = _random_model(config, 0, dtype) if bare else _pretrained(config, config.model_id, dtype)
         load_state_dict_file(base, Path(path))
         # The published code sizes the embeddings to the tokenizer once it adds the markers, and only then. More rows than
         # that may be padding: what is evaluated was trained with its markers, what is trained further perhaps without.
@@ -181,12 +182,12 @@ def _base_model(
     return _pretrained(config, path, dtype, device_map)
 
 
-def _random_model(config: RunConfig, vocabulary: int) -> PreTrainedModel:
+def _random_model(config: RunConfig, vocabulary: int, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     model_config = _config_of(config.model_id, config.gguf_file, config.trust_remote_code)
     model_config.vocab_size = max(model_config.vocab_size, vocabulary)
     get_logger().info(f"random weights from the configuration of {config.model_id}")
     try:
-        return _from_config(model_config, config.attn_implementation, config.trust_remote_code)
+        return _from_config(model_config, config.attn_implementation, config.trust_remote_code, dtype)
     except Exception as error:  # as in load_tokenizer
         place = _place(config.model_id, config.gguf_file)
         raise UserError(f"{place}: no model can be made from its configuration: {first_line(error)}") from None
@@ -218,8 +219,10 @@ def _pretrained(config: RunConfig, source: str, dtype: torch.dtype, device_map: 
     path, gguf_file = Path(source), gguf_of(config, source)
     if gguf_file is None:
         _config_of(source, None, config.trust_remote_code)  # says more about what is no causal language model than loading it
-        if (path / "config.json").is_file() and not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
-            raise UserError(f"{source}: a configuration without weights; set from_scratch: True to start from random ones")
+        if _without_weights(path):
+            raise UserError(
+                f"{source}: a configuration without weights; with from_scratch: True run.py starts from random ones"
+            )
     options = {**_options(gguf_file, config.trust_remote_code), "dtype": dtype}
     # From 5.2x on transformers would leave the weights quantised where it has kernels for that; those cannot be trained.
     if gguf_file is not None and hasattr(transformers, "GgufConfig"):
@@ -239,6 +242,10 @@ def _pretrained(config: RunConfig, source: str, dtype: torch.dtype, device_map: 
     check_weights(_place(source, gguf_file), [*info["missing_keys"]], [*info["unexpected_keys"]], shapes)
     _own_weights(base)
     return base
+
+
+def _without_weights(path: Path) -> bool:
+    return (path / "config.json").is_file() and not any(path.glob("*.safetensors")) and not any(path.glob("*.bin"))
 
 
 def _plain_model(loaded: PreTrainedModel, config: RunConfig, dtype: torch.dtype) -> PreTrainedModel:

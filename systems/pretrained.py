@@ -18,7 +18,7 @@ from states import Details
 from systems import checkpoint, sources
 from systems.files import Facts, read_facts
 from systems.models import LatentIds, build_model, latent_ids
-from systems.tokens import question_ids
+from systems.tokens import check_known, question_ids
 from utils import UserError
 
 
@@ -61,6 +61,8 @@ def save(model: Coconut, directory: Path) -> None:
 
 def answer(model: Coconut, question: str, max_new_tokens: int, latents: EvalLatents) -> tuple[str, Tensor]:
     """See `Coconut.answer`."""
+    if latents not in ("gold", "max") and int(latents) < 0:
+        raise UserError(f"latents: {latents}: a number of at least 0, or 'max'")
     prompt = prompt_of(model, question, latents)
     generated = model.generate(prompt, max_new_tokens=max_new_tokens, return_details=True)
     output, details = cast("tuple[Tensor, Details]", generated)
@@ -73,6 +75,7 @@ def prompt_of(model: Coconut, question: str, latents: EvalLatents) -> Tensor:
     trained = _trained(model)
     ids, config = trained.ids, trained.config
     [tokens] = question_ids(trained.tokenizer, [question], config.chat_template)
+    check_known([tokens], trained.tokenizer, "the question")
     row = Dataset.from_dict({"idx": [0], "question_tokenized": [tokens], "steps_tokenized": [[]], "answer_tokenized": [[]]})
     example = get_question_latent_dataset(
         trained.facts.stage, row, config.curriculum, ids.start, ids.thought, ids.end, latents

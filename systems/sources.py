@@ -113,8 +113,8 @@ def resolve_paths(config: RunConfig) -> RunConfig:
             raise CheckpointError(f"{key}: {path} holds GGUF files: set gguf_file to one of {', '.join(found)}")
         elif path.is_dir():
             raise CheckpointError(f"{key}: {path} holds neither a model (config.json) nor a whole checkpoint_<epoch>")
-        elif "/" in value and (value.startswith((".", "/")) or value.count("/") > 1 or path.parent.is_dir()):
-            raise CheckpointError(f"{key}: {path}: no such file or directory")
+        elif "/" in value and (value.startswith((".", "/", "checkpoints/")) or value.count("/") > 1 or path.parent.is_dir()):
+            raise CheckpointError(f"{key}: {no_such_file(path)}")
     return config
 
 

@@ -4,8 +4,20 @@ It was a third of the time that a command took to start (docs/LOG.md, "Starting 
 """
 
 import gc
+import importlib
+import os
 
 gc.disable()
+EXTENSIONS = "COCONUT_EXTENSIONS"
+
+
+def import_extensions() -> None:
+    """Import the modules that the environment names, which add rows to the tables (docs/EXTENDING.md). Raises ImportError."""
+    for name in filter(None, os.environ.get(EXTENSIONS, "").split(",")):
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise ImportError(f"{EXTENSIONS}: {name}: {error}") from None
 
 
 def imported() -> None:

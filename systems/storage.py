@@ -25,7 +25,7 @@ from typing import Any, BinaryIO
 from safetensors import SafetensorError
 
 from systems import distributed
-from systems.files import FACTS, FORMAT, MANIFEST, STATE, Manifest, read_facts, read_training_state, read_typed
+from systems.files import FACTS, FORMAT, MANIFEST, STATE, Manifest, UnknownRow, read_facts, read_training_state, read_typed
 from systems.writing import disk_problem, fsync, write_text, writing
 from utils import UserError, get_logger
 
@@ -262,7 +262,7 @@ def _named(save_dir: Path) -> list[Path]:
 
 
 def _problem(directory: Path, hashes: bool) -> str | None:
-    """Why training cannot go on from a directory; None if it can. hashes: read all files as well."""
+    """Why training cannot go on from a directory; None if it can. hashes: read all files as well. Raises UnknownRow."""
     try:
         for name in (FACTS, STATE):
             if not (directory / name).is_file():
@@ -271,6 +271,8 @@ def _problem(directory: Path, hashes: bool) -> str | None:
         if hashes and problem is None:
             read_facts(directory)
             read_training_state(directory, mmap=True)
+    except UnknownRow:
+        raise
     except OSError as error:
         return f"cannot be read: {error.strerror}"
     except UserError as error:

@@ -26,6 +26,7 @@ RECORDS_PER_WORKER = 20_000  # below this, starting another tokenising process c
 TEMPLATE_SECONDS = 10.0  # a chat template that takes longer for one question loops
 
 
+CHECKED = 200  # records in which unknown words are looked for
 CACHED_FROM = 2**20  # bytes of a data file: smaller ones are tokenised faster than looked up
 
 
@@ -56,6 +57,9 @@ def get_dataset(
     if dataset is None:
         dataset = _save_tokens(_tokenised(parse_records(text, path)[:max_size], tokenize, path), cache)
     _check_tokens(dataset[0], tokenize, path)
+    some = dataset[:CHECKED]
+    steps = [step for row in some["steps_tokenized"] for step in row]
+    check_known([*some["question_tokenized"], *steps, *some["answer_tokenized"]], tokenizer, str(path))
     return dataset
 
 
@@ -118,6 +122,23 @@ def _save_tokens(dataset: Dataset, directory: Path | None) -> Dataset:
             get_logger().warning(f"{directory}: the tokens cannot be kept: {error}; every process and restart tokenises anew")
         shutil.rmtree(partial, ignore_errors=True)
     return _load_tokens(directory) or dataset
+
+
+def check_known(rows: list[list[int]], tokenizer: PreTrainedTokenizerBase, of: str) -> None:
+    """Warn where a tokenizer does not know what stands in a text, so that a model cannot read it.
+
+    rows: tokens. Raises DataError where it knows less than half of them. GPT-2 and others know everything.
+    """
+    unknown = tokenizer.unk_token_id
+    tokens = [token for row in rows for token in row]
+    if unknown in (None, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id) or not tokens:
+        return
+    share = tokens.count(unknown) / len(tokens)
+    said = f"{of}: {share:.0%} of the tokens are {tokenizer.unk_token}: the tokenizer was made for other words (docs/DATA.md)"
+    if share > 0.5:
+        raise DataError(said)
+    if share > 0.01:
+        get_logger().warning(said)
 
 
 def question_ids(tokenizer: PreTrainedTokenizerBase, questions: list[str], chat_template: bool = False) -> list[list[int]]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from experiments import across_seeds
 from experiments.across_seeds import interval_over_seeds, write_results
@@ -90,6 +91,26 @@ def test_answers_of_the_other_question_are_counted(tmp_path: Path) -> None:
     directories = [experiment(tmp_path / name, zeroed=1, failed=9) for name in "ab"]
     found = write_results(directories, tmp_path / "out")
     assert found["other/all, answers of the other"]["mean"] == 100
+
+
+def test_only_seeds_of_one_experiment_are_pooled(tmp_path: Path) -> None:
+    directories = [experiment(tmp_path / name, zeroed=1, failed=9) for name in "ab"]
+    settings = {"name": "a", "load_model_path": "checkpoints/a", "model_id": None, "noise_at_step": 1, "batch_size": 8}
+    (tmp_path / "a" / "config.yaml").write_text(yaml.safe_dump(settings))
+
+    def other(**changes: Any) -> dict[str, Any]:
+        (tmp_path / "b" / "config.yaml").write_text(yaml.safe_dump({**settings, "load_model_path": "checkpoints/b", **changes}))
+        return write_results(directories, tmp_path / "out")
+
+    assert other(name="b", batch_size=9)["clean"]["seeds"] == [100, 100]
+    with pytest.raises(UserError, match="noise_at_step is 1 in .*/a and 2 in .*/b: these are no seeds of one experiment"):
+        other(noise_at_step=2)
+    with pytest.raises(UserError, match="are of one checkpoint, so of one seed: checkpoints/a"):
+        other(load_model_path="checkpoints/a")
+    with pytest.raises(UserError, match="one directory is given twice"):
+        write_results([directories[0], directories[0]], tmp_path / "out")
+    with pytest.raises(UserError, match="beside OUT .* 1 experiment is given"):
+        write_results(directories[:1], tmp_path / "out")
 
 
 def ablation(directory: Path, shared: list[bool]) -> Path:

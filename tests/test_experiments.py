@@ -104,6 +104,21 @@ def test_the_summary_takes_the_evaluation_with_gold_thoughts(save_path: Path) ->
     assert quickstart.evaluation_of(save_path / "quick-no-cot") == place
 
 
+def test_an_evaluation_of_another_run_s_model_is_not_shown(save_path: Path) -> None:
+    """Made with this run's configuration; its folder lies among this run's evaluations."""
+    run = save_path / "quick-no-cot"
+    place = quickstart.evaluation_of(run)
+    other = place.with_name(f"{place.name}-other")
+    other.mkdir()
+    row = {"kind": "evaluation", "accuracy": 0.1, "model": str(save_path / "quick-cot" / "checkpoint_3")}
+    (save_path / "quick-cot").mkdir(exist_ok=True)
+    (other / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    assert quickstart.evaluation_of(run) == place
+    for own in (run / "checkpoint_3", Path("moved", "quick-no-cot", "checkpoint_3")):
+        (other / "metrics.jsonl").write_text(json.dumps({**row, "model": str(own)}) + "\n")
+        assert quickstart.evaluation_of(run) == other
+
+
 def test_a_missing_run_is_one_line(test_file: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     with pytest.raises(UserError, match=r"eval: no evaluation with gold thoughts"):
         quickstart.summarise(tmp_path, test_file, 1.0)
@@ -131,7 +146,7 @@ def write_comparison(save_path: Path, accuracies: dict[str, list[float]]) -> Non
             longer.mkdir()
             append_jsonl(longer / "metrics.jsonl", {"kind": "evaluation", "accuracy": accuracy - 0.4, "accuracy_fixed": 0.0})
             needed = [f"name={directory.name}", "model_id=m", "train_path=t", "val_path=v", "num_epochs=8"]
-            curriculum = ["c_thought=2", "max_latent_stage=3", "pad_latent_to_max=false"]
+            curriculum = ["c_thought=2", "max_latent_stage=3", f"pad_latent_to_max={method in ('codi', 'pccot')}"]
             kind = {"pccot": ["method=codi", "latent_mode=jacobi", "jacobi_iterations=3"]}.get(method, [f"method={method}"])
             save_config(load_config(RunConfig, needed + curriculum + kind), directory / "config.yaml")
         timed = save_path / f"{method}-seed0-single" / "eval" / "valid-run-checkpoint_4"

@@ -21,7 +21,7 @@ import run
 from config import RunConfig
 from dataset import IGNORE_INDEX, check_lengths, get_cot_latent_dataset, get_question_latent_dataset
 from methods import ALL_TOKENS, END_LATENT, LATENT, METHODS, PAUSE, START_LATENT, last_stage_share, scheduled_stage, stage_at
-from systems.metrics import epoch_table
+from systems.metrics import epoch_table, show
 from systems.models import build_model, latent_ids, load_tokenizer
 from training import Trainer
 from utils import UserError, load_config
@@ -277,7 +277,7 @@ def distilled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_named_parts_reach_metrics_and_the_table_and_add_up(
-    run_arguments: list[str], tmp_path: Path, distilled: list[str]
+    run_arguments: list[str], tmp_path: Path, distilled: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     start(run_arguments, *distilled)
     rows = read_rows(tmp_path / "checkpoints" / "run" / "metrics.jsonl")
@@ -286,6 +286,11 @@ def test_named_parts_reach_metrics_and_the_table_and_add_up(
         assert sum(parts) == pytest.approx(row["loss" if row["kind"] == "step" else "train_loss"], rel=1e-5)
         assert min(parts) > 0
     table = epoch_table([row for row in rows if row["kind"] == "epoch"])
+    capsys.readouterr()
+    show(table)  # off a terminal, which would have a width of its own
+    shown = capsys.readouterr().out
+    assert "…" not in shown
+    assert f"{[row for row in rows if row['kind'] == 'epoch'][-1]['val_loss']:.4f}" in shown
     assert [column.header for column in table.columns][3:8] == [
         "train loss",
         "loss student",

@@ -149,6 +149,17 @@ def test_published_single_file_checkpoints_load(saved: Path, tmp_path: Path, pre
         assert torch.equal(weight[7], weight[2])
 
 
+def test_a_file_with_all_weights_needs_no_others(saved: Path, tmp_path: Path) -> None:
+    """The model's directory is a configuration and a tokenizer alone, as those in configs/."""
+    for path in saved.glob("*.safetensors"):
+        path.unlink()
+    torch.save(gpt2(8).state_dict(), tmp_path / "weights.pt")
+    model = build(configuration(saved, load_model_path=str(tmp_path / "weights.pt"), only_eval=True))
+    assert torch.equal(model.base_causallm.transformer.wte.weight, gpt2(8).transformer.wte.weight)
+    with pytest.raises(UserError, match="a configuration without weights; with from_scratch: True run.py starts"):
+        build(configuration(saved))
+
+
 def test_keys_that_do_not_fit_are_listed(saved: Path, tmp_path: Path) -> None:
     state = gpt2(5).state_dict()
     del state["transformer.h.1.ln_1.weight"]
@@ -217,7 +228,7 @@ def test_a_checkpoint_of_another_model_is_refused(saved: Path, tmp_path: Path) -
 
 
 def test_what_cannot_be_loaded_is_one_line(saved: Path, tmp_path: Path, model_directory: Path) -> None:
-    with pytest.raises(UserError, match="a configuration without weights; set from_scratch: True"):
+    with pytest.raises(UserError, match="a configuration without weights; with from_scratch: True"):
         build(configuration(model_directory))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no tokenizer could be loaded"):

@@ -35,5 +35,5 @@ def test_both_questions_of_a_graph_count_where_a_file_has_pairs(tmp_path: Path) 
 
 
 def test_a_file_without_an_evaluation_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"eval: no evaluation on .*x.json; bash scripts/out_of_distribution.sh"):
+    with pytest.raises(UserError, match=r"eval: no evaluation of x with gold thoughts; run.py with only_eval=true makes one"):
         table(tmp_path, [tmp_path / "x.json"])

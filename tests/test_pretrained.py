@@ -46,6 +46,17 @@ def test_round_trip_and_answers_of_an_evaluation(run_arguments: list[str], tmp_p
         model.save_pretrained(tmp_path / "again")
 
 
+def test_questions_and_numbers_that_make_no_sense(
+    run_arguments: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    start(run_arguments)
+    model = Coconut.from_pretrained(tmp_path / "checkpoints" / "run")
+    with pytest.raises(UserError, match="latents: -1: a number of at least 0, or 'max'"):
+        model.answer("Is Tom a lempus?", latents=-1)
+    with pytest.raises(UserError, match=r"the question: \d+% of the tokens are <unk>"):
+        model.answer("Welches Wort kennt er davon?")
+
+
 def test_another_thought_map_is_saved_as_what_it_is(run_arguments: list[str], tmp_path: Path) -> None:
     start(run_arguments, "thought_map=norm")
     model = Coconut.from_pretrained(tmp_path / "checkpoints" / "run")

@@ -16,8 +16,9 @@ from processes import ENVIRONMENT, launch
 from safetensors.torch import load_file
 
 import run
+from config import RunConfig
 from methods import METHODS
-from utils import UserError
+from utils import UserError, load_config
 
 
 def start(arguments: list[str], *more: str) -> None:
@@ -71,6 +72,19 @@ def test_predictions_say_what_was_answered(run_arguments: list[str], tmp_path: P
     for row, record in zip(rows, chain_records(7), strict=True):
         assert row["gold"] == record["answer"]
         assert row["answer"] == (row["output"].rsplit("#", 1)[1].replace(",", "").strip() if "#" in row["output"] else "")
+
+
+def test_evaluations_of_two_checkpoints_stay_apart(
+    run_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the run's own have short names, all others are named by their whole way."""
+    monkeypatch.chdir(tmp_path)
+    given = ["only_eval=true", "name=quick", "val_path=data/test.json", "save_path=checkpoints"]
+    names = {
+        source: load_config(RunConfig, [*run_arguments, *given, f"load_model_path={source}"]).save_dir.name
+        for source in ("checkpoints/quick/checkpoint_3", "checkpoints/seed2/quick/checkpoint_3", "kept/quick/checkpoint_3")
+    }
+    assert list(names.values()) == ["test-quick-checkpoint_3", "test-seed2-quick-checkpoint_3", "test-kept-quick-checkpoint_3"]
 
 
 def test_evaluation_counts_gold_and_fixed_latents_and_written_steps_apart(

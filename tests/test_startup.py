@@ -6,12 +6,15 @@ import gc
 import importlib
 import runpy
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
 import experiments
 from systems import startup
+from thoughts import THOUGHT_MAPS
+from utils import entry_point
 
 COMMANDS = ("run.py", "test.py", "run_noisy_experiment.py", "quick_test.py", "quick_branch_test.py", "full_test.py")
 
@@ -25,6 +28,24 @@ def collector(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(gc, "isenabled", lambda: done[-1:] != ["disable"])
     monkeypatch.delitem(sys.modules, "systems.startup")
     return done
+
+
+def test_a_command_imports_what_the_environment_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "adds_a_map.py").write_text("from thoughts import THOUGHT_MAPS\nTHOUGHT_MAPS['added'] = THOUGHT_MAPS['norm']\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(THOUGHT_MAPS, "added", None)  # which is undone at the end
+    monkeypatch.setenv(startup.EXTENSIONS, "adds_a_map")
+    given: list[str] = []
+    entry_point(given.extend)(["x"])
+    assert given == ["x"]
+    assert THOUGHT_MAPS["added"] is THOUGHT_MAPS["norm"]
+    monkeypatch.setenv(startup.EXTENSIONS, "adds_a_map,no_such_module")
+    with pytest.raises(SystemExit) as ended:
+        entry_point(given.extend)([])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: COCONUT_EXTENSIONS: no_such_module: No module named 'no_such_module'\n"
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -44,6 +44,22 @@ def save_dir(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
+@pytest.mark.parametrize(
+    "changes", [{"method": "mine"}, {"thought_map": "mine"}, {"thought_map": {"name": "mine", "share": 0.5}}]
+)
+def test_rows_of_other_tables_are_no_damage(save_dir: Path, changes: dict[str, Any]) -> None:
+    """A checkpoint whose method or map a file of the user's own adds is whole: nobody must be told to remove it."""
+
+    def own(directory: Path) -> None:
+        fill(directory)
+        write_json(directory / "coconut.json", FACTS | changes)
+
+    write_directory(save_dir / "checkpoint_11", own)
+    with pytest.raises(UserError, match="mine is not known here; COCONUT_EXTENSIONS=MODULE imports") as error:
+        newest_whole(save_dir)
+    assert "damaged" not in str(error.value)
+
+
 def names(paths: list[Path]) -> list[str]:
     return [path.name for path in paths]
 

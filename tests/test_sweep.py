@@ -613,6 +613,18 @@ def test_any_two_conditions_are_compared(arguments: dict[str, Any]) -> None:
     ]
     with pytest.raises(UserError, match="no condition 'gaussian@5'; there are no_latents, greedy, clean"):
         report(directory, ["clean", "gaussian@5"])
+    run({**arguments, "name": "later"}, noise_scales=[5.0], noise_at_step=2)
+    other = directory.with_name("later")
+    both = report(directory, ["clean", "clean"], other)
+    assert f"{other} clean minus {directory} clean: +0.0 points" in both
+    assert "only in the second 0 of 7 questions" in both
+    assert "later gaussian@5.0 minus" in report(directory, ["gaussian@5.0", "gaussian@5.0"], other)
+    with pytest.raises(UserError, match="later: no condition 'zero/all'"):
+        report(directory, ["clean", "zero/all"], other)
+    for part in (other / "progress").glob("*.jsonl"):
+        part.write_text(part.read_text().replace('"gold": "', '"gold": "not '))
+    with pytest.raises(UserError, match="did not ask the same questions"):
+        report(directory, ["clean", "clean"], other)
     with pytest.raises(UserError, match="no questions of an experiment there"):
         report(directory / "x", [])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from conftest import chain_records, write_json
 from test_dataset import RECORD
 from transformers import PreTrainedTokenizerFast
 
+from dataset import DataError
 from systems import tokens as dataset_module
 from systems.tokens import get_dataset
+from utils import get_logger
 
 
 def test_tokens_are_question_steps_and_answer_with_eos(tokenizer: Any, tmp_path: Path) -> None:
@@ -21,6 +24,20 @@ def test_tokens_are_question_steps_and_answer_with_eos(tokenizer: Any, tmp_path:
     text = "Is Tom a lempus?\nTom is a lempus.\n### Tom is a lempus."
     parts = row["question_tokenized"] + row["steps_tokenized"][0] + row["answer_tokenized"]
     assert parts == [*tokenizer.encode(text), tokenizer.eos_token_id]
+
+
+def test_words_that_a_tokenizer_does_not_know(
+    tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = {"question": "Is Tom a lempus?", "steps": ["Tom is a lempus."], "answer": "Tom is a lempus."}
+    foreign = {"question": "Wie viel ist drei plus vier?", "steps": ["sieben"], "answer": "sieben"}
+    monkeypatch.setattr(get_logger(), "propagate", True)
+    get_dataset(write_json(tmp_path / "known.json", [known] * 9), tokenizer)
+    assert "<unk>" not in caplog.text
+    get_dataset(write_json(tmp_path / "mixed.json", [known] * 9 + [foreign]), tokenizer)
+    assert re.search(r"mixed.json: \d+% of the tokens are <unk>: the tokenizer was made for other words", caplog.text)
+    with pytest.raises(DataError, match=r"foreign.json: \d+% of the tokens are <unk>"):
+        get_dataset(write_json(tmp_path / "foreign.json", [foreign]), tokenizer)
 
 
 def test_max_size_keeps_the_first_records(tokenizer: Any, tmp_path: Path) -> None:
@@ -81,7 +98,12 @@ def test_a_tokenizer_that_merges_across_joints_is_reported(tokenizer: Any, tmp_p
     def merging(texts: Any, add_special_tokens: bool) -> dict[str, Any]:
         return {"input_ids": [7] if isinstance(texts, str) else [[7] for _ in texts]}
 
-    methods = {"__call__": staticmethod(merging), "decode": staticmethod(lambda ids: ""), "eos_token_id": 1}
+    methods = {
+        "__call__": staticmethod(merging),
+        "decode": staticmethod(lambda ids: ""),
+        "eos_token_id": 1,
+        "unk_token_id": None,
+    }
     stub = type("Tokenizer", (), methods)()
     get_dataset(write_json(tmp_path / "data.json", [RECORD]), stub)
     assert "joins question, steps and answer differently" in capsys.readouterr().out

@@ -42,10 +42,9 @@ def test_every_command_works(quick_start: Path, monkeypatch: pytest.MonkeyPatch)
     notebook = nbformat.reads(notebook_page.notebook(), as_version=4)
     nbformat.validate(notebook)
     notebook.cells = [cell for cell in notebook.cells if not cell.metadata.get("tags")]
-    assert sum(cell.source.startswith("%%bash") for cell in notebook.cells) == 9
+    assert sum(cell.source.startswith("%%bash") for cell in notebook.cells) == 8
     NotebookClient(notebook, timeout=300, kernel_name="python3").execute()  # raises where a command fails
     shown = [output for cell in notebook.cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})]
     assert len(shown) == 2
     assert "forced" in (quick_start / "results" / "tutorial" / "probes.md").read_text()
     assert "data:image/png" in (quick_start / "report.html").read_text()
-    assert "gaussian_scaled@2.0" in (quick_start / "results" / "mine" / "across_seeds.md").read_text()

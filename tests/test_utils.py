@@ -30,6 +30,7 @@ PROGRAMS = {
     "experiments.ablation": AblationConfig,
     "experiments.probe": ProbeConfig,
 }
+COCONUT = ["method=coconut", "max_latent_stage=1"]
 NEEDED = ["name=x", "model_id=m", "val_path=v.json", "train_path=t.json"]
 
 
@@ -107,6 +108,11 @@ def test_published_spellings_load() -> None:
         (["method=cot", "resume=9", "num_epochs=9", "load_model_path=x"], "resume: 9 leaves nothing to train: num_epochs is 9"),
         (["method=cot", "from_scratch=true", "load_model_path=x"], "from_scratch and load_model_path contradict each other"),
         (["method=coconut", "c_thought=0"], "c_thought: 0 leaves coconut without thoughts"),
+        (["method=coconut", "num_epochs=2"], "max_latent_stage: 0 leaves coconut without thoughts"),
+        (["method=cot", "icot_smoothing=3"], "icot_smoothing: 3.0 has no effect with method cot: leave it out"),
+        (["method=cot", "codi_distillation_weight=7"], "codi_distillation_weight: 7.0 has no effect with method cot"),
+        ([*COCONUT, "simcot_weight=3"], "simcot_weight: 3.0 has no effect with method coconut"),
+        ([*COCONUT, "jacobi_iterations=5"], "jacobi_iterations: 5 has no effect with latent_mode sequential"),
         (["method=cot", "name=../../x"], "must be a folder below save_path"),
         (["method=cot", "nowhere.yaml"], "nowhere.yaml: no such file"),
         (["method=cot", "lr=[1"], "not valid YAML"),
@@ -240,6 +246,12 @@ def test_every_file_that_args_names_has_its_command() -> None:
                 assert "` makes it" in no_such_file(Path(values[key])), values[key]
     assert "gsm_icot.bash" in no_such_file(Path("data/gsm_train.json"))
     assert no_such_file(Path("data/mine.json")) == "data/mine.json: no such file"
+    assert "bash scripts/quickstart.sh" in no_such_file(Path("checkpoints/seed3/quick-coconut"))
+    for slip, meant in {
+        "args/prosqa_coconutt.yaml": "args/prosqa_coconut.yaml",
+        "data/prosqa_tset.json": "data/prosqa_test.json",
+    }.items():
+        assert no_such_file(ROOT / slip).endswith(f"no such file; did you mean {ROOT / meant}?")
 
 
 def test_merges_that_grow_without_end_and_pipes(tmp_path: Path) -> None:

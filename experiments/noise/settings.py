@@ -7,18 +7,21 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from config import check_kernel
 from experiments.answers.benchmarks import find_benchmark
 from experiments.noise.controls import CONTROLS
 from methods import MOST_THOUGHTS, EvalLatents
 from noise import DECAY, SCHEDULES, check_noise, find_noise, noise_rows, noise_types
 from thoughts import Noise, ThoughtMapSetting
-from utils import Config, OptionalPath, OptionalText, PathText, Positive, Seed, check_folder_name, check_kernel, null, one_of
+from utils import Config, OptionalPath, OptionalText, PathText, Positive, Seed, check_folder_name, null, one_of
 
 NoiseName = Annotated[str, one_of(noise_types)]
 Schedule = Annotated[str, one_of(lambda: list(SCHEDULES))]
 ControlName = Annotated[str, one_of(CONTROLS)]
 Setting = tuple[str, str | None]  # noise type and direction
 SELF_CONSISTENCY = 0.7  # temperature of the baseline
+# Keys that change no answer, and may differ when a run goes on:
+WITHOUT_INFLUENCE = ("results_path", "fresh", "batch_size", "tokens_per_batch", "trust_remote_code", "device_map")
 MOST_BRANCHES = 10_000  # of a question: what only a slip of the finger exceeds
 Branches = Annotated[int, Field(ge=1, le=MOST_BRANCHES)]
 Voters = Annotated[int, Field(ge=2, le=MOST_BRANCHES)]  # one alone does not vote

@@ -28,7 +28,7 @@ from experiments.answers.judging import majority_vote, noise_weighted_vote, prob
 from experiments.answers.questions import BenchmarkQuestion, load_questions, selection
 from experiments.noise.controls import PLACES, Thoughts
 from experiments.noise.progress import Progress, Record, open_progress
-from experiments.noise.settings import SweepConfig
+from experiments.noise.settings import WITHOUT_INFLUENCE, SweepConfig
 from experiments.noise.subjects import Subject, load_subject
 from experiments.noise.summary import (
     CLEAN,
@@ -47,11 +47,10 @@ from systems.batches import cut
 from systems.machine import machine
 from systems.signals import Preempted, preemptible
 from systems.storage import alone
+from systems.tokens import CHECKED, check_known, question_ids
 from thoughts import Intervention, path_diversity
 from utils import UserError, get_logger, is_main_process
 
-# Keys that may differ when a run goes on:
-WITHOUT_INFLUENCE = ("results_path", "fresh", "batch_size", "tokens_per_batch", "trust_remote_code", "device_map")
 DIGITS = 6  # significant ones of recorded numbers
 
 
@@ -336,6 +335,8 @@ def run_sweep(config: SweepConfig, device: torch.device) -> Sweep | None:
             )
             subject = load_subject(config, device)
             _check_step(config, subject, questions)
+            texts = question_ids(subject.tokenizer, [one.question for one in questions[:CHECKED]])
+            check_known(texts, subject.tokenizer, config.benchmark)
             influences = _influences(config, subject, questions)
             progress = open_progress(config.directory, influences, config.fresh, _defaults(config))
             records = _run(config, subject, questions, progress)
