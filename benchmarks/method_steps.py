@@ -55,7 +55,7 @@ def questions(setting: common.Setting, count: int) -> Dataset:
 def batch_of(name: str, setting: common.Setting, data: Dataset, device: torch.device) -> dict[str, Tensor]:
     """All questions at the last stage of a method."""
     paths = dict.fromkeys(("name", "model_id", "train_path", "val_path"), "x")
-    shape = {"c_thought": 1, "max_latent_stage": setting.latents, "icot_smoothing": None}
+    shape = {"c_thought": 1, "max_latent_stage": setting.latents, **({"icot_smoothing": None} if name == "icot" else {})}
     curriculum = RunConfig.model_validate({**paths, **shape, "method": name}).part(Curriculum)
     stage = METHODS[name].schedule.last(curriculum)
     thought = setting.ordinary_tokens if PAUSE in METHODS[name].markers else setting.latent  # any ordinary embedding

@@ -40,7 +40,7 @@ def paired(experiments: Sequence[list[Record]], keys: Sequence[str], names: Sequ
     """The questions that both experiments answered; the condition `keys` of each under another name."""
     answered = [{record["index"]: record for record in records if record["error"] is None} for records in experiments]
     pairs = [(record, answered[1][index]) for index, record in answered[0].items() if index in answered[1]]
-    if not pairs or any(one["gold"] != other["gold"] for one, other in pairs):
+    if not pairs or any(one.get("gold") != other.get("gold") for one, other in pairs):
         raise UserError("the two experiments did not ask the same questions")
     return [
         {**pair[0], "conditions": {name: one["conditions"][key] for name, one, key in zip(names, pair, keys, strict=True)}}

@@ -16,7 +16,7 @@ from systems.writing import write_text
 from utils import entry_point
 
 ROOT = Path(__file__).parents[1]
-TYPED = r"random compare\nk=2 random\nnoise=2 random\n\n"  # into the chat
+TYPED = r"random compare\nk=2 random\nk=max noise=2 random\n\n"  # into the chat
 SETUP = (
     "# The working directory must be a copy of the repository.\n%pip install -q -r requirements.txt",
     "%%bash\nbash scripts/quickstart.sh  # 6 to 10 minutes on two CPU cores",
@@ -26,7 +26,7 @@ SHOWN = {  # after a command that holds this: what it made
         'from IPython.display import Image, Markdown\nMarkdown(filename="results/tutorial/probes.md")',
         'Image("results/tutorial/forced.png")',
     ),
-    "experiments.across_seeds ": ('Image("results/mine/gaussian_scaled.png")',),
+    "name=at_2": ('Image("results/at_2/gaussian_scaled.png")',),
 }
 
 

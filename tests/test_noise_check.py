@@ -295,7 +295,7 @@ def test_refuses(trained: Path, model_directory: Path, data_file: Path, tmp_path
     other = write_checkpoint(model_directory, tmp_path / "no_cot", "no_cot", 0)
     start = write_checkpoint(model_directory, tmp_path / "start", "coconut", 0)
     cases = [
-        ((tmp_path / "nothing", data_file, tmp_path / "out"), "nothing: no such file or directory"),
+        ((tmp_path / "nothing", data_file, tmp_path / "out"), "nothing: no such file"),
         ((other, data_file, tmp_path / "out"), "no_cot was trained with method no_cot, which has no thoughts"),
         ((start, data_file, tmp_path / "out"), "start is of stage 0, which has no thoughts yet"),
         ((trained, tmp_path / "nothing.json", tmp_path / "out"), "nothing.json: no such file"),

@@ -130,7 +130,7 @@ def test_a_checkpoint_that_cannot_be_entered_is_passed_over(save_dir: Path, monk
 
 WRONG: list[tuple[str, Any, str]] = [
     ("coconut.json", {**FACTS, "stage": -3}, "stage: Input should be greater than or equal to 0, got -3"),
-    ("coconut.json", {**FACTS, "method": "banana"}, "method: must be one of coconut"),
+    ("coconut.json", {**FACTS, "method": 7}, "method: Input should be a valid string"),
     ("coconut.json", {**FACTS, "format": 99}, "format: Input should be 1, got 99"),
     ("coconut.json", {**FACTS, "new": 1}, "new: "),
     ("coconut.json", {**FACTS, "accuracy": "many"}, "accuracy: "),

@@ -102,8 +102,7 @@ def test_a_tokenizer_that_merges_across_joints_is_reported(tokenizer: Any, tmp_p
         "__call__": staticmethod(merging),
         "decode": staticmethod(lambda ids: ""),
         "eos_token_id": 1,
-        "unk_token_id": None,
-    }
+    } | dict.fromkeys(("unk_token_id", "bos_token_id", "pad_token_id"))
     stub = type("Tokenizer", (), methods)()
     get_dataset(write_json(tmp_path / "data.json", [RECORD]), stub)
     assert "joins question, steps and answer differently" in capsys.readouterr().out
