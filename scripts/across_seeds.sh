@@ -5,10 +5,6 @@
 # EXPERIMENT=ablation: the ablation of noisy branching (args/ablation.yaml) in its place.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-source scripts/environment.sh
-make_environment .venv requirements.txt
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
-
 case ${EXPERIMENT:-noise} in
     noise) default=results/across_seeds asked="noise_type=all" ;;
     ablation) default=results/across_seeds/ablation asked="" ;;
@@ -16,6 +12,10 @@ case ${EXPERIMENT:-noise} in
 esac
 out=${OUT:-$default}
 [[ $out == results/* ]] || { echo "error: OUT must be below results/, is $out" >&2; exit 2; }
+source scripts/environment.sh
+make_environment .venv requirements.txt
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
+
 read -ra settings <<< "${SETTINGS:-$asked}"
 launch=(.venv/bin/torchrun --standalone --nproc_per_node "${PROCESSES:-2}")
 checkpoints=("$@")

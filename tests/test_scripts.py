@@ -162,6 +162,17 @@ def test_several_processes_run_under_torchrun(root, given):
     assert events(root, "called") == [["4", *torchrun, *EXPERIMENTS["run_experiment"], "seed=1"]]
 
 
+@pytest.mark.parametrize(
+    ("variable", "said"), [("OUT", "OUT must be below results/"), ("EXPERIMENT", "EXPERIMENT must be noise")]
+)
+def test_a_table_over_seeds_is_asked_for_rightly_before_anything_runs(variable: str, said: str) -> None:
+    ended = subprocess.run(
+        ["bash", SCRIPTS / "across_seeds.sh"], env={**os.environ, variable: "mine"}, capture_output=True, text=True, timeout=60
+    )
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert said in ended.stderr
+
+
 @pytest.mark.parametrize("processes", ["0", "two", "x[$(touch evaluated)]"])
 def test_processes_must_be_a_number(root, processes):
     code, _, errors = run(root, "run_experiment", PROCESSES=processes)
