@@ -5,6 +5,7 @@ A record is {"question": str, "answer": str, "steps": [str, ...]}; further field
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Sequence
@@ -27,7 +28,6 @@ from methods import (
     StageShape,
     example_parts,
     example_sequences,
-    remaining_steps,
     sequence_key,
     stage_shape,
 )
@@ -239,13 +239,19 @@ def check_lengths(
         return
     method = METHODS[curriculum.method]
     markers = 2 if method.brackets else 0
+
+    @functools.cache
+    def shapes_of(steps: int) -> tuple[list[StageShape], int]:
+        """Of a question in training at every stage (tokens that icot removes one by one count), and its most thoughts."""
+        shapes = [stage_shape(curriculum, stage, steps) for stage in range(curriculum.max_latent_stage + 1)]
+        asked = stage_shape(curriculum, curriculum.max_latent_stage, steps, latents)
+        return shapes, max(shape.thoughts for shape in [*shapes, asked])
+
     for dataset in datasets:
         columns = (dataset[name] for name in ("question_tokenized", "steps_tokenized", "answer_tokenized"))
         for index, (question, steps, answer) in enumerate(zip(*columns, strict=True)):
-            stages = range(curriculum.max_latent_stage + 1)
-            shapes = [stage_shape(curriculum, stage, len(steps), kind) for kind in ("gold", latents) for stage in stages]
-            thoughts = max(shape.thoughts for shape in shapes)
-            trained = max(shape.thoughts + len(remaining_steps(shape, steps)) for shape in shapes[: len(stages)])
+            shapes, thoughts = shapes_of(len(steps))
+            trained = max(shape.thoughts + sum(map(len, steps[shape.steps_removed :])) for shape in shapes)
             needed = len(question) + markers + max(trained + len(answer), thoughts + max_new_tokens)
             if method.sequences is not None:
                 prompt = question + [0] * (markers + thoughts)
