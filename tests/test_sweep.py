@@ -619,6 +619,8 @@ def test_any_two_conditions_are_compared(arguments: dict[str, Any]) -> None:
     assert f"{other} clean minus {directory} clean: +0.0 points" in both
     assert "only in the second 0 of 7 questions" in both
     assert "later gaussian@5.0 minus" in report(directory, ["gaussian@5.0", "gaussian@5.0"], other)
+    within, between = (report(directory, ["zero/all", "clean"], place).split(": ")[1] for place in (None, other))
+    assert within == between  # the clean answers are the same
     with pytest.raises(UserError, match="later: no condition 'zero/all'"):
         report(directory, ["clean", "zero/all"], other)
     for part in (other / "progress").glob("*.jsonl"):
