@@ -34,7 +34,7 @@ def pairs_right(place: Path, file: Path) -> float | None:
 def table(run: Path, files: Sequence[Path]) -> str:
     rows = []
     for file in files:
-        place = evaluation_of(run, data=file.stem)
+        place = evaluation_of(run, None, file.stem)
         row = read_metrics(place, "evaluation")[-1]
         both = pairs_right(place, file)
         scores = [

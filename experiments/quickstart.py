@@ -50,14 +50,15 @@ def read_metrics(run: Path, kind: str) -> list[dict[str, Any]]:
     return chosen
 
 
-def evaluation_of(run: Path, latents: int | str = "gold", data: str = "*") -> Path:
-    """Where a run's newest evaluation with these `eval_latents`, on a file of this stem, is. UserError if there is none."""
+def evaluation_of(run: Path, latents: int | str | None = "gold", data: str = "*") -> Path:
+    """Where a run's newest evaluation with these `eval_latents` (None: any), on a file of this stem, is. UserError: nowhere."""
     places = sorted((run / "eval").glob(f"{data}-*/{METRICS}"), key=lambda path: path.stat().st_mtime)
     rows = {path: read_metrics(path.parent, "evaluation")[-1] for path in places}
-    found = [path for path, row in rows.items() if row.get("eval_latents", "gold") == latents and _is_of(row, run)]
+    found = [path for path, row in rows.items() if latents in (None, row.get("eval_latents", "gold")) and _is_of(row, run)]
     if not found:
         on = "" if data == "*" else f" of {data}"
-        raise UserError(f"{run / 'eval'}: no evaluation{on} with {latents} thoughts; run.py with only_eval=true makes one")
+        thoughts = "" if latents is None else f" with {latents} thoughts"
+        raise UserError(f"{run / 'eval'}: no evaluation{on}{thoughts}; run.py with only_eval=true makes one")
     return found[-1].parent
 
 
