@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,9 @@ import torch
 from conftest import ROOT, chain_records, write_json
 from naive import naive_decode, naive_perturb, naive_sampler
 from safetensors.torch import load_file, save_file
+from tiny_models import tiny_model
 
+from coconut import Coconut
 from config import RunConfig
 from dataset import get_question_latent_dataset
 from experiments.answers.questions import BenchmarkQuestion, load_questions
@@ -594,6 +597,17 @@ def test_other_settings_are_refused_once_something_is_answered(
         run(arguments)
     assert run(arguments, fresh=True)
     assert run(arguments, batch_size=3)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma"])
+def test_a_pause_is_an_embedding_as_the_model_reads_it(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From transformers 5 on Gemma's embedding multiplies its table."""
+    base, ids = tiny_model(family)
+    model = Coconut(base, ids.latent, ids.start_latent, ids.end_latent, ids.eos)
+    monkeypatch.setattr(sweep, "_paths", lambda subject, questions: {one: torch.ones(2, 32) for one in questions})
+    thoughts = clean_thoughts(SimpleNamespace(model=model, ids=ids), [0, 1], 1, 0)  # type: ignore[arg-type, list-item]
+    with torch.no_grad():
+        assert torch.equal(thoughts.pause, model.embedding(torch.tensor([[ids.latent]]))[0, 0])
 
 
 def test_any_two_conditions_are_compared(arguments: dict[str, Any]) -> None:
