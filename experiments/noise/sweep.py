@@ -115,9 +115,8 @@ def clean_thoughts(subject: Subject, questions: Sequence[BenchmarkQuestion], bat
     paths = {index: gathered[index] for index in sorted(gathered)}  # sums over them do not depend on who thought what
     if not paths or not all(len(path) for path in paths.values()):
         raise UserError("the controls displace thoughts, but there are questions without any: set n_latents")
-    embedding = subject.model.embedding
-    with torch.no_grad():
-        pause = embedding(torch.tensor(subject.ids.latent, device=embedding.weight.device)).float().cpu()
+    latent = torch.tensor(subject.ids.latent, device=subject.model.embedding.weight.device)
+    pause = subject.model.embedding(latent).detach().float().cpu()
     return Thoughts(paths, pause, seed)
 
 
