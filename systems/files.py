@@ -184,7 +184,7 @@ def read_facts(directory: Path) -> Facts | None:
     for key, table in tables.items():
         value = named.get(key)
         name = value.get("name") if isinstance(value, dict) else value
-        if isinstance(name, str) and name.isidentifier() and name not in table:
+        if isinstance(name, str) and name not in table:
             raise UnknownRow(
                 f"{path}: {key} {name} is not known here; {startup.EXTENSIONS}=MODULE imports a file of your own that adds it "
                 "(docs/EXTENDING.md)"

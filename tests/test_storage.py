@@ -45,7 +45,8 @@ def save_dir(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"method": "mine"}, {"thought_map": "mine"}, {"thought_map": {"name": "mine", "share": 0.5}}]
+    "changes",
+    [{"method": "mine"}, {"thought_map": "mine"}, {"thought_map": "not-mine"}, {"thought_map": {"name": "mine", "share": 0.5}}],
 )
 def test_rows_of_other_tables_are_no_damage(save_dir: Path, changes: dict[str, Any]) -> None:
     """A checkpoint whose method or map a file of the user's own adds is whole: nobody must be told to remove it."""
