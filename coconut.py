@@ -13,7 +13,7 @@ Noise goes into a thought right before it is fed back; the hidden states and the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import product
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -24,6 +24,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from generation import (
     Sampling,
+    all_branches,
     branch_point,
     check_generate,
     count_positions,
@@ -39,10 +40,11 @@ from generation import (
     with_latents,
 )
 from noise import Scales, sampling_generator
-from states import Branch, Branches, Details, Outputs, Pass, Prompt, Thinking
+from states import Branches, Details, Outputs, Pass, Prompt, Thinking
 from systems.activation_checkpointing import summed_cross_entropy
 from systems.cache import GrowingCache
-from thoughts import Intervention, Noise, ThoughtInterventions, ThoughtMap, gather_thoughts, published_noise
+from systems.last_layer import LastLayer
+from thoughts import Noise, ThoughtInterventions, ThoughtMap, gather_thoughts, published_noise
 
 IGNORE_INDEX = -100  # label of positions that carry no loss, as in torch.nn.functional.cross_entropy
 
@@ -64,6 +66,7 @@ class Coconut(nn.Module):
             equally many passes; by itself this module knows nothing of process groups.
         before_last_backward: called in the backward pass when only the gradients of the first pass are still to come; all
             later passes depend on it.
+        last_layer: leaves out what `forward` with `labelled_only` and generation do not read (`systems.last_layer`).
         step_decoder: the second model of SIM-CoT (`methods.step_supervision`), in training alone.
         trained: what `from_pretrained` knows of the training (`systems.pretrained.Trained`).
     """
@@ -90,6 +93,7 @@ class Coconut(nn.Module):
         self.attend_padding = attend_padding
         self.max_over_ranks: Callable[[int], int] = int
         self.before_last_backward: Callable[[], None] | None = None
+        self.last_layer: LastLayer | None = None
         self.step_decoder: nn.Module | None = None
         self.trained: Any = None
 
@@ -173,7 +177,8 @@ class Coconut(nn.Module):
         if noise is None:
             noise = published_noise(noise_scale, noise_type, noise_direction, apply_noise_to_all_passes)
         changes = self._with_noise(input_ids, noise, seed, question_index)
-        thinking = self.think(input_ids, attention_mask, position_ids, interventions=changes, all_layers=all_layers)
+        with self.reading(labels) if labelled_only and not return_details else nullcontext():
+            thinking = self.think(input_ids, attention_mask, position_ids, interventions=changes, all_layers=all_layers)
         outputs = self._outputs(thinking, labels, labelled_only, num_items_in_batch)
         return (outputs, self._details(input_ids, thinking, changes)) if return_details else outputs
 
@@ -280,6 +285,11 @@ class Coconut(nn.Module):
         before = [last if layer == -1 else outputs.hidden_states[layer].to(device) for layer in layers]
         return Pass(last, before, outputs.hidden_states if all_layers else ())
 
+    def reading(self, labels: Tensor | None = None) -> AbstractContextManager[None]:
+        """In it nobody reads last hidden states but those before the labels (B, T), if given, and the last one of each pass."""
+        read = None if labels is None else labels[:, 1:] != IGNORE_INDEX
+        return nullcontext() if self.last_layer is None else self.last_layer.reading(read)
+
     def gathered(self, compute: Callable[[], Any]) -> Any:
         """What a function computes with embeddings, thought map and head; sharded parameters are whole in it."""
         return compute()
@@ -371,7 +381,8 @@ class Coconut(nn.Module):
         if seed is not None and generator is None:
             generators = [sampling_generator(seed, index, 0) for index in question_indices(question_index, len(ids))]
             sampling = sampling._replace(generator=generators)
-        thinking = self.think(ids, mask, keep_cache=True, interventions=changes)
+        with nullcontext() if return_details else self.reading():
+            thinking = self.think(ids, mask, keep_cache=True, interventions=changes)
         new = decode(self, thinking.hidden[:, -1], thinking.cache, mask, max_new_tokens, sampling, synced_gpus).tokens
         tokens = torch.cat([input_ids, new], dim=1)
         returned: list[Tensor | Details] = [tokens]
@@ -428,21 +439,8 @@ class Coconut(nn.Module):
         """
         scale = torch.as_tensor(noise_scale, dtype=torch.float64)
         shape = torch.Size([len(input_ids), *scale.shape, num_branches])  # (B, K) or (B, S, K)
-        if shape.numel() < 1:
-            raise ValueError(f"there are no branches to generate: questions, scales and branches are {list(shape)}")
-        questions = question_indices(question_index, len(input_ids))
-        rows = [
-            Branch(
-                row=row,
-                question=questions[row],
-                branch=branch,
-                noise_branch=0 if shared_noise else branch,
-                intervention=Intervention(Noise(one, noise_type, noise_direction, noise_at_step, schedule)),
-                temperature=temperature,
-            )
-            for row, one, branch in product(range(len(input_ids)), scale.flatten().tolist(), range(num_branches))
-        ]
-        Noise(scale.flatten(), noise_type, noise_direction, noise_at_step, schedule).check()
+        noise = Noise(scale.flatten(), noise_type, noise_direction, noise_at_step, schedule)
+        rows = all_branches(question_indices(question_index, len(input_ids)), noise, num_branches, shared_noise, temperature)
         point = branch_point(self, input_ids, attention_mask, noise_at_step, inserted_latents)
         generated = generate_from(self, point, rows, max_new_tokens, top_p, seed, synced_gpus, return_details)
         if not return_details:

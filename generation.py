@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -17,7 +18,7 @@ from transformers import DynamicCache
 from noise import block_dropout, sampling_generator
 from states import Branch, Branches, BranchPoint, Decoded, Generated, Prompt, Thinking
 from systems.cache import GrowingCache, fork, keep_rows, select_cache
-from thoughts import ThoughtInterventions, count_passes, gather_thoughts, path_diversity
+from thoughts import Intervention, Noise, ThoughtInterventions, count_passes, gather_thoughts, path_diversity
 
 if TYPE_CHECKING:
     from coconut import Coconut
@@ -81,6 +82,28 @@ def question_indices(question_index: int | Sequence[int] | None, rows: int) -> l
     if len(indices) != rows:
         raise ValueError(f"{len(indices)} question indices for {rows} rows")
     return indices
+
+
+def all_branches(questions: Sequence[int], noise: Noise, count: int, shared_noise: bool, temperature: float) -> list[Branch]:
+    """`count` branches of each question at each of the scales (S,) of the noise, in this order.
+
+    shared_noise: one noise vector for all branches of a question. Raises ValueError if there are none, as `Noise.check`.
+    """
+    noise.check()
+    scales = cast("Tensor", noise.scale).tolist()
+    if 0 in (sizes := [len(questions), len(scales), count]):
+        raise ValueError(f"there are no branches to generate: questions, scales and branches are {sizes}")
+    return [
+        Branch(
+            row=row,
+            question=question,
+            branch=branch,
+            noise_branch=0 if shared_noise else branch,
+            intervention=Intervention(noise._replace(scale=scale)),
+            temperature=temperature,
+        )
+        for (row, question), scale, branch in product(enumerate(questions), scales, range(count))
+    ]
 
 
 def gather_branches(generated: Generated, steps: Tensor, noise_at_step: int, shape: torch.Size) -> Branches:
@@ -180,7 +203,8 @@ def branch_point(
         column = bounds[1][0]
     embeds = model.embedding(ids)
     shared = [(start, end) for start, end in bounds if start < column]
-    thinking = model.passes(embeds[:, :column], prompt, shared, GrowingCache())
+    with model.reading():
+        thinking = model.passes(embeds[:, :column], prompt, shared, GrowingCache())
     return BranchPoint(prompt, embeds, column, thinking, bounds)
 
 
@@ -234,7 +258,8 @@ def _think_on(
     fed_back = [point.thinking.inputs_embeds[:, has_latent[:column]][index]]
     if column < point.embeds.shape[1]:
         bounds = [(start, end) for start, end in point.bounds if start >= column]
-        thinking = model.passes(point.embeds[index, column:], prompt, bounds, cache, before, interventions)
+        with model.reading():
+            thinking = model.passes(point.embeds[index, column:], prompt, bounds, cache, before, interventions)
         hidden = thinking.hidden[:, -1]
         fed_back.append(thinking.inputs_embeds[:, has_latent[column:]])
     idle_passes(model, missing_passes(model, point.bounds))

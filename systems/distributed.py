@@ -28,6 +28,7 @@ from coconut import Coconut
 from generation import transformer_blocks
 from methods import METHODS, Objective
 from systems.activation_checkpointing import recompute_activations
+from systems.last_layer import skip_unread_states
 from systems.weight_gradients import gather_gradients
 from utils import UserError, get_logger
 
@@ -195,8 +196,10 @@ def wrap(
         _compile(model, config.activation_checkpointing)
     elif config.activation_checkpointing:
         recompute_activations(named_blocks(model))
-    elif config.parallel == "ddp" and device.type == "cpu":
-        gather_gradients(model)
+    elif config.parallel == "ddp":
+        skip_unread_states(model)
+        if device.type == "cpu":
+            gather_gradients(model)
     method = METHODS[config.method]
     loss = method.loss if loss_options is None else functools.partial(method.loss, options=loss_options)
     objective = Objective(model, loss)

@@ -17,6 +17,7 @@ from dataset import get_question_latent_dataset
 from states import Details
 from systems import checkpoint, sources
 from systems.files import Facts, read_facts
+from systems.last_layer import skip_unread_states
 from systems.models import LatentIds, build_model, latent_ids
 from systems.tokens import check_known, question_ids
 from utils import UserError
@@ -42,6 +43,7 @@ def load(source: str, dtype: torch.dtype) -> Coconut:
     tokenizer = sources.load_run_tokenizer(run)
     ids = latent_ids(tokenizer, run.method)
     model = build_model(run, tokenizer, ids, dtype).eval()
+    skip_unread_states(model)
     model.trained = Trained(facts, run, tokenizer, ids)
     return model
 

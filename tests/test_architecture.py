@@ -17,6 +17,7 @@ ORDER = (
     "states",
     "systems.cache",
     "generation",
+    "systems.last_layer",
     "systems.weight_gradients",
     "systems.activation_checkpointing",
     "coconut",

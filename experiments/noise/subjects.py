@@ -20,6 +20,7 @@ from generation import MAX_N_LATENT, branch_point
 from methods import METHODS, EvalLatents, stage_shape
 from states import BranchPoint
 from systems import distributed, files, sources
+from systems.last_layer import skip_unread_states
 from systems.machine import warn_of_slow_bfloat16
 from systems.models import LatentIds, build_model, latent_ids
 from systems.shards import SHARDS
@@ -139,6 +140,7 @@ def load_subject(config: SweepConfig, device: torch.device) -> Subject:
     model = build_model(run, tokenizer, ids, getattr(torch, config.dtype), config.device_map).eval()
     if config.device_map is None:
         model.to(device)
+        skip_unread_states(model)
     return Subject(model, tokenizer, ids, device, source, curriculum, stage, config.n_latents, config.eval_latents)
 
 
