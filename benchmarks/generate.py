@@ -27,6 +27,7 @@ from torch import Tensor
 
 from coconut import Coconut
 from experiments.race import matrix_rate, operations_of_a_token
+from systems.last_layer import skip_unread_states
 
 VARIANTS = ("coconut", "coconut_single", "naive")
 
@@ -53,7 +54,7 @@ def timed(answer: Callable[[int], Tensor], question: int, device: torch.device) 
 
 
 def floor(model: Coconut, questions: Sequence[Tensor], new: int, device: torch.device) -> float:
-    """Seconds of the arithmetic of an answer; the last token is not read."""
+    """Seconds of the arithmetic of an answer, all layers at all positions; the last token is not read."""
     positions = statistics.mean(map(len, questions)) + new - 1
     layers = positions * operations_of_a_token(model.base_causallm, positions) / 3  # forward alone
     head = new * 2 * model.base_causallm.get_output_embeddings().weight.numel()
@@ -107,6 +108,7 @@ def main(argv: Sequence[str]) -> None:
     memory = {} if arguments.memory_of or arguments.no_memory else common.peak_memories(__file__, argv, variants)
     setting, device = common.prepare(arguments)
     model = common.random_model(setting, device).eval()
+    skip_unread_states(model)  # as run.py and test.py do
     questions = common.random_questions(setting, arguments.batch_size)
     of = answers(model, setting, questions, arguments.new_tokens, device)
     if arguments.memory_of:

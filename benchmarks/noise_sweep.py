@@ -31,6 +31,7 @@ from torch import Tensor
 from coconut import Coconut
 from generation import sample
 from noise import noise_generator, sampling_generator
+from systems.last_layer import skip_unread_states
 
 VARIANTS = ("batch", "single", "naive")
 Timed = tuple[float, Tensor]  # seconds per branch, and the tokens
@@ -131,6 +132,7 @@ def main(argv: Sequence[str]) -> None:
     memory = {} if arguments.memory_of or arguments.no_memory else common.peak_memories(__file__, argv, VARIANTS[:1])
     setting, device = common.prepare(arguments)
     model = common.random_model(setting, device).eval()
+    skip_unread_states(model)  # as test.py does
     of = decoders(model, setting, arguments, device)
     if arguments.memory_of:
         of[arguments.memory_of](0)

@@ -25,6 +25,7 @@ from train_step import training_batch, without_thoughts
 from coconut import Coconut
 from systems import distributed
 from systems.distributed import Parallelism
+from systems.last_layer import skip_unread_states
 
 KINDS = {  # the first pattern that an operation's name matches
     "optimizer": r"fused_adam|Optimizer",
@@ -44,6 +45,8 @@ def models(setting: common.Setting, device: torch.device, bf16: bool) -> dict[st
         made[name] = common.random_model(setting, device).train()
         if gathered:
             distributed.wrap(made[name], Parallelism("coconut", "ddp", "pass", bf16, False, False), device)
+        else:
+            skip_unread_states(made[name])  # which the other does too
     return made
 
 

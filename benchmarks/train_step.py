@@ -130,7 +130,10 @@ def ratios(milliseconds: dict[str, dict[str, float]]) -> dict[str, dict[str, flo
 def rate_shares(
     model: Coconut, batch: dict[str, Tensor], milliseconds: dict[str, dict[str, float]], dtype: torch.dtype
 ) -> dict[str, float]:
-    """The plain step's operations in a second of each variant's step, by the machine's rate in matrix products."""
+    """The plain step's operations in a second of each variant's step, by the machine's rate in matrix products.
+
+    They are those of all layers at all positions, though the last layer leaves some out (`systems.last_layer`).
+    """
     tokens, positions = int(batch["attention_mask"].sum()), batch["input_ids"].shape[1]
     operations = tokens * operations_of_a_token(model.base_causallm, positions)
     rate = matrix_rate(batch["input_ids"].device, dtype)

@@ -1,8 +1,9 @@
 """How fast a run goes, stage by stage: `python -m experiments.race RUN`, RUN being a directory with metrics.jsonl.
 
 Model FLOPs of a trained token are 6 for each weight of the transformer blocks, forward and backward, and attention's own
-products over half of the tokens (causal); embeddings and head are left out. Their share of the machine's rate, measured now by
-matrix products in the dtype of the run, is the utilisation (MFU, arXiv 2204.02311, appendix B).
+products over half of the tokens (causal); embeddings and head are left out. What the last layer leaves out
+(`systems.last_layer`) counts, as a model's FLOPs do not depend on how they are computed. Their share of the machine's rate,
+measured now by matrix products in the dtype of the run, is the utilisation (MFU, arXiv 2204.02311, appendix B).
 """
 
 from __future__ import annotations

@@ -35,12 +35,14 @@ def skip_unread_states(model: Coconut) -> None:
     """
     blocks = transformer_blocks(model)
     config = model.base_causallm.config
-    if len(blocks) != config.get_text_config().num_hidden_layers or model.jacobi_iterations is not None:
+    if model.last_layer is not None or model.jacobi_iterations is not None:
+        return
+    if len(blocks) != config.get_text_config().num_hidden_layers or config._attn_implementation not in ("eager", "sdpa"):
         return
     names = list(inspect.signature(blocks[-1].forward).parameters)
-    cache = {"past_key_values", "layer_past"} & set(names)
-    if cache and config._attn_implementation in ("eager", "sdpa"):
-        model.last_layer = LastLayer(blocks[-1], names, cache.pop(), len(blocks) - 1)
+    cache = next((name for name in ("past_key_values", "layer_past") if name in names), None)
+    if cache is not None:
+        model.last_layer = LastLayer(blocks[-1], names, cache, len(blocks) - 1)
 
 
 class LastLayer:

@@ -363,7 +363,7 @@ def test_tokens_alone():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_branches": 0}, r"questions, scales and branches are \[5, 0\]"),
+        ({"num_branches": 0}, r"questions, scales and branches are \[5, 1, 0\]"),
         ({"noise_scale": []}, r"questions, scales and branches are \[5, 0, 3\]"),
         ({"noise_at_step": 0}, "the first noisy pass is 0; passes are counted from 1"),
         ({"noise_scale": [0.1, -1.0]}, "noise_scale is -1"),
