@@ -38,7 +38,8 @@ class Pass(NamedTuple):
 class Thinking(NamedTuple):
     """The state after some latent passes over T positions.
 
-    hidden: (B, T, D), after the final norm. inputs_embeds: (B, T, D). cache: keys and values.
+    hidden: (B, T, D), after the final norm; within `Coconut.reading` only where it is read. inputs_embeds: (B, T, D).
+    cache: keys and values.
     before: what the thought map reads at the last position, (B, 1, D) for each of its layers.
     layers: if asked for, the embeddings and what each layer gives in the last pass, each (B, T', D); the last one is normed.
     """
