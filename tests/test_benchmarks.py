@@ -77,6 +77,17 @@ def test_the_memory_of_a_loss(load, tmp_path, capsys, monkeypatch):
     assert "more MiB" in capsys.readouterr().out
 
 
+def test_the_last_layer_with_less(load, tmp_path, capsys):
+    model = ["--model", "configs/llama_quick", "--attention", "eager", "--question-tokens", "20", "--batch-size", "2"]
+    result = run(load("last_layer"), tmp_path / "last_layer.json", *model)
+    found = result["found"]
+    assert set(found) == set(result["ratios"]) == {"step without thoughts", "step with thoughts", "answers"}
+    assert found["answers"]["less"] == found["answers"]["whole"]
+    for name in ("step without thoughts", "step with thoughts"):
+        assert found[name]["less"] == pytest.approx(found[name]["whole"], rel=1e-5)
+    assert "less / whole" in capsys.readouterr().out
+
+
 def test_generate(load, tmp_path, capsys, monkeypatch):
     generate = load("generate")
     result = run(generate, tmp_path / "generate.json", "--batch-size", "3", "--repeats", "3", "--new-tokens", "5")
