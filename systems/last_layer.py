@@ -24,7 +24,15 @@ if TYPE_CHECKING:
     from coconut import Coconut
 
 # What a layer is given for each position, and in which dimension. Of other tensors nothing is known.
-POSITIONS = {"hidden_states": -2, "position_embeddings": -2, "position_ids": -1, "cache_position": -1, "attention_mask": -2}
+POSITIONS = {
+    "hidden_states": -2,
+    "attention_mask": -2,
+    "position_ids": -1,
+    "cache_position": -1,
+    "position_embeddings": -2,
+    "position_embeddings_global": -2,  # Gemma 3 in transformers 4
+    "position_embeddings_local": -2,
+}
 
 
 def skip_unread_states(model: Coconut) -> None:
