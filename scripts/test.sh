@@ -19,7 +19,8 @@ echo "== all tests ($(version .venv)); beside them the model tests with the olde
 log=$(mktemp)
 # The files in configs/ were written with the newest version; they must load with the oldest, not be written alike.
 .venv-oldest/bin/python -m pytest -q tests/test_coconut.py tests/test_models.py tests/test_loading.py tests/test_dataset.py \
-    tests/test_word_tokenizer.py tests/test_lora.py tests/test_generation.py tests/test_last_layer.py tests/test_activation_checkpointing.py tests/test_security.py \
+    tests/test_word_tokenizer.py tests/test_lora.py tests/test_generation.py tests/test_last_layer.py \
+    tests/test_activation_checkpointing.py tests/test_security.py \
     -k "not files_in_configs_are_what_the_command_writes" > "$log" 2>&1 &
 oldest=$!
 trap 'kill "$oldest" 2> /dev/null || true; rm -f "$log"' EXIT
