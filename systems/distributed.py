@@ -114,11 +114,6 @@ def barrier() -> None:
         dist.barrier()
 
 
-def cpu_group() -> Any:
-    """A further process group over gloo, for threads that must not meet the main one's collectives; None without processes."""
-    return dist.new_group(backend="gloo") if dist.is_initialized() else None
-
-
 @contextlib.contextmanager
 def first_on_each_node() -> Iterator[None]:
     """One process of each node runs the block, then the others of the node: they find in files what it has made.

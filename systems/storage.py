@@ -22,6 +22,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import torch.distributed as dist
 from safetensors import SafetensorError
 
 from systems import distributed
@@ -174,13 +175,13 @@ class Writer:
     def group(self) -> Any:
         """The process group in which shards are written in the background; None if they are not."""
         if self.background and self._group is None:
-            self._group = distributed.cpu_group()
+            self._group = dist.new_group(backend="gloo")  # a thread must not meet the collectives of the main one
         return self._group
 
     def start(self, write: Callable[[], None], shards: Future | None = None) -> None:
         """Begin to write; called by all processes. What goes wrong in a thread is raised by the next `wait`.
 
-        shards: what this process writes itself, in the background; `write` waits for that of all.
+        shards: what this process writes itself; `write` waits for that of all.
         """
         self._shards = shards
         if not self.background:
@@ -191,10 +192,8 @@ class Writer:
 
     def wait(self) -> None:
         """Until everything is written; called by all processes. Raises CheckpointError on all of them if it was not."""
-        if self._shards is not None:
-            concurrent.futures.wait([self._shards])
-            self._shards = None
-        distributed.run_on_main(self._join)
+        self.settle()
+        distributed.run_on_main(self._raise_failure)
 
     def settle(self) -> None:
         """Until what this process writes is written or has failed: for a run that ends with an error, without the others."""
@@ -209,10 +208,7 @@ class Writer:
         except BaseException as error:
             self.failure = error
 
-    def _join(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+    def _raise_failure(self) -> None:
         if self.failure is not None:
             raise self.failure
 
