@@ -15,7 +15,6 @@ import os
 import re
 import shutil
 import socket
-import stat
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -76,24 +75,20 @@ def manifest_problem(directory: Path, hashes: bool, optional: str | None = None)
         files = read_typed(directory / MANIFEST, Manifest).files
     except UserError as error:
         return str(error).removeprefix(f"{directory}/")
-    expected = [(directory / name, entry.size, entry.sha256) for name, entry in files.items()]
-    return next(_differences([entry for entry in expected if entry[0].name != optional or entry[0].exists()], hashes), None)
-
-
-def _differences(expected: list[tuple[Path, int, str]], hashes: bool) -> Iterator[str]:
-    for path, size, _ in expected:
+    expected = {directory / name: entry for name, entry in files.items() if name != optional or (directory / name).exists()}
+    for path, entry in expected.items():
         if not path.is_file():
-            yield f"{path.name} is missing"
-        elif path.stat().st_size != size:
-            yield f"{path.name} has {path.stat().st_size:,} bytes; {MANIFEST} says {size:,}"
-    for path, _, digest in expected if hashes else ():
+            return f"{path.name} is missing"
+        if (size := path.stat().st_size) != entry.size:
+            return f"{path.name} has {size:,} bytes; {MANIFEST} says {entry.size:,}"
+    for path, entry in expected.items() if hashes else ():
         try:
             found = sha256(path)
         except OSError as error:
-            yield f"{path.name} cannot be read: {error.strerror}"
-        else:
-            if found != digest:
-                yield f"{path.name} is damaged: its SHA-256 is {found}; {MANIFEST} says {digest}"
+            return f"{path.name} cannot be read: {error.strerror}"
+        if found != entry.sha256:
+            return f"{path.name} is damaged: its SHA-256 is {found}; {MANIFEST} says {entry.sha256}"
+    return None
 
 
 # --- directories that are there whole, or not at all ---
@@ -284,9 +279,8 @@ def remove_old(newest: Path, keep_last: int | None, best: str | None) -> None:
     whole = complete_checkpoints(newest.parent)
     saved = whole[: whole.index(newest) + 1] if newest in whole else []  # another name has no others
     for number, path in enumerate(reversed(saved)):
-        in_epoch = "_step" in path.name
         too_old = keep_last is not None and number >= keep_last
-        if number > 0 and path.name != best and (too_old or in_epoch):
+        if number > 0 and path.name != best and (too_old or "_step" in path.name):
             remove_directory(path)
 
 
@@ -340,13 +334,7 @@ def lock_file(directory: Path) -> Path:
 def _open_locked(path: Path, directory: Path) -> BinaryIO:
     """The lock file of a directory, held; one that its last holder has removed in the meantime does not count."""
     while True:
-        if path.is_symlink():
-            raise UserError(f"{path}: a link, which would be written through: remove it")
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+b", buffering=0)
-        found = os.fstat(file.fileno())
-        if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
-            file.close()
-            raise UserError(f"{path}: not a file of its own (a hard link, or no regular file): remove it")
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
