@@ -11,7 +11,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from safetensors.torch import save_file
 from transformers import AutoConfig
@@ -19,18 +18,14 @@ from transformers import AutoConfig
 from config import RunConfig
 from methods import METHODS
 from systems.arguments import Parser
-from systems.checkpoint import _fill_model, check_absent, id_facts, write_model
+from systems.checkpoint import check_absent, id_facts, write_model
 from systems.codi_format import is_codi, plain_state
 from systems.files import FACTS, STATE, Facts, read_facts, read_training_state
 from systems.models import build_model, from_shards, latent_ids, load_tokenizer
 from systems.shards import SHARDS, whole_tensors
 from systems.sources import check_whole, load_run_tokenizer, resolve_paths
-from systems.storage import (
-    CheckpointError,
-    newest_whole,
-    write_directory,
-)
-from systems.weights import read_map, read_state_dict
+from systems.storage import CheckpointError, newest_whole
+from systems.weights import THOUGHT_MAP, read_map, read_state_dict, weights_beside
 from utils import UserError, entry_point, get_logger
 
 EXAMPLES = (
@@ -116,7 +111,7 @@ def convert(source: Path, target: Path, model_id: str, facts: dict[str, Any], lo
             config = config.model_copy(update={"load_model_path": str(plain)})
         model = build_model(config, tokenizer, ids)
     known = Facts(accuracy=None, **id_facts(ids), **facts)
-    write_model(target, model, tokenizer, known)
+    write_model(target, model.base_causallm, weights_beside(model), tokenizer, known)
     get_logger().info(f"{target}: {known.method}, stage {known.stage}; load it with load_model_path={target}")
 
 
@@ -139,13 +134,7 @@ def consolidate(source: Path, target: Path) -> None:
             parameter, _, quantity = name.rpartition(".")
             state.setdefault(parameter, {})[quantity] = value
         training["optimizer"]["state"] = state
-
-    def fill(partial: Path) -> None:
-        _fill_model(partial, base, None, read_map(source), tokenizer, facts)
-        if training is not None:
-            torch.save(training, partial / STATE)
-
-    write_directory(target, fill)
+    write_model(target, base, {THOUGHT_MAP: read_map(source)}, tokenizer, facts, training)
     get_logger().info(f"{target}: {source} with whole files")
 
 

@@ -27,20 +27,21 @@ SHARDS = "shards"
 PLAIN = {("pathlib", "PosixPath"), ("pathlib", "WindowsPath"), ("collections", "OrderedDict"), ("torch", "Size")}
 
 
-def write_shards(directory: Path, tensors: dict[str, Any], background: dist.ProcessGroup | None = None) -> Future | None:
-    """Write nested dictionaries of tensors; called by all processes.
+def write_shards(directory: Path, tensors: dict[str, Any], background: dist.ProcessGroup | None = None) -> Future:
+    """Write nested dictionaries of tensors; called by all processes. Returns what `wait_for` waits for.
 
-    background: a gloo group of its own for a write that goes on in a thread; the tensors may then change at once. Returns
-    what `wait_for` waits for. Raises OSError if a process cannot write.
+    background: a gloo group of its own for a write that goes on in a thread; the tensors may then change at once.
     """
     if background is not None:
         return cast("Future", dcp.async_save(tensors, checkpoint_id=directory, process_group=background))
+    written: Future = Future()
     try:
         with _quiet():
             dcp.save(tensors, checkpoint_id=directory)
-    except CheckpointException as error:
-        raise OSError(_reason(error)) from None
-    return None
+        written.set_result(None)
+    except (CheckpointException, OSError) as error:
+        written.set_exception(error)
+    return written
 
 
 def wait_for(written: Future) -> None:

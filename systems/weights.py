@@ -9,7 +9,7 @@ from typing import cast
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -129,26 +129,6 @@ def read_map(source: Path) -> dict[str, Tensor]:
     return {key.removeprefix(MAP_PREFIX): value for key, value in state.items() if key.startswith(MAP_PREFIX)}
 
 
-def whole_map(model: Coconut) -> dict[str, Tensor]:
-    """Copies of the thought map's weights on the CPU, sharded ones whole; called by all processes."""
-    return _whole(model.thought_map.state_dict())
-
-
-def _whole(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    whole = {key: value.full_tensor() if hasattr(value, "full_tensor") else value for key, value in state.items()}
-    return {key: value.detach().to("cpu", copy=True).contiguous() for key, value in whole.items()}
-
-
-def write_map(directory: Path, weights: dict[str, Tensor]) -> None:
-    write_weights(directory / THOUGHT_MAP, weights)
-
-
-def write_weights(path: Path, weights: dict[str, Tensor]) -> None:
-    """Nothing where there are none."""
-    if weights:
-        save_file(weights, path)
-
-
 # --- the second model of SIM-CoT ---
 
 
@@ -171,9 +151,20 @@ def fill_step_decoder(model: Coconut, directory: Path) -> None:
             parameter.copy_(weights[key])
 
 
-def whole_step_decoder(model: Coconut) -> dict[str, Tensor]:
-    """Copies of its weights on the CPU, sharded ones whole; called by all processes. Empty where there is none."""
-    return {} if model.step_decoder is None else _whole(dict(model.step_decoder.named_parameters()))
+# --- both of them in a checkpoint ---
+
+
+def weights_beside(model: Coconut) -> dict[str, dict[str, Tensor]]:
+    """Copies on the CPU, by the names of their files, sharded ones whole; called by all processes."""
+    parts = {THOUGHT_MAP: model.thought_map.state_dict()}
+    if model.step_decoder is not None:
+        parts[STEP_DECODER] = dict(model.step_decoder.named_parameters())
+    return {name: {key: _whole(value) for key, value in state.items()} for name, state in parts.items()}
+
+
+def _whole(value: Tensor) -> Tensor:
+    whole = value.full_tensor() if hasattr(value, "full_tensor") else value
+    return whole.detach().to("cpu", copy=True).contiguous()
 
 
 def _listed(keys: list[str], most: int = 8) -> str:
