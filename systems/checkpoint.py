@@ -39,7 +39,7 @@ from systems.lora import adapter_state, is_adapted, load_adapter_state, merged_w
 from systems.models import LatentIds
 from systems.shards import SHARDS, read_shards, wait_for, write_shards
 from systems.storage import CheckpointError, Writer, begin_directory, remove_old, write_directory
-from systems.weights import THOUGHT_MAP, fill_map, fill_step_decoder, read_map, weights_beside
+from systems.weights import THOUGHT_MAP, copy_weights, fill_step_decoder, read_map, weights_beside
 from utils import get_logger
 
 BASE = "base_causallm."
@@ -164,7 +164,7 @@ def restore(directory: Path, loaded: dict[str, Any], model: nn.Module, optimizer
     inner = unwrap(model)
     load_adapter_state(inner.base_causallm, loaded["adapter"])
     if is_adapted(inner.base_causallm):  # which was loaded from where the run began; elsewhere all of it came with the weights
-        fill_map(inner.thought_map, read_map(directory), str(directory / THOUGHT_MAP))
+        copy_weights(inner.thought_map.state_dict(), read_map(directory), str(directory / THOUGHT_MAP))
         fill_step_decoder(inner, directory)
     if loaded["optimizer"] is None:
         pass  # it had not stepped yet

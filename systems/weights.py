@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Iterable
 from pathlib import Path
 from typing import cast
 
@@ -79,10 +80,8 @@ def load_state_dict_file(base: PreTrainedModel, path: Path) -> None:
     if rows not in (0, own[embedding].shape[0]) and width == [*own[embedding].shape[1:]]:
         base.resize_token_embeddings(rows, mean_resizing=False)
         own = base.state_dict()
-    optional = set(getattr(base, "_tied_weights_keys", None) or []) if base.config.tie_word_embeddings else set()
-    shapes = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
-    missing, unexpected = [*(own.keys() - state.keys() - optional)], [*(state.keys() - own.keys())]
-    check_weights(f"load_model_path: {path}", missing, unexpected, shapes)
+    optional = (getattr(base, "_tied_weights_keys", None) or []) if base.config.tie_word_embeddings else []
+    _check_fit(f"load_model_path: {path}", own, state, optional)
     base.load_state_dict({key: value for key, value in state.items() if key in own}, strict=False)
     base.tie_weights()
 
@@ -106,16 +105,21 @@ def thought_map_of(config: RunConfig, base: PreTrainedModel) -> ThoughtMap:
     else:
         needed = facts.thought_map == config.thought_map
     if found or needed:
-        fill_map(thought_map, found, f"{source}: thought_map {config.thought_map}")
+        copy_weights(thought_map.state_dict(), found, f"{source}: thought_map {config.thought_map}")
     return thought_map.to(embedding_weight(base))
 
 
-def fill_map(thought_map: ThoughtMap, weights: dict[str, Tensor], place: str) -> None:
-    """Load all weights of a map. Raises UserError, which begins with `place`, if they are not those that it has."""
-    own = thought_map.state_dict()
-    shapes = [key for key in own.keys() & weights.keys() if own[key].shape != weights[key].shape]
-    check_weights(place, [*(own.keys() - weights.keys())], [*(weights.keys() - own.keys())], shapes)
-    thought_map.load_state_dict(weights)
+@torch.no_grad()
+def copy_weights(own: dict[str, Tensor], weights: dict[str, Tensor], place: str) -> None:
+    """Copy saved weights into those of a module. Raises UserError, which begins with `place`, if they are not those it has."""
+    _check_fit(place, own, weights)
+    for key, value in weights.items():
+        own[key].copy_(value)
+
+
+def _check_fit(place: str, own: dict[str, Tensor], found: dict[str, Tensor], optional: Iterable[str] = ()) -> None:
+    shapes = [key for key in own.keys() & found.keys() if own[key].shape != found[key].shape]
+    check_weights(place, [*(own.keys() - found.keys() - set(optional))], [*(found.keys() - own.keys())], shapes)
 
 
 def read_map(source: Path) -> dict[str, Tensor]:
@@ -143,12 +147,7 @@ def fill_step_decoder(model: Coconut, directory: Path) -> None:
     path = directory / STEP_DECODER
     if model.step_decoder is None or not path.is_file():
         return
-    own, weights = dict(model.step_decoder.named_parameters()), read_state_dict(path)
-    shapes = [key for key in own.keys() & weights.keys() if own[key].shape != weights[key].shape]
-    check_weights(str(path), [*(own.keys() - weights.keys())], [*(weights.keys() - own.keys())], shapes)
-    with torch.no_grad():
-        for key, parameter in own.items():
-            parameter.copy_(weights[key])
+    copy_weights(dict(model.step_decoder.named_parameters()), read_state_dict(path), str(path))
 
 
 # --- both of them in a checkpoint ---
