@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import json
 import random
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -47,19 +47,6 @@ _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 # --- saving ---
-
-
-@dataclass(frozen=True)
-class Saving:
-    """The part of a configuration that says where and when checkpoints are written; `RunConfig` explains the keys."""
-
-    save_dir: Path
-    debug: bool
-    async_save: bool
-    save_only_improve: bool
-    save_every_steps: int | None
-    keep_last: int | None
-    sharded_checkpoints: bool
 
 
 def save(
