@@ -144,10 +144,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("training_state.pt", {**SAVED, "state": {"epoch": 4, "from_the_future": 1}}, "state.from_the_future: "),
     ("training_state.pt", {**SAVED, "state": {"epoch": -4}}, "state.epoch: "),
     ("training_state.pt", {**SAVED, "rng": []}, "rng: "),
-    ("training_state.pt", {**SAVED, "rng": [{**RANDOM, "torch": 7}]}, "rng.0.torch: "),
-    ("training_state.pt", {**SAVED, "optimizer": {"state": {}}}, "optimizer.param_groups: "),
     ("training_state.pt", {"state": {}}, "rng: "),
-    ("training_state.pt", {**SAVED, "adapter": {"weights": {"a": 7}}}, "adapter.weights.a: "),
     ("training_state.pt", {**SAVED, "adapter": torch.zeros(50, 50)}, "adapter: .*, got Tensor$"),
 ]
 
