@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import signal
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +20,6 @@ from dataset import DataError, machine_cpus, parse_records, row_of
 from utils import UserError, get_logger, is_main_process, read_text
 
 RECORDS_PER_WORKER = 20_000  # below this, starting another tokenising process costs more than it saves
-
-
-TEMPLATE_SECONDS = 10.0  # a chat template that takes longer for one question loops
-
-
 CHECKED = 200  # records in which unknown words are looked for
 CACHED_FROM = 2**20  # bytes of a data file: smaller ones are tokenised faster than looked up
 
@@ -46,8 +40,6 @@ def get_dataset(
     """
     if chat_template and not tokenizer.chat_template:
         raise DataError("chat_template: True, but the tokenizer of this model has no chat template; set chat_template: False")
-    if chat_template:
-        check_chat_template(tokenizer)
     if not is_main_process():
         disable_progress_bars()
     tokenize = _Tokenize(tokenizer, chat_template)
@@ -158,21 +150,6 @@ def in_chat_template(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
     except Exception as error:  # a template may raise what it likes
         message = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"chat template of {tokenizer.name_or_path}: cannot be used for a question: {message}") from None
-
-
-def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write one question with the chat template. Raises UserError if it raises, or takes longer than TEMPLATE_SECONDS."""
-
-    def stop(number: int, frame: Any) -> None:
-        raise TimeoutError(f"not done after {TEMPLATE_SECONDS:g} seconds; does it loop?")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, TEMPLATE_SECONDS)
-    try:
-        in_chat_template(tokenizer, "What is 1 plus 1?")
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 @dataclass
