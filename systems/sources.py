@@ -11,17 +11,10 @@ from methods import END_LATENT, LATENT, METHODS, START_LATENT, scheduled_stage
 from systems import distributed
 from systems.files import FACTS, MANIFEST, STATE, read_facts, read_training_state
 from systems.models import gguf_of, load_tokenizer
-from systems.storage import (
-    CheckpointError,
-    manifest_problem,
-    newest_whole,
-    sha256,
-)
+from systems.storage import CheckpointError, manifest_problem, newest_whole, sha256
 from utils import UserError, check_regular, get_logger, no_such_file
 
 BEST = "@best"  # after a run's directory
-
-
 # Of Facts: what the weights were trained for.
 MODEL_KEYS = ("method", "thought_map", "latent_mode", "jacobi_iterations", "attend_padding")
 TRAINED_WITH = (*MODEL_KEYS, "c_thought", "max_latent_stage", "pad_latent_to_max", "chat_template")
@@ -142,7 +135,7 @@ def check_whole(directory: Path) -> None:
 
 
 def _names_gguf_file(config: RunConfig, key: str) -> bool:
-    """Whether a key names a model in a GGUF file. Raises CheckpointError if a local one is not there, or is something else."""
+    """Whether a key names a model in a GGUF file. Raises CheckpointError if a local one is not there."""
     source = Path(getattr(config, key))
     if source.is_file() and source.suffix == ".gguf":
         raise CheckpointError(f"{key}: {source} is a GGUF file: set {key} to its directory and gguf_file: {source.name}")
@@ -155,9 +148,6 @@ def _names_gguf_file(config: RunConfig, key: str) -> bool:
     if not path.is_file():
         there = ", ".join(_gguf_files(source)) or "no GGUF file at all"
         raise CheckpointError(f"gguf_file: {path}: no such file; {source} holds {there}")
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise CheckpointError(f"gguf_file: {path}: not a GGUF file; it does not begin with the letters GGUF")
     return True
 
 
@@ -170,7 +160,9 @@ def load_run_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
 
     Raises UserError as load_tokenizer, or if the checkpoint's facts name other markers than its tokenizer.
     """
-    source = tokenizer_source(config)
+    source = config.load_model_path
+    if source is None or not (Path(source) / "tokenizer_config.json").is_file():
+        source = config.model_id
     tokenizer = load_tokenizer(source, gguf_of(config, source), config.trust_remote_code)
     facts = read_facts(Path(source))
     known = {START_LATENT: "start_latent_id", END_LATENT: "end_latent_id", LATENT: "latent_token_id"}
@@ -180,13 +172,6 @@ def load_run_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
             said = f"{key} is {getattr(facts, key)}, its tokenizer has {marker} as {expected}"
             raise CheckpointError(f"{Path(source) / FACTS}: damaged or of another version: {said}")
     return tokenizer
-
-
-def tokenizer_source(config: RunConfig) -> str:
-    """A checkpoint directory brings its own tokenizer; otherwise it is the model's."""
-    if config.load_model_path is not None and (Path(config.load_model_path) / "tokenizer_config.json").is_file():
-        return config.load_model_path
-    return config.model_id
 
 
 def evaluation_config(config: RunConfig) -> tuple[RunConfig, int, int]:
