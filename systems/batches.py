@@ -186,9 +186,7 @@ def counts_of(batch: Batch) -> dict[str, float]:
     names = [sequence_name(key) for key in batch if key.endswith("labels")]
     labelled = {name: labelled_tokens(batch, name) for name in names}
     masks = [batch[sequence_key(name, "attention_mask")] for name in names]
-    tokens, positions = (
-        sum(float(count) for count in counts) for counts in zip(*((m.sum(), m.numel()) for m in masks), strict=True)
-    )
+    tokens, positions = sum(float(mask.sum()) for mask in masks), float(sum(mask.numel() for mask in masks))
     return {**labelled, TOKENS: tokens, POSITIONS: positions, EXAMPLES: len(batch["idx"]) if labelled[MAIN] else 0}
 
 
