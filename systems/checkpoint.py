@@ -202,7 +202,7 @@ def _set_rng_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-# --- converting published single-file checkpoints ---
+# --- checkpoints that no run writes ---
 
 
 def write_model(
@@ -226,12 +226,7 @@ def check_absent(target: Path) -> None:
 
 def id_facts(ids: LatentIds) -> dict[str, Any]:
     """The entries of `Facts` for token ids."""
-    return {
-        "start_latent_id": ids.start,
-        "end_latent_id": ids.end,
-        "latent_token_id": ids.latent,
-        "eos_token_id": ids.eos,
-    }
+    return {"start_latent_id": ids.start, "end_latent_id": ids.end, "latent_token_id": ids.latent, "eos_token_id": ids.eos}
 
 
 if __name__ == "__main__":

@@ -1,8 +1,4 @@
-"""Checkpoint directories of other forms: a published state dict in one file, or a sharded checkpoint.
-
-python -m systems.checkpoint convert FILE DIRECTORY --stage 4 --c-thought 2 --max-latent-stage 3
-python -m systems.checkpoint consolidate checkpoints/NAME DIRECTORY
-"""
+"""Checkpoint directories of other forms: a published state dict in one file, or a sharded checkpoint."""
 
 from __future__ import annotations
 
@@ -72,14 +68,9 @@ def convert(source: Path, target: Path, model_id: str, facts: dict[str, Any], lo
 
     A file of CODI's form (`systems.codi_format`) is turned into a plain one first.
 
-    Args:
-        facts: the entries of `Facts` that such a file does not know: method, stage, c_thought, max_latent_stage,
-            pad_latent_to_max, epoch, thought_map.
-        lora_alpha: of LoRA weights in the file.
-
-    Raises:
-        UserError: no such file, not a state dict, one that does not fit the model, facts that contradict each other, or
-            `target` is there already.
+    facts: the entries of `Facts` that such a file does not know: method, stage, c_thought, max_latent_stage,
+    pad_latent_to_max, epoch, thought_map. lora_alpha: of LoRA weights in the file.
+    Raises UserError if there is no such file, it is no state dict or does not fit the model, or `target` is there already.
     """
     check_absent(target)
     method, stage = facts["method"], facts["stage"]
@@ -97,8 +88,6 @@ def convert(source: Path, target: Path, model_id: str, facts: dict[str, Any], lo
     if stage > last:
         hint = f", as max-latent-stage is {last - 1}" if last else ""
         raise UserError(f"--stage {stage}: the last stage of method {method} is {last}{hint}")
-    if METHODS[method].markers and stage and not facts["c_thought"]:
-        raise UserError(f"--c-thought 0 leaves stage {stage} of {method} without thoughts: set at least 1")
     if not source.is_file():
         raise CheckpointError(f"{source}: no such file; a state dict in one file is needed")
     tokenizer = load_run_tokenizer(resolve_paths(config))
