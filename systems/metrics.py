@@ -81,10 +81,9 @@ class Reporter:
         import wandb
 
         table = wandb.Table(columns=["row", "token id", "label", "text"])
-        for number, (ids, labels, mask) in enumerate(
-            zip(batch["input_ids"].tolist(), batch["labels"].tolist(), batch["attention_mask"].tolist(), strict=True)
-        ):
-            for token, label, real in zip(ids, labels, mask, strict=True):
+        columns = (batch[key].tolist() for key in ("input_ids", "labels", "attention_mask"))
+        for number, row in enumerate(zip(*columns, strict=True)):
+            for token, label, real in zip(*row, strict=True):
                 if real:
                     table.add_data(number, token, label, tokenizer.decode([token]))
         self.wandb.log({f"first batch of epoch {epoch}": table}, step=step)
@@ -141,12 +140,10 @@ def show(table: Table) -> None:
 
 def schedule_table(curriculum: Curriculum, samples: Samples, epochs: range, steps_per_epoch: int) -> Table:
     """Which epochs are which stage, how many latents each has, how many optimizer steps. epochs: those to come, from 0."""
-    sizes = (samples.world_size, samples.config.batch_size_training, samples.config.gradient_accumulation_steps)
-    table = Table(
-        title=f"{curriculum.method}: {len(samples.dataset):,} examples, global batch {samples.per_step} "
-        "({} x {} x {} accumulated)".format(*sizes),
-        title_justify="left",
-    )
+    config = samples.config
+    sizes = f"{samples.world_size} x {config.batch_size_training} x {config.gradient_accumulation_steps} accumulated"
+    title = f"{curriculum.method}: {len(samples.dataset):,} examples, global batch {samples.per_step} ({sizes})"
+    table = Table(title=title, title_justify="left")
     for column in ("stage", "epochs", "steps removed", "latent tokens", "optimizer steps"):
         table.add_column(column, justify="right")
     for stage, group in itertools.groupby(epochs, key=functools.partial(scheduled_stage, curriculum)):

@@ -115,8 +115,6 @@ def build_model(
 
     Raises UserError with one line if it cannot be loaded or used.
     """
-    if config.attn_implementation == "flex_attention" and not config.only_eval and not torch.cuda.is_available():
-        raise UserError("attn_implementation: flex_attention: PyTorch cannot train with it on a CPU; use sdpa or eager")
     markers = METHODS[str(config.method)].markers
     source = config.load_model_path or config.model_id
     base = _base_model(config, tokenizer, markers, dtype, device_map)
