@@ -177,7 +177,7 @@ def read_training_state(directory: Path, mmap: bool = False) -> dict[str, Any]:
             raise ValueError("not whole, or not written by torch.save")
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # a damaged file can raise anything from zipfile, pickle or torch
-        raise _damaged(path, (str(error).strip() or type(error).__name__).splitlines()[0]) from None
+        raise _damaged(path, first_line(error)) from None
     try:
         state = _adapter(_Saved).validate_python(loaded).state
     except ValidationError as error:
@@ -207,6 +207,11 @@ def _parsed(path: Path, kind: type[Kind], content: bytes) -> Kind:
 @functools.cache
 def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
+
+
+def first_line(error: BaseException) -> str:
+    """What a library says, which may be pages, or nothing but the kind of error."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _damaged(path: Path, reason: str) -> UserError:

@@ -16,6 +16,7 @@ from transformers.activations import NewGELUActivation
 from coconut import Coconut
 from config import RunConfig
 from methods import END_LATENT, LATENT, METHODS, PAUSE, START_LATENT
+from systems.files import first_line
 from systems.lora import add_adapters
 from systems.shards import SHARDS, read_shards
 from systems.weights import (
@@ -23,7 +24,6 @@ from systems.weights import (
     check_weights,
     embedding_weight,
     fill_step_decoder,
-    first_line,
     load_state_dict_file,
     thought_map_of,
 )

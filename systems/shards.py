@@ -21,6 +21,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.api import CheckpointException
 
+from systems.files import first_line
 from utils import UserError
 
 SHARDS = "shards"
@@ -55,7 +56,7 @@ def wait_for(written: Future) -> None:
 def _reason(error: CheckpointException) -> str:
     """What went wrong in the first process that failed."""
     first, _ = error.failures[min(error.failures)]
-    return str(first).strip().split("\n")[0] or type(first).__name__
+    return first_line(first)
 
 
 def read_shards(directory: Path, tensors: dict[str, Any], together: bool = True) -> None:
@@ -72,7 +73,7 @@ def read_shards(directory: Path, tensors: dict[str, Any], together: bool = True)
     except CheckpointException as error:
         raise UserError(f"{directory}: cannot be read: {_reason(error)}") from None
     except Exception as error:  # damaged files raise anything from pickle, torch or zipfile
-        raise UserError(f"{directory}: cannot be read: {str(error).strip().splitlines()[0]}") from None
+        raise UserError(f"{directory}: cannot be read: {first_line(error)}") from None
 
 
 def whole_tensors(directory: Path, part: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from datasets import Dataset, disable_progress_bars
 from transformers import PreTrainedTokenizerBase
 
 from dataset import DataError, machine_cpus, parse_records, row_of
+from systems.files import first_line
 from utils import UserError, get_logger, is_main_process, read_text
 
 RECORDS_PER_WORKER = 20_000  # below this, starting another tokenising process costs more than it saves
@@ -153,8 +154,8 @@ def in_chat_template(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
     try:
         return str(tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False))
     except Exception as error:  # a template may raise what it likes
-        message = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"chat template of {tokenizer.name_or_path}: cannot be used for a question: {message}") from None
+        place = f"chat template of {tokenizer.name_or_path}"
+        raise UserError(f"{place}: cannot be used for a question: {first_line(error)}") from None
 
 
 @dataclass

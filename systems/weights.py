@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from coconut import Coconut
 from config import RunConfig
 from methods import StepDecoder
-from systems.files import read_facts
+from systems.files import first_line, read_facts
 from thoughts import ThoughtMap, make_thought_map
 from utils import UserError
 
@@ -30,10 +30,6 @@ STEP_DECODER = "step_decoder.safetensors"
 def embedding_weight(base: PreTrainedModel) -> Tensor:
     """The input embeddings, (rows of the vocabulary, width)."""
     return cast("nn.Embedding", base.get_input_embeddings()).weight
-
-
-def first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def check_weights(place: str, missing: list[str], unexpected: list[str], shapes: list[str]) -> None:
