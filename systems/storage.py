@@ -291,38 +291,33 @@ def remove_old(newest: Path, keep_last: int | None, best: str | None) -> None:
 def alone(directory: Path | None) -> Iterator[None]:
     """For all processes of a run: inside, no other run writes into the directory. None: nothing is written.
 
+    The directory is made if it is not there, and removed again if it stays empty.
     Raises UserError on all of them if another run does, or if it cannot be written to.
     """
     with contextlib.ExitStack() as stack:
         if directory is not None:
-            distributed.run_on_main(lambda: stack.enter_context(locked(directory)))
-            distributed.run_on_main(lambda: remove_leftovers(directory))
+            distributed.run_on_main(lambda: _lock(directory, stack))
         yield
 
 
-@contextlib.contextmanager
-def locked(directory: Path) -> Iterator[None]:
-    """Inside, no other process can hold the same directory; it is made if it is not there, and removed again if it stays empty.
+def _lock(directory: Path, stack: contextlib.ExitStack) -> None:
+    """Hold a directory until the stack closes, and clear up what a killed run left in it.
 
     The kernel gives the lock back when the process ends, however it ends. It is a POSIX lock, which forked data workers do
     not inherit: they may outlive a killed run for seconds (the library filelock takes flock, which they do). It holds over NFS
     too where the server supports locks.
-
-    Raises:
-        UserError: another process holds the directory, or it cannot be written to.
     """
-    with contextlib.ExitStack() as stack:
-        try:
-            made = [path for path in (directory, *directory.parents) if not path.exists()]
-            stack.callback(_remove_empty, made)
-            directory.mkdir(parents=True, exist_ok=True)
-            lock = lock_file(directory)
-            file = stack.enter_context(_open_locked(lock, directory))
-            stack.callback(lock.unlink, missing_ok=True)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
-        except OSError as error:
-            raise UserError(f"{directory}: cannot be written to: {error.strerror}; choose another save_path") from None
-        yield
+    try:
+        made = [path for path in (directory, *directory.parents) if not path.exists()]
+        stack.callback(_remove_empty, made)
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = lock_file(directory)
+        file = stack.enter_context(_open_locked(lock, directory))
+        stack.callback(lock.unlink, missing_ok=True)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+    except OSError as error:
+        raise UserError(f"{directory}: cannot be written to: {error.strerror}; choose another save_path") from None
+    remove_leftovers(directory)
 
 
 def lock_file(directory: Path) -> Path:
