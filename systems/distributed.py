@@ -11,7 +11,6 @@ import functools
 import importlib
 import inspect
 import os
-import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -128,24 +127,6 @@ def first_on_each_node() -> Iterator[None]:
     finally:
         if first:
             barrier()
-
-
-def run_on_each_node(action: Callable[[], Any]) -> list[tuple[str, Any]]:
-    """The name of each node with the result of `action` in its first process, in the order of ranks, for all processes.
-
-    A UserError of one node is raised by every process, so that none waits for it; it names the node where there are several.
-    """
-    outcome: Any = None
-    if local_rank() == 0:
-        try:
-            outcome = (socket.gethostname(), action())
-        except UserError as error:
-            outcome = (socket.gethostname(), error)
-    nodes = [found for found in gather_objects(outcome) if found is not None]
-    for host, result in nodes:
-        if isinstance(result, UserError):
-            raise result if len(nodes) == 1 else UserError(f"node {host}: {result}")
-    return nodes
 
 
 def run_on_main(action: Callable[[], Any]) -> Any:

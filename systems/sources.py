@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -23,11 +25,8 @@ TRAINED_WITH = (*MODEL_KEYS, "c_thought", "max_latent_stage", "pad_latent_to_max
 def newest_for(config: RunConfig, data: dict[str, str]) -> Path | None:
     """The checkpoint from which a rerun of the same command goes on; None if there is none yet.
 
-    Args:
-        data: what `data_hashes` gives now.
-
-    Raises:
-        CheckpointError: it is of another method, the data changed since (unless allow_changed_data), or none is whole.
+    data: what `data_hashes` gives now. Raises CheckpointError if it is of another method, the data changed since (unless
+    allow_changed_data), or none is whole.
     """
     newest = None if config.debug else newest_whole(config.save_dir)
     facts = None if newest is None else read_facts(newest)
@@ -63,9 +62,21 @@ def data_hashes(config: RunConfig) -> dict[str, str]:
 
 
 def agreed_hashes(config: RunConfig) -> dict[str, str]:
-    """`data_hashes`, the same on all nodes; called by all processes. Raises UserError on all of them if one node differs."""
-    (first, expected), *others = distributed.run_on_each_node(lambda: data_hashes(config))
-    for host, hashes in others:
+    """`data_hashes`, the same on all nodes; called by all processes.
+
+    Raises UserError on all of them, so that none waits, if a node cannot read a file or has another one.
+    """
+    own: Any = None
+    if distributed.local_rank() == 0:
+        try:
+            own = (socket.gethostname(), data_hashes(config))
+        except UserError as error:
+            own = (socket.gethostname(), error)
+    nodes = [found for found in distributed.gather_objects(own) if found is not None]
+    first, expected = nodes[0]
+    for host, hashes in nodes:
+        if isinstance(hashes, UserError):
+            raise hashes if len(nodes) == 1 else UserError(f"node {host}: {hashes}")
         for key in expected:
             if hashes[key] != expected[key]:
                 raise UserError(
