@@ -160,9 +160,6 @@ def available_cpus() -> int:
     return max(1, machine_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-# --- what is counted ---
-
-
 def labelled_tokens(batch: Batch, name: str = MAIN) -> float:
     """Labelled tokens of a sequence of a micro-batch, as the loss counts them."""
     return float((batch[sequence_key(name, "labels")][:, 1:] != IGNORE_INDEX).sum())

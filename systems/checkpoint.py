@@ -46,9 +46,6 @@ BASE = "base_causallm."
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
-# --- saving ---
-
-
 def save(
     directory: Path,
     model: nn.Module,
@@ -140,9 +137,6 @@ def _portable_tokenizer(path: Path) -> None:
         path.write_text(json.dumps({**values, "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2), encoding="utf-8")
 
 
-# --- resuming ---
-
-
 def restore(directory: Path, loaded: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """LoRA weights, optimizer and random number generators as they were; `loaded` is what `read_training_state` gave.
 
@@ -200,9 +194,6 @@ def _set_rng_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
-
-
-# --- checkpoints that no run writes ---
 
 
 def write_model(

@@ -120,9 +120,6 @@ def start_wandb(project: str, name: str | None, mode: str, **more: Any) -> Any:
     return wandb.init(project=project, name=name, mode=cast("Literal['online', 'offline']", mode), **more)
 
 
-# --- tables ---
-
-
 class _Console(Console):
     def on_broken_pipe(self) -> None:  # rich would end the process with exit code 1
         raise BrokenPipeError

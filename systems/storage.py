@@ -38,9 +38,6 @@ class CheckpointError(UserError):
     """A checkpoint that cannot be written, found or used."""
 
 
-# --- manifests ---
-
-
 def sha256(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
@@ -89,9 +86,6 @@ def manifest_problem(directory: Path, hashes: bool, optional: str | None = None)
         if found != entry.sha256:
             return f"{path.name} is damaged: its SHA-256 is {found}; {MANIFEST} says {entry.sha256}"
     return None
-
-
-# --- directories that are there whole, or not at all ---
 
 
 def begin_directory(directory: Path) -> Path:
@@ -208,9 +202,6 @@ class Writer:
             raise self.failure
 
 
-# --- the checkpoints of a run ---
-
-
 def complete_checkpoints(save_dir: Path) -> list[Path]:
     """Checkpoints with all their files in full size, oldest first. Anything else in the directory is left alone."""
     return [path for path in _named(save_dir) if _problem(path, hashes=False) is None]
@@ -282,9 +273,6 @@ def remove_old(newest: Path, keep_last: int | None, best: str | None) -> None:
         too_old = keep_last is not None and number >= keep_last
         if number > 0 and path.name != best and (too_old or "_step" in path.name):
             remove_directory(path)
-
-
-# --- one run at a time ---
 
 
 @contextlib.contextmanager

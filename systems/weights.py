@@ -1,4 +1,4 @@
-"""Weights beside those that transformers reads: published single-file state dicts, and the thought map of a checkpoint."""
+"""Weights beside those that transformers reads: published state dicts, thought maps, the second model of SIM-CoT."""
 
 from __future__ import annotations
 
@@ -82,9 +82,6 @@ def load_state_dict_file(base: PreTrainedModel, path: Path) -> None:
     base.tie_weights()
 
 
-# --- the thought map ---
-
-
 def thought_map_of(config: RunConfig, base: PreTrainedModel) -> ThoughtMap:
     """The map that the configuration names, with the weights that the source of the model has for it.
 
@@ -129,11 +126,8 @@ def read_map(source: Path) -> dict[str, Tensor]:
     return {key.removeprefix(MAP_PREFIX): value for key, value in state.items() if key.startswith(MAP_PREFIX)}
 
 
-# --- the second model of SIM-CoT ---
-
-
 def add_step_decoder(model: Coconut) -> None:
-    """It begins as a copy of the base model."""
+    """The second model of SIM-CoT, which begins as a copy of the base model."""
     ids = (model.latent_token_id, model.start_latent_id, model.end_latent_id, model.eos_token_id)
     model.step_decoder = StepDecoder(Coconut(copy.deepcopy(model.base_causallm), *ids))
 
@@ -146,11 +140,8 @@ def fill_step_decoder(model: Coconut, directory: Path) -> None:
     copy_weights(dict(model.step_decoder.named_parameters()), read_state_dict(path), str(path))
 
 
-# --- both of them in a checkpoint ---
-
-
 def weights_beside(model: Coconut) -> dict[str, dict[str, Tensor]]:
-    """Copies on the CPU, by the names of their files, sharded ones whole; called by all processes."""
+    """Copies on the CPU of what transformers does not save: a file's name, and its tensors; called by all processes."""
     parts = {THOUGHT_MAP: model.thought_map.state_dict()}
     if model.step_decoder is not None:
         parts[STEP_DECODER] = dict(model.step_decoder.named_parameters())
