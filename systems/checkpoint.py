@@ -1,13 +1,9 @@
 """Checkpoints: written whole or not at all, found again, and resumed from exactly.
 
-`python -m systems.checkpoint convert IN OUT --model-id ID --method coconut --stage 4 ...` makes a checkpoint
-directory of a published single-file state dict; `python -m systems.checkpoint consolidate IN OUT` makes one with whole files
-of a sharded one.
-
 save_path/name/checkpoint_<epoch>/ holds the base model in Hugging Face form (model.safetensors, config.json, tokenizer),
 coconut.json (what evaluation must know), training_state.pt (what training must know) and manifest.json (sizes and hashes).
 checkpoint_<epoch>_step<n> is the same in the middle of an epoch. With sharded_checkpoints the weights and the optimizer's state
-are in shards/, a part from each process.
+are in shards/, a part from each process. `python -m systems.checkpoint` makes such directories of other forms.
 """
 
 from __future__ import annotations

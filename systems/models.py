@@ -46,9 +46,7 @@ class LatentIds(NamedTuple):
 
 
 def load_tokenizer(source: str, gguf_file: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a hub id, a local directory, or a GGUF file there.
-
-    trust_remote_code: run code that comes with it.
+    """The tokenizer of a hub id, a local directory, or a GGUF file there. trust_remote_code: run code that comes with it.
 
     Raises UserError if there is none, none with an EOS token, one that knows no text, or one that is not to be trusted.
     """
@@ -111,9 +109,7 @@ def build_model(
 ) -> Coconut:
     """The base model that the configuration names, with rows for the markers, inside a Coconut.
 
-    It is on the CPU; with a device_map ("auto") where accelerate puts its layers.
-
-    Raises UserError with one line if it cannot be loaded or used.
+    It is on the CPU; with a device_map ("auto") where accelerate puts its layers. Raises UserError if it cannot be used.
     """
     markers = METHODS[str(config.method)].markers
     source = config.load_model_path or config.model_id
@@ -367,7 +363,6 @@ def initialise_markers(
 
     like: None is "<<", or the mean embedding where that is no token. Rows of markers that a checkpoint already has stay as
     they are. Embeddings that are padded beyond the tokenizer are never shrunk.
-
     Raises UserError if the tokenizer has other tokens for text, or no token `like`.
     """
     there = getattr(base.config, "coconut_markers", None) or []

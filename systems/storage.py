@@ -60,11 +60,8 @@ def write_manifest(directory: Path) -> None:
 def manifest_problem(directory: Path, hashes: bool, optional: str | None = None) -> str | None:
     """The first thing in which a directory differs from its manifest: which file, and how. None if nothing does.
 
-    A directory of an earlier version, without a manifest, passes.
-
-    Args:
-        hashes: read all files as well, once their sizes are right.
-        optional: a file that may be missing.
+    A directory of an earlier version, without a manifest, passes. hashes: read all files as well, once their sizes are right.
+    optional: a file that may be missing.
     """
     if not (directory / MANIFEST).is_file():
         return None
