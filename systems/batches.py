@@ -136,7 +136,8 @@ def batch_loader(
     examples: Dataset, micro_batches: Sequence[MicroBatch], collator: MyCollator, num_workers: int | None = None
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Collated micro-batches in order, prepared by `num_workers` processes; None chooses from the machine."""
-    workers = min(4, available_cpus() - 1) if num_workers is None else num_workers
+    cpus = max(1, machine_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # shared with torchrun's other processes
+    workers = min(4, cpus - 1) if num_workers is None else num_workers
     loader = torch.utils.data.DataLoader(
         cast("Any", micro_batches),
         batch_size=None,
@@ -153,11 +154,6 @@ def _ignore_stop_signals(worker: int) -> None:
     """Torchrun, SLURM and Ctrl-C signal all processes of a job; training still needs its batches for the last step."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-
-
-def available_cpus() -> int:
-    """CPUs that this process may use, shared among the processes that torchrun started on this machine."""
-    return max(1, machine_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def labelled_tokens(batch: Batch, name: str = MAIN) -> float:

@@ -183,8 +183,7 @@ def _compile(model: Coconut, recompute: bool) -> None:
     Of itself the compiler stops at eight graphs of a function. These are eight, and sizes that are equal make one more.
     """
     config: Any = torch._dynamo.config
-    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # older versions
-    setattr(config, limit, max(GRAPHS, getattr(config, limit)))
+    config.cache_size_limit = max(GRAPHS, config.cache_size_limit)  # of recompile_limit the older name, which all versions know
     functorch = cast("Any", importlib.import_module("torch._functorch.config"))
     functorch.activation_memory_budget = 0.0 if recompute else 1.0
     model.decoder.compile(dynamic=True)
