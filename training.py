@@ -44,7 +44,7 @@ from systems.batches import (
 from systems.files import Facts, TrainingState, read_training_state
 from systems.machine import machine
 from systems.metrics import Reporter, epoch_table, save_nonfinite, save_predictions, show, strict
-from systems.optimization import learning_rate, new_optimizer
+from systems.optimization import Optimization, learning_rate, new_optimizer
 from systems.signals import StopRequest
 from utils import UserError, get_logger, is_main_process
 
@@ -106,6 +106,7 @@ class Trainer:
         """facts: what checkpoints say of the run; `facts.epoch` epochs count as done."""
         self.config = config
         self.loop = config.part(Loop)
+        self.optimization = config.part(Optimization)
         self.curriculum = evaluator.curriculum
         self.model = model
         self.samples = samples
@@ -135,7 +136,7 @@ class Trainer:
         get_logger().info(f"resuming from {directory}: epoch {state.epoch + 1}, after step {state.global_step}")
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
-        return new_optimizer(self.model, self.config)
+        return new_optimizer(self.model, self.optimization)
 
     # --- the loop ---
 
@@ -242,7 +243,7 @@ class Trainer:
         share = last_stage_share(self.curriculum, epochs, self.loop.num_epochs)
         steps = (self.loop.num_epochs - self.facts.epoch) * steps_in_epoch
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, state.global_step, steps, share)
+            group["lr"] = learning_rate(self.optimization, state.global_step, steps, share)
 
     def _optimizer_step(self, batches: list[Batch]) -> tuple[dict[str, float], bool]:
         """One update from all micro-batches of all processes, as if they were one batch.

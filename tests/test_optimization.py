@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from config import RunConfig
-from systems.optimization import learning_rate
+from systems.optimization import Optimization, learning_rate
 
 
 def rates(schedule: str, warmup_steps: int, shares: list[float], warmup_share: float = 0.0) -> list[float]:
-    rate = {"lr": 0.5, "lr_schedule": schedule, "warmup_steps": warmup_steps, "warmup_share": warmup_share}
-    config = RunConfig(name="x", model_id="x", train_path="x", val_path="x", method="coconut", **rate)
+    config = Optimization(0.5, schedule, warmup_steps, warmup_share, adam_beta2=0.999, weight_decay=0.0)
     return [learning_rate(config, step, len(shares), share) for step, share in enumerate(shares)]
 
 
