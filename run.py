@@ -49,7 +49,7 @@ def train(config: RunConfig, device: torch.device, stop: StopRequest) -> None:
     model, whole = meta_start.build(lambda: build_model(source, tokenizer, ids), config.parallel == "fsdp")
     check_lengths([train_set, valid_set], config.curriculum, config.max_new_tokens, model.max_positions, config.eval_latents)
     check_passes(len(train_set), config.examples_per_epoch)
-    wrapped = distributed.wrap(model, config, device, whole)
+    wrapped = distributed.wrap(model, config.part(distributed.Parallelism), device, config.loss_options, whole)
     del whole
     set_seed(config.seed + distributed.rank())  # other dropout masks on each
     watchdog = Watchdog(config.hang_timeout)
@@ -93,7 +93,7 @@ def evaluate(config: RunConfig, device: torch.device) -> None:
     model, whole = meta_start.build(lambda: build_model(config, tokenizer, ids), config.parallel == "fsdp")
     most = "max" if config.eval_latents == "gold" else config.eval_latents
     check_lengths([valid_set], config.curriculum, config.max_new_tokens, model.max_positions, most)
-    wrapped = distributed.wrap(model, config, device, whole)
+    wrapped = distributed.wrap(model, config.part(distributed.Parallelism), device, whole=whole)
     del whole
     watchdog = Watchdog(config.hang_timeout)
     evaluator = Evaluator(config.part(Asking), config.curriculum, valid_set, tokenizer, ids, device, watchdog.beat)

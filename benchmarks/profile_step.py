@@ -23,8 +23,8 @@ from torch.profiler import ProfilerActivity, profile
 from train_step import training_batch, without_thoughts
 
 from coconut import Coconut
-from config import RunConfig
 from systems import distributed
+from systems.distributed import Parallelism
 from systems.last_layer import skip_unread_states
 
 KINDS = {  # the first pattern that an operation's name matches
@@ -44,8 +44,7 @@ def models(setting: common.Setting, device: torch.device, bf16: bool) -> dict[st
         torch.manual_seed(0)
         made[name] = common.random_model(setting, device).train()
         if gathered:
-            config = RunConfig(name="x", model_id="x", train_path="x", val_path="x", method="coconut", bf16=bf16)
-            distributed.wrap(made[name], config, device)
+            distributed.wrap(made[name], Parallelism("coconut", "ddp", "pass", bf16, False, False), device)
         else:
             skip_unread_states(made[name])  # which the other does too
     return made

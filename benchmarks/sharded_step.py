@@ -77,7 +77,9 @@ def worker(arguments: argparse.Namespace) -> None:
             bf16=arguments.bf16,
             **VARIANTS[arguments.variant],
         )
-        model = distributed.unwrap(distributed.wrap(build(arguments, setting, device), config, device)).train()
+        model = distributed.unwrap(
+            distributed.wrap(build(arguments, setting, device), config.part(distributed.Parallelism), device)
+        ).train()
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         torch.manual_seed(arguments.seed + distributed.rank())
         batches = [training_batch(setting, arguments.batch_size, device) for _ in range(arguments.micro_batches)]

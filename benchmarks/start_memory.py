@@ -34,7 +34,7 @@ def start(setting: common.Setting, sharded: bool) -> None:
         settings = {"name": "x", "model_id": "x", "train_path": "x", "val_path": "x", "coconut": True, "parallel": "fsdp"}
         model, whole = meta_start.build(lambda: common.random_model(setting, device), sharded)
         weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-        distributed.wrap(model, RunConfig(**settings), device, whole)
+        distributed.wrap(model, RunConfig(**settings).part(distributed.Parallelism), device, whole=whole)
         for rank, taken in enumerate(distributed.gather_objects(peak() - before)):
             if distributed.rank() == 0:
                 print(f"  process {rank}: {taken * 1024 / weights:.2f} times the weights ({taken / 2**20:.2f} GiB)")

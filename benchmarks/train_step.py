@@ -24,10 +24,10 @@ from naive import naive_forward
 from torch import Tensor
 
 from coconut import IGNORE_INDEX, Coconut
-from config import RunConfig
 from experiments.race import matrix_rate, operations_of_a_token
 from generation import count_positions
 from systems import distributed
+from systems.distributed import Parallelism
 
 VARIANTS = ("coconut", "plain", "naive")
 PARTS = ("step", "forward_backward")
@@ -151,9 +151,7 @@ def main(argv: Sequence[str]) -> None:
     memory = {} if arguments.memory_of or arguments.no_memory else common.peak_memories(__file__, argv, variants)
     setting, device = common.prepare(arguments)
     model = common.random_model(setting, device).train()
-    computing = {"bf16": arguments.bf16, "compile": arguments.compile}
-    config = RunConfig(name="x", model_id="x", train_path="x", val_path="x", method="coconut", **computing)
-    distributed.wrap(model, config, device)
+    distributed.wrap(model, Parallelism("coconut", "ddp", "pass", arguments.bf16, False, arguments.compile), device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01, fused=True)
     batch = training_batch(setting, arguments.batch_size, device)
     of = losses(model, setting, batch, max(1, arguments.naive_rows), arguments.bf16)

@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
@@ -23,7 +24,6 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.nn.parallel import DistributedDataParallel
 
 from coconut import Coconut
-from config import RunConfig
 from generation import transformer_blocks
 from methods import METHODS, Objective
 from systems.activation_checkpointing import recompute_activations
@@ -144,12 +144,26 @@ def run_on_main(action: Callable[[], Any]) -> Any:
     return outcome[0]
 
 
-def wrap(model: Coconut, config: RunConfig, device: torch.device, whole: Coconut | None = None) -> nn.Module:
+@dataclass(frozen=True)
+class Parallelism:
+    """The part of a configuration that says how a model is spread and computed; `RunConfig` explains the keys."""
+
+    method: str
+    parallel: ParallelName
+    fsdp_gather: GatherName
+    bf16: bool | Literal["pure"]
+    activation_checkpointing: bool
+    compile: bool
+
+
+def wrap(
+    model: Coconut, config: Parallelism, device: torch.device, loss_options: Any = None, whole: Coconut | None = None
+) -> nn.Module:
     """The method's objective around the model, ready for training on all processes: with DDP, FSDP2, or alone.
 
     bf16: True computes in bfloat16 from float32 weights; under FSDP2 that is its own mixed precision, else see `autocast`.
     compile: torch.compile on the decoder, for any number of positions. Not on each block: a block knows its place in the cache,
-    so each would be another graph. whole: see `meta_start.build`.
+    so each would be another graph. loss_options: what the method's loss needs beside the batch. whole: see `meta_start.build`.
     """
     empty = model.embedding.weight.is_meta
     if not empty:
@@ -162,8 +176,9 @@ def wrap(model: Coconut, config: RunConfig, device: torch.device, whole: Coconut
         skip_unread_states(model)
         if device.type == "cpu":
             gather_gradients(model)
-    loss, options = METHODS[str(config.method)].loss, config.loss_options
-    objective = Objective(model, loss if options is None else functools.partial(loss, options=options))
+    method = METHODS[config.method]
+    loss = method.loss if loss_options is None else functools.partial(method.loss, options=loss_options)
+    objective = Objective(model, loss)
     if config.parallel == "fsdp":
         shard(model, config, device)
         if empty:
@@ -189,7 +204,7 @@ def _compile(model: Coconut, recompute: bool) -> None:
     model.decoder.compile(dynamic=True)
 
 
-def shard(model: Coconut, config: RunConfig, device: torch.device) -> None:
+def shard(model: Coconut, config: Parallelism, device: torch.device) -> None:
     """FSDP2: each transformer block is a shard group; embeddings, final norm and head belong to the root.
 
     fsdp_gather: "pass" gathers a block's parameters for each latent pass, forward and backward, and reduces its gradients

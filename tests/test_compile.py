@@ -8,8 +8,7 @@ from tiny_models import tiny_model
 from torch._dynamo.utils import counters
 
 from coconut import IGNORE_INDEX, Coconut
-from config import RunConfig
-from systems.distributed import unwrap, wrap
+from systems.distributed import Parallelism, unwrap, wrap
 
 TRAINING_GRAPHS = 4  # the columns before the first latent, one position after them, the rest, and a batch without latents
 EVALUATION_GRAPHS = 4  # the same without gradients, where the rest is a pass like the first, and decoding one like a latent's
@@ -29,9 +28,8 @@ def compiled(
     for compile_it in (False, True):
         base, ids = tiny_model(family, **overrides)
         model = Coconut(base, ids.latent, ids.start_latent, ids.end_latent, ids.eos)
-        settings = {"compile": compile_it, "activation_checkpointing": recompute and compile_it}
-        config = RunConfig(name="x", model_id="x", train_path="x", val_path="x", method="coconut", **settings)
-        pair.append(unwrap(wrap(model, config, torch.device("cpu"))))
+        part = Parallelism("coconut", "ddp", "pass", False, recompute and compile_it, compile_it)
+        pair.append(unwrap(wrap(model, part, torch.device("cpu"))))
     pair[1].load_state_dict(pair[0].state_dict())
     return pair[0], pair[1]
 

@@ -110,7 +110,7 @@ def test_ddp_reduces_only_the_last_micro_batch_and_looks_for_no_unused_parameter
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(distributed, "world_size", lambda: 2)
             config = RunConfig(name="x", model_id="x", train_path="x", val_path="x", cot=True)
-            assert not distributed.wrap(model, config, torch.device("cpu")).find_unused_parameters
+            assert not distributed.wrap(model, config.part(distributed.Parallelism), torch.device("cpu")).find_unused_parameters
     finally:
         dist.destroy_process_group()
 
@@ -153,7 +153,7 @@ with distributed.process_group() as device:
         for gather in ("pass", "step"):
             config = RunConfig(name="x", model_id="x", train_path="x", val_path="x", cot=True, parallel="fsdp", fsdp_gather=gather,
                                activation_checkpointing=gather == "step")
-            model = distributed.unwrap(distributed.wrap(coconut(family), config, device))
+            model = distributed.unwrap(distributed.wrap(coconut(family), config.part(distributed.Parallelism), device))
             with distributed.gradient_sync(model, True, gather):
                 assert_near(gradients(model, ids, labels), loss, what=family)
             for (name, own), other in zip(plain.named_parameters(), model.parameters(), strict=True):

@@ -12,10 +12,10 @@ from tiny_models import FAMILIES, assert_near, tiny_model
 from transformers import BloomConfig, BloomForCausalLM
 
 from coconut import Coconut
-from config import RunConfig
 from generation import branch_point, generate_from, transformer_blocks
 from states import Branch
 from systems import distributed, weight_gradients
+from systems.distributed import Parallelism
 from systems.last_layer import skip_unread_states
 from thoughts import Intervention, Noise
 
@@ -124,8 +124,8 @@ def test_what_is_asked_for_is_whole() -> None:
 @pytest.mark.parametrize("changes", [{"compile": True}, {"activation_checkpointing": True}, {}])
 def test_not_together_with_what_takes_a_layer_apart(changes: dict[str, bool]) -> None:
     model = mapped(tiny_model("gpt2")[0], "identity")
-    config = RunConfig(name="x", model_id="x", train_path="x", val_path="x", method="coconut", **changes)
-    distributed.wrap(model, config, CPU)
+    usual = {"method": "coconut", "parallel": "ddp", "fsdp_gather": "pass", "bf16": False}
+    distributed.wrap(model, Parallelism(**usual | {"compile": False, "activation_checkpointing": False} | changes), CPU)
     assert (model.last_layer is None) == bool(changes)
 
 

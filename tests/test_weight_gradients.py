@@ -16,8 +16,8 @@ from tiny_models import assert_near, tiny_model
 from torch import nn
 
 from coconut import Coconut
-from config import RunConfig
 from systems import distributed, weight_gradients
+from systems.distributed import Parallelism
 from systems.weight_gradients import gather_gradients
 
 
@@ -156,8 +156,8 @@ def test_a_layer_that_computes_something_else_is_left_alone(monkeypatch: pytest.
 @pytest.mark.parametrize(("setting", "patched"), [({}, True), ({"activation_checkpointing": True}, False)])
 def test_training_on_a_cpu_does_so(setting: dict[str, bool], patched: bool) -> None:
     model = mapped(tiny_model("llama")[0], "identity")
-    config = RunConfig(name="x", model_id="x", train_path="x", val_path="x", method="coconut", **setting)
-    distributed.wrap(model, config, torch.device("cpu"))
+    settings = {"bf16": False, "activation_checkpointing": False, "compile": False} | setting
+    distributed.wrap(model, Parallelism("coconut", "ddp", "pass", **settings), torch.device("cpu"))
     assert ("forward" in vars(model.decoder.layers[0].mlp.up_proj)) is patched
 
 
