@@ -18,11 +18,11 @@ from config import DEBUG_TRAIN, DEBUG_VALID, RunConfig
 from dataset import check_lengths, check_passes
 from evaluation import Asking, Evaluator, answer_scores
 from systems import distributed, meta_start, sources
-from systems.batches import Samples
+from systems.batches import Batching, Samples
 from systems.checkpoint import id_facts
 from systems.files import Facts
 from systems.machine import machine, warn_of_slow_bfloat16
-from systems.metrics import Reporter, print_config, save_predictions, schedule_table, show
+from systems.metrics import Outputs, Reporter, print_config, save_predictions, schedule_table, show
 from systems.models import LatentIds, build_model, latent_ids
 from systems.signals import PREEMPTION, StopRequest
 from systems.storage import alone
@@ -56,7 +56,8 @@ def train(config: RunConfig, device: torch.device, stop: StopRequest) -> None:
     evaluator = InterruptibleEvaluator(
         config.part(Asking), config.curriculum, valid_set, tokenizer, ids, device, watchdog.beat, stop
     )
-    samples = Samples(config, train_set, distributed.rank(), distributed.world_size())
+    spread = (distributed.rank(), distributed.world_size())
+    samples = Samples(config.part(Batching), train_set, str(config.train_path), *spread)
     trainer = Trainer(config, wrapped, samples, evaluator, facts_of(config, ids, data), resume_from)
     keep_config(config, resumed=resume_from is not None)
     show(schedule_table(config.curriculum, samples, range(trainer.state.epoch, config.num_epochs), len(samples.groups(0))))
@@ -104,11 +105,12 @@ def evaluate(config: RunConfig, device: torch.device) -> None:
     asked = {"val_path": config.val_path, "model": config.load_model_path, "eval_latents": config.eval_latents}
     facts = {"step": 0, "epoch": epoch, "stage": stage, **asked, "machine": machine(device)}
     fixed_scores = answer_scores(fixed or result.predictions)
-    reporter = Reporter(config, keep_rows=None)
+    outputs = config.part(Outputs)
+    reporter = Reporter(outputs, config.model_dump(), keep_rows=None)
     reporter.row("evaluation", {**facts, **result.metrics(), **{f"{key}_fixed": fixed_scores[key] for key in fixed_scores}})
-    save_predictions(config, epoch, result.predictions)
+    save_predictions(outputs, epoch, result.predictions)
     if fixed is not None:
-        save_predictions(config, epoch, fixed, "fixed_predictions")
+        save_predictions(outputs, epoch, fixed, "fixed_predictions")
     reporter.finish()
     with_fixed = "" if fixed is None else f"with as many latents for every question {_shown(fixed_scores)}, "
     get_logger().info(

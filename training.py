@@ -43,7 +43,7 @@ from systems.batches import (
 )
 from systems.files import Facts, TrainingState, read_training_state
 from systems.machine import machine
-from systems.metrics import Reporter, epoch_table, save_nonfinite, save_predictions, show, strict
+from systems.metrics import Outputs, Reporter, epoch_table, save_nonfinite, save_predictions, show, strict
 from systems.optimization import Optimization, learning_rate, new_optimizer
 from systems.signals import StopRequest
 from utils import UserError, get_logger, is_main_process
@@ -104,9 +104,10 @@ class Trainer:
         resume_from: Path | None = None,
     ) -> None:
         """facts: what checkpoints say of the run; `facts.epoch` epochs count as done."""
-        self.config = config
         self.loop = config.part(Loop)
         self.optimization = config.part(Optimization)
+        self.saving = config.part(checkpoint.Saving)
+        self.outputs = config.part(Outputs)
         self.curriculum = evaluator.curriculum
         self.model = model
         self.samples = samples
@@ -117,13 +118,13 @@ class Trainer:
         self.history: list[dict[str, Any]] = []
         self.stop = evaluator.stop
         self.progress = evaluator.progress
-        self.writer = checkpoint.Writer(self.config.async_save)
+        self.writer = checkpoint.Writer(self.saving.async_save)
         self.saved: tuple[int, int] | None = None  # (epoch, step in it) of the newest checkpoint
         self.state = TrainingState(epoch=facts.epoch, optimizer_stage=stage_at(self.curriculum, facts.epoch, 0, 1))
         self.optimizer = self._new_optimizer()
         if resume_from is not None:
             self._resume(resume_from)
-        self.reporter = Reporter(config, self.state.metrics_rows, self.state.wandb_id)
+        self.reporter = Reporter(self.outputs, config.model_dump(), self.state.metrics_rows, self.state.wandb_id)
         self.state.wandb_id = self.reporter.wandb_id
 
     def _resume(self, directory: Path) -> None:
@@ -217,7 +218,7 @@ class Trainer:
             self._log_step(losses, stage, bar)
             if stop:
                 return False
-            every = self.config.save_every_steps
+            every = self.saving.save_every_steps
             if every and self.state.global_step % every == 0 and self.state.step_in_epoch < steps_in_epoch:
                 self._save_inside_epoch()
         return True
@@ -305,8 +306,8 @@ class Trainer:
         """
         state = self.state
         step = {"step": state.global_step + 1, "epoch": state.epoch + 1, "stage": state.optimizer_stage}
-        facts = {**step, "train_path": self.config.train_path, "loss": loss, "gradient_norm": norm}
-        place = save_nonfinite(self.config, facts, distributed.gather_objects(micro_batches))
+        facts = {**step, "train_path": self.samples.path, "loss": loss, "gradient_norm": norm}
+        place = save_nonfinite(self.outputs, facts, distributed.gather_objects(micro_batches))
         what = f"the norm of the gradients is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
         problem = f"step {step['step']}: {what}"
         if self.loop.nonfinite_loss == "stop":
@@ -347,7 +348,7 @@ class Trainer:
         done = state.epoch + 1
         row = self._epoch_row(stage, evaluation)
         self.reporter.row("epoch", row)
-        save_predictions(self.config, done, evaluation.predictions)
+        save_predictions(self.outputs, done, evaluation.predictions)
         self.history.append(row)
         show(epoch_table(self.history))
         name = f"checkpoint_{done}"
@@ -356,7 +357,7 @@ class Trainer:
             state.best[str(stage)] = evaluation.accuracy
             state.best_checkpoint = name
         state.begin(next_epoch(self.loop, self.curriculum, done, stage, evaluation))
-        if improved or not self.config.save_only_improve:
+        if improved or not self.saving.save_only_improve:
             self._save(name, stage, done, evaluation.accuracy)
         self.progress(f"epoch {done}")
 
@@ -385,7 +386,7 @@ class Trainer:
 
     def _save(self, name: str, stage: int, epoch: int, accuracy: float | None) -> None:
         """Save under a name, unless this very state is saved already. Raises UserError if something cannot be written."""
-        config, state = self.config, self.state
+        config, state = self.saving, self.state
         distributed.run_on_main(self.reporter.flush)
         self.writer.wait()
         if config.debug or self.saved == (state.epoch, state.step_in_epoch):

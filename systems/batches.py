@@ -10,6 +10,7 @@ import math
 import os
 import signal
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -17,7 +18,6 @@ import torch
 from datasets import Dataset
 
 from coconut import IGNORE_INDEX
-from config import RunConfig
 from dataset import MyCollator, machine_cpus
 from methods import MAIN, sequence_key, sequence_name
 from systems.signals import STOP_SIGNALS
@@ -79,12 +79,25 @@ def epoch_groups(order: np.ndarray, batch_size: int, accumulation: int, rank: in
     return groups
 
 
-class Samples:
-    """The tokenised training records, and which of them each optimizer step takes on each process."""
+@dataclass(frozen=True)
+class Batching:
+    """The part of a configuration that says of which samples optimizer steps are made; `RunConfig` explains the keys."""
 
-    def __init__(self, config: RunConfig, dataset: Dataset, rank: int, world_size: int) -> None:
+    seed: int
+    examples_per_epoch: int | None
+    group_by_length: bool
+    batch_size_training: int
+    gradient_accumulation_steps: int
+    num_workers: int | None
+
+
+class Samples:
+    """The tokenised training records of a file, and which of them each optimizer step takes on each process."""
+
+    def __init__(self, config: Batching, dataset: Dataset, path: str, rank: int = 0, world_size: int = 1) -> None:
         self.config = config
         self.dataset = dataset
+        self.path = path
         self.rank, self.world_size = rank, world_size
         self.lengths = example_lengths(dataset) if config.group_by_length else None
 

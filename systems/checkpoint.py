@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import json
 import random
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -40,6 +40,19 @@ from utils import get_logger
 
 BASE = "base_causallm."
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+@dataclass(frozen=True)
+class Saving:
+    """The part of a configuration that says where and when checkpoints are written; `RunConfig` explains the keys."""
+
+    save_dir: Path
+    debug: bool
+    async_save: bool
+    save_only_improve: bool
+    save_every_steps: int | None
+    keep_last: int | None
+    sharded_checkpoints: bool
 
 
 def save(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -17,7 +18,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from config import RunConfig
 from utils import UserError, get_logger
 
 ADAPTER = "default"
@@ -25,7 +25,17 @@ ADAPTER_PART = re.compile(r"\.(lora_|token_adapter\.trainable_tokens_)")
 WRAPPER_PART = re.compile(r"\.(base_layer|token_adapter)(?=\.)")
 
 
-def add_adapters(base: PreTrainedModel, config: RunConfig, new_tokens: Sequence[int]) -> None:
+@dataclass(frozen=True)
+class Lora:
+    """The part of a configuration about LoRA; `RunConfig` explains the keys."""
+
+    lora_r: int | None
+    lora_alpha: float | None
+    lora_dropout: float | None
+    lora_target_modules: str | list[str] | None
+
+
+def add_adapters(base: PreTrainedModel, config: Lora, new_tokens: Sequence[int]) -> None:
     """Freeze the model and give it LoRA matrices; the rows of `new_tokens` are trained as they are, all others stay.
 
     Raises UserError if the rank is larger than the model's width, no module fits lora_target_modules, or the head's new rows

@@ -9,7 +9,7 @@ import math
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -19,7 +19,6 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from config import RunConfig
 from evaluation import Prediction
 from methods import ALL_TOKENS, Curriculum, scheduled_stage, stage_shape
 from systems import distributed
@@ -30,14 +29,26 @@ from utils import Config, UserError, check_regular, get_logger, is_main_process,
 METRICS = "metrics.jsonl"
 
 
+@dataclass(frozen=True)
+class Outputs:
+    """The part of a configuration that says where a run tells what it does; `RunConfig` explains the keys."""
+
+    save_dir: Path
+    debug: bool
+    name: str
+    project: str
+    wandb: Literal["online", "offline", "disabled"]
+
+
 class Reporter:
     """Writes on rank 0 and does nothing on the others. `rows` counts the rows of metrics.jsonl.
 
+    settings: the whole configuration, for wandb.
     keep_rows: rows that stay of a metrics.jsonl that is there already; None keeps all.
     failure: why a row could not be written. `flush` raises it, where all processes can stop together.
     """
 
-    def __init__(self, config: RunConfig, keep_rows: int | None, wandb_id: str | None = None) -> None:
+    def __init__(self, config: Outputs, settings: dict[str, Any], keep_rows: int | None, wandb_id: str | None = None) -> None:
         self.active = is_main_process()
         self.path = path = None if config.debug else config.save_dir / METRICS
         self.failure: UserError | None = None
@@ -45,8 +56,9 @@ class Reporter:
         self.rows: int = 0 if path is None else distributed.run_on_main(lambda: _truncate(path, keep_rows))
         mode = "disabled" if config.debug else config.wandb
         if self.active and mode != "disabled":
-            more = {"id": wandb_id, "resume": "allow", "dir": str(config.save_dir), "config": config.model_dump()}
-            self.wandb = start_wandb(config.project, config.name, mode, **more)
+            self.wandb = start_wandb(
+                config.project, config.name, mode, id=wandb_id, resume="allow", dir=str(config.save_dir), config=settings
+            )
 
     @property
     def wandb_id(self) -> str | None:
@@ -175,14 +187,14 @@ def epoch_table(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
-def save_predictions(config: RunConfig, epoch: int, predictions: Sequence[Prediction], kind: str = "predictions") -> None:
+def save_predictions(config: Outputs, epoch: int, predictions: Sequence[Prediction], kind: str = "predictions") -> None:
     """KIND_<epoch>.jsonl, for all processes. Raises UserError on all of them if it cannot be written."""
     rows = [asdict(one) for one in predictions]
     if not config.debug:
         distributed.run_on_main(lambda: write_jsonl(config.save_dir / f"{kind}_{epoch}.jsonl", rows))
 
 
-def save_nonfinite(config: RunConfig, facts: dict[str, Any], processes: list[list[dict[str, Any]]]) -> str:
+def save_nonfinite(config: Outputs, facts: dict[str, Any], processes: list[list[dict[str, Any]]]) -> str:
     """nonfinite_step_<n>.json: of what an optimizer step was made whose loss or gradients are not finite; for all processes.
 
     facts: of the step. processes: of each process its micro-batches: {"loss", "labelled_tokens", "questions"}.

@@ -17,7 +17,7 @@ from coconut import Coconut
 from config import RunConfig
 from methods import END_LATENT, LATENT, METHODS, PAUSE, START_LATENT
 from systems.files import first_line
-from systems.lora import add_adapters
+from systems.lora import Lora, add_adapters
 from systems.shards import SHARDS, read_shards
 from systems.weights import (
     add_step_decoder,
@@ -126,7 +126,7 @@ def build_model(
         add_step_decoder(model)
         fill_step_decoder(model, Path(source))  # where training goes on from a checkpoint that has one
     if config.lora_r is not None:
-        add_adapters(base, config, [cast("int", tokenizer.convert_tokens_to_ids(marker)) for marker in markers])
+        add_adapters(base, config.part(Lora), [cast("int", tokenizer.convert_tokens_to_ids(marker)) for marker in markers])
     _check_usable(model, source)
     if config.bf16 == "pure":
         model.to(torch.bfloat16)

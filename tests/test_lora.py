@@ -21,7 +21,7 @@ from coconut import Coconut
 from config import RunConfig
 from systems import checkpoint, files
 from systems.checkpoint import Facts, TrainingState
-from systems.lora import adapter_weights, add_adapters, load_adapter_state, merged_weights
+from systems.lora import Lora, adapter_weights, add_adapters, load_adapter_state, merged_weights
 from systems.models import verify_projection
 from utils import UserError
 
@@ -54,7 +54,7 @@ def test_only_adapters_and_new_rows_change_and_merging_keeps_the_logits(family: 
     frozen = {name: parameter.detach().clone() for name, parameter in base.state_dict().items()}
     tokens = torch.tensor([[5, 6, 61, 63, 62, 7, 8]])
     expected = base(tokens).logits
-    add_adapters(base, configuration(), NEW)
+    add_adapters(base, configuration().part(Lora), NEW)
     assert_near(base(tokens).logits, expected)  # the matrices start as zero
     model = Coconut(base, ids.latent, ids.start_latent, ids.end_latent, ids.eos)
     verify_projection(model)
@@ -137,17 +137,17 @@ def test_a_checkpoint_goes_on_only_with_the_same_adapters_and_base(lora_argument
 def test_what_lora_cannot_do_is_one_line() -> None:
     base, _ = tiny_model("llama")
     with pytest.raises(UserError, match=r"lora_target_modules: \['nothing'\] fits no module.*down_proj, .*q_proj"):
-        add_adapters(base, configuration(lora_target_modules=["nothing"]), NEW)
+        add_adapters(base, configuration(lora_target_modules=["nothing"]).part(Lora), NEW)
     base, _ = tiny_model("phi")
     with pytest.raises(UserError, match="the language-model head of family 'phi' has a bias"):
-        add_adapters(base, configuration(), NEW)
-    add_adapters(base, configuration(lora_target_modules=["q_proj", "dense"]), [])  # nothing new, nothing in the way
+        add_adapters(base, configuration().part(Lora), NEW)
+    add_adapters(base, configuration(lora_target_modules=["q_proj", "dense"]).part(Lora), [])  # nothing new, nothing in the way
     assert {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in adapter_weights(base)} == {"q_proj", "dense"}
 
 
 def test_adapters_of_a_checkpoint_are_copied_not_shared(tmp_path: Path) -> None:
     base, ids = tiny_model("llama")
-    add_adapters(base, configuration(), NEW)
+    add_adapters(base, configuration().part(Lora), NEW)
     model = Coconut(base, ids.latent, ids.start_latent, ids.end_latent, ids.eos)
     optimizer = torch.optim.AdamW(adapter_weights(base).values())
     facts = Facts("coconut", 1, 1, 1, True, 1, None, 61, 62, 63, 0)
