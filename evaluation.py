@@ -26,7 +26,7 @@ from dataset import (
 )
 from methods import METHODS, Curriculum, EvalLatents, remaining_steps, sequence, stage_shape
 from systems import distributed
-from systems.batches import MicroBatch, batch_loader, cut
+from systems.batches import batch_loader, cut
 from systems.distributed import ParallelName, unwrap
 from systems.models import LatentIds
 from thoughts import gather_thoughts, thought_health
@@ -232,10 +232,10 @@ class Evaluator:
         widths = [0] * len(order) if room is None else [len(one["input_ids"]) + new_tokens for one in examples]
         most = -(-len(order) // world)  # a small set still gives every process its share
         rows = min(size, most) if room is None else most
-        chunks = [MicroBatch((chunk, False)) for chunk in cut(order, widths, rows, room)]
+        chunks = [(chunk, False) for chunk in cut(order, widths, rows, room)]
         mine = chunks[distributed.rank() :: world]
         if self.config.parallel == "fsdp" and len(mine) < -(-len(chunks) // world):
-            mine.append(MicroBatch((chunks[0][0], True)))
+            mine.append((chunks[0][0], True))
         loader = batch_loader(examples, mine, collator, self.config.num_workers)
         bar = tqdm(loader, total=len(mine), desc=title, leave=False, disable=not is_main_process())
         for number, (batch, (_, filler)) in enumerate(zip(bar, mine, strict=True), start=1):

@@ -5,12 +5,13 @@ The order depends on the seed and the epoch alone, however the samples are sprea
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,14 +24,9 @@ from systems.signals import STOP_SIGNALS
 from utils import UserError
 
 Batch = dict[str, torch.Tensor]
+MicroBatch = tuple[list[int], bool]  # indices; True: it only fills up, for a process that has no share of the last group
 TOKENS, POSITIONS, EXAMPLES = "tokens", "positions", "examples"  # of an optimizer step, beside each sequence's labelled tokens
 WINDOW = 50  # optimizer steps whose samples are sorted by length together
-
-
-class MicroBatch(tuple[list[int], bool]):
-    """(indices into the data set, whether it only fills up: a process without a share of the last group repeats a sample)."""
-
-    __slots__ = ()
 
 
 def epoch_order(size: int, seed: int, epoch: int, examples: int | None = None) -> np.ndarray:
@@ -79,7 +75,7 @@ def epoch_groups(order: np.ndarray, batch_size: int, accumulation: int, rank: in
         samples = order[start : start + per_step]
         micro_steps = math.ceil(len(samples) / (batch_size * world_size))
         shares = np.array_split(samples, micro_steps * world_size)[rank::world_size]
-        groups.append([MicroBatch((share.tolist() or [int(samples[0])], len(share) == 0)) for share in shares])
+        groups.append([(share.tolist() or [int(samples[0])], len(share) == 0) for share in shares])
     return groups
 
 
@@ -139,34 +135,26 @@ def cut(order: Sequence[int], widths: Sequence[int], rows: int, room: int | None
     return batches
 
 
-class MicroBatches(torch.utils.data.Dataset):
-    """Map-style data set whose item k is the k-th collated micro-batch; fillers carry no label."""
-
-    def __init__(self, examples: Dataset, micro_batches: Sequence[MicroBatch], collator: MyCollator) -> None:
-        self.examples = examples
-        self.micro_batches = micro_batches
-        self.collator = collator
-
-    def __len__(self) -> int:
-        return len(self.micro_batches)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        indices, filler = self.micro_batches[index]
-        batch = self.collator(self.examples.__getitems__(indices))
-        for key in batch if filler else ():
-            if key.endswith("labels"):
-                batch[key].fill_(self.collator.label_pad_token_id)
-        return batch
+def collated(examples: Dataset, collator: MyCollator, micro_batch: MicroBatch) -> Batch:
+    """The padded batch of a micro-batch; one that only fills up carries no label."""
+    indices, filler = micro_batch
+    batch = collator(examples.__getitems__(indices))
+    for key in batch if filler else ():
+        if key.endswith("labels"):
+            batch[key].fill_(collator.label_pad_token_id)
+    return batch
 
 
 def batch_loader(
     examples: Dataset, micro_batches: Sequence[MicroBatch], collator: MyCollator, num_workers: int | None = None
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Collated micro-batches in order, prepared by `num_workers` processes; None chooses from the machine."""
-    workers = min(4, available_cpus() - 1) if num_workers is None else num_workers
+    cpus = max(1, machine_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # shared with torchrun's other processes
+    workers = min(4, cpus - 1) if num_workers is None else num_workers
     loader = torch.utils.data.DataLoader(
-        MicroBatches(examples, micro_batches, collator),
+        cast("Any", micro_batches),
         batch_size=None,
+        collate_fn=functools.partial(collated, examples, collator),
         num_workers=min(workers, len(micro_batches)),
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_ignore_stop_signals,
@@ -181,14 +169,6 @@ def _ignore_stop_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def available_cpus() -> int:
-    """CPUs that this process may use, shared among the processes that torchrun started on this machine."""
-    return max(1, machine_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-
-
-# --- what is counted ---
-
-
 def labelled_tokens(batch: Batch, name: str = MAIN) -> float:
     """Labelled tokens of a sequence of a micro-batch, as the loss counts them."""
     return float((batch[sequence_key(name, "labels")][:, 1:] != IGNORE_INDEX).sum())
@@ -199,9 +179,7 @@ def counts_of(batch: Batch) -> dict[str, float]:
     names = [sequence_name(key) for key in batch if key.endswith("labels")]
     labelled = {name: labelled_tokens(batch, name) for name in names}
     masks = [batch[sequence_key(name, "attention_mask")] for name in names]
-    tokens, positions = (
-        sum(float(count) for count in counts) for counts in zip(*((m.sum(), m.numel()) for m in masks), strict=True)
-    )
+    tokens, positions = sum(float(mask.sum()) for mask in masks), float(sum(mask.numel() for mask in masks))
     return {**labelled, TOKENS: tokens, POSITIONS: positions, EXAMPLES: len(batch["idx"]) if labelled[MAIN] else 0}
 
 

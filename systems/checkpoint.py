@@ -1,13 +1,9 @@
 """Checkpoints: written whole or not at all, found again, and resumed from exactly.
 
-`python -m systems.checkpoint convert IN OUT --model-id ID --method coconut --stage 4 ...` makes a checkpoint
-directory of a published single-file state dict; `python -m systems.checkpoint consolidate IN OUT` makes one with whole files
-of a sharded one.
-
 save_path/name/checkpoint_<epoch>/ holds the base model in Hugging Face form (model.safetensors, config.json, tokenizer),
 coconut.json (what evaluation must know), training_state.pt (what training must know) and manifest.json (sizes and hashes).
 checkpoint_<epoch>_step<n> is the same in the middle of an epoch. With sharded_checkpoints the weights and the optimizer's state
-are in shards/, a part from each process.
+are in shards/, a part from each process. `python -m systems.checkpoint` makes such directories of other forms.
 """
 
 from __future__ import annotations
@@ -15,14 +11,13 @@ from __future__ import annotations
 import copy
 import json
 import random
-from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -39,31 +34,12 @@ from systems.files import FACTS, STATE, Facts, TrainingState
 from systems.lora import adapter_state, is_adapted, load_adapter_state, merged_weights
 from systems.models import LatentIds
 from systems.shards import SHARDS, read_shards, wait_for, write_shards
-from systems.storage import (
-    CheckpointError,
-    Writer,
-    begin_directory,
-    remove_old,
-    write_directory,
-)
-from systems.weights import (
-    STEP_DECODER,
-    THOUGHT_MAP,
-    fill_map,
-    fill_step_decoder,
-    read_map,
-    whole_map,
-    whole_step_decoder,
-    write_map,
-    write_weights,
-)
+from systems.storage import CheckpointError, Writer, begin_directory, remove_old, write_directory
+from systems.weights import THOUGHT_MAP, copy_weights, fill_step_decoder, read_map, weights_beside
 from utils import get_logger
 
 BASE = "base_causallm."
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
-
-
-# --- saving ---
 
 
 @dataclass(frozen=True)
@@ -95,15 +71,34 @@ def save(
     in_shards: each process writes its part of the weights and of the optimizer's state, and none gathers them.
     Raises CheckpointError and keeps what was there; if `writer` works in the background, by its next `wait`.
     """
-    writer = writer or Writer()
-    training = {"state": asdict(state), "rng": distributed.gather_objects(_rng_state())}
-    best = state.best_checkpoint
+    writer, inner = writer or Writer(), unwrap(model)
+    base, best = inner.base_causallm, state.best_checkpoint
+    options = StateDictOptions() if in_shards else _WHOLE
+    # An optimizer that has not stepped yet has no state; asking for it would make one up by a step with zero gradients.
+    optimizer_state = get_optimizer_state_dict(inner, optimizer, options=options) if optimizer.state else None
+    training = {
+        "state": asdict(state),
+        "rng": distributed.gather_objects(_rng_state()),
+        "optimizer": optimizer_state,
+        "adapter": adapter_state(base),
+    }
+    weights: dict[str, Any] | None = _base_weights(inner, options)
+    beside = weights_beside(inner)
     begun, shards = None, None
     if in_shards:
+        tensors: dict[str, Any] = {"model": weights}
+        weights = None
+        if optimizer_state is not None:
+            tensors["optimizer"] = optimizer_state.pop("state")
         begun = distributed.run_on_main(lambda: begin_directory(directory))
-        fill, shards = _begin_shards(begun, model, optimizer, tokenizer, facts, training, writer)
-    else:
-        fill = _gathered(model, optimizer, tokenizer, facts, training, writer.background)
+        shards = write_shards(begun / SHARDS, tensors, writer.group)
+    elif writer.background and distributed.rank() == 0:
+        weights, training = copy.deepcopy((weights, training))  # the next step changes them
+
+    def fill(partial: Path) -> None:
+        if shards is not None:
+            wait_for(shards)
+        _fill_model(partial, base, weights, beside, tokenizer, facts, training)
 
     def write() -> None:
         write_directory(directory, fill, begun)
@@ -112,95 +107,35 @@ def save(
     writer.start(write, shards)
 
 
-def _gathered(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    tokenizer: PreTrainedTokenizerBase,
-    facts: Facts,
-    training: dict[str, Any],
-    background: bool,
-) -> Callable[[Path], None]:
-    """Gather everything in rank 0; what writes it there."""
-    base = unwrap(model).base_causallm
-    weights, thought_map, step_decoder = _plain_weights(model), whole_map(unwrap(model)), whole_step_decoder(unwrap(model))
-    # An optimizer that has not stepped yet has no state; asking for it would make one up by a step with zero gradients.
-    optimizer_state = get_optimizer_state_dict(unwrap(model), optimizer, options=_WHOLE) if optimizer.state else None
-    training = {**training, "optimizer": optimizer_state, "adapter": adapter_state(base)}
-    if background and distributed.rank() == 0:
-        weights, training = copy.deepcopy((weights, training))  # the next step changes them
-
-    def fill(partial: Path) -> None:
-        _fill_model(partial, base, weights, thought_map, tokenizer, facts)
-        write_weights(partial / STEP_DECODER, step_decoder)
-        torch.save(training, partial / STATE)
-
-    return fill
-
-
-def _begin_shards(
-    begun: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    tokenizer: PreTrainedTokenizerBase,
-    facts: Facts,
-    training: dict[str, Any],
-    writer: Writer,
-) -> tuple[Callable[[Path], None], Future | None]:
-    """Write this process's tensors; what writes the rest in rank 0, and what to wait for in the background."""
-    base = unwrap(model).base_causallm
-    thought_map = whole_map(unwrap(model))
-    tensors: dict[str, Any] = {"model": _named_weights(get_model_state_dict(unwrap(model)))}
-    training = {**training, "optimizer": None, "adapter": None}
-    if optimizer.state:
-        training["optimizer"] = get_optimizer_state_dict(unwrap(model), optimizer)
-        tensors["optimizer"] = training["optimizer"].pop("state")
-    shards, failure = None, None
-    try:
-        shards = write_shards(begun / SHARDS, tensors, writer.group)
-    except OSError as error:
-        failure = error
-
-    def fill(partial: Path) -> None:
-        if failure is not None:
-            raise failure
-        if shards is not None:
-            wait_for(shards)
-        _fill_model(partial, base, None, thought_map, tokenizer, facts, with_weights=False)
-        torch.save(training, partial / STATE)
-
-    return fill, shards
-
-
 def _fill_model(
     partial: Path,
     base: PreTrainedModel,
     weights: dict[str, Any] | None,
-    thought_map: dict[str, torch.Tensor],
+    beside: dict[str, dict[str, torch.Tensor]],
     tokenizer: PreTrainedTokenizerBase,
     facts: Facts,
-    with_weights: bool = True,
+    training: dict[str, Any] | None,
 ) -> None:
-    """Everything of a checkpoint but the training state; `weights` None are the base model's own."""
-    if with_weights:
-        base.save_pretrained(partial, state_dict=weights)
-    else:
+    """Write the files of a checkpoint. `weights` None: they are in shards. beside: as `weights_beside` gives it."""
+    if weights is None:
         base.config.save_pretrained(partial)
-    write_map(partial, thought_map)
+    else:
+        base.save_pretrained(partial, state_dict=weights)
+    for name, tensors in beside.items():
+        if tensors:  # most thought maps have none
+            save_file(tensors, partial / name)
     tokenizer.save_pretrained(partial)
     _portable_tokenizer(partial / "tokenizer_config.json")
     (partial / FACTS).write_text(json.dumps(asdict(facts), indent=1) + "\n", encoding="utf-8")
+    if training is not None:
+        torch.save(training, partial / STATE)
 
 
-def _plain_weights(model: nn.Module) -> dict[str, Any]:
-    """The whole state dict of the base model on the CPU, LoRA merged."""
-    base = unwrap(model).base_causallm
-    if is_adapted(base):
-        return merged_weights(base)
-    return _named_weights(get_model_state_dict(unwrap(model), options=_WHOLE))
-
-
-def _named_weights(state: dict[str, Any]) -> dict[str, Any]:
-    """Those of the base model, by its own names."""
+def _base_weights(model: Coconut, options: StateDictOptions) -> dict[str, Any]:
+    """The state dict of the base model by its own names, LoRA merged."""
+    if is_adapted(model.base_causallm):
+        return merged_weights(model.base_causallm)
+    state = get_model_state_dict(model, options=options)
     return {key.removeprefix(BASE): value for key, value in state.items() if key.startswith(BASE)}
 
 
@@ -211,9 +146,6 @@ def _portable_tokenizer(path: Path) -> None:
         path.write_text(json.dumps({**values, "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2), encoding="utf-8")
 
 
-# --- resuming ---
-
-
 def restore(directory: Path, loaded: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """LoRA weights, optimizer and random number generators as they were; `loaded` is what `read_training_state` gave.
 
@@ -222,17 +154,17 @@ def restore(directory: Path, loaded: dict[str, Any], model: nn.Module, optimizer
     inner = unwrap(model)
     load_adapter_state(inner.base_causallm, loaded["adapter"])
     if is_adapted(inner.base_causallm):  # which was loaded from where the run began; elsewhere all of it came with the weights
-        fill_map(inner.thought_map, read_map(directory), str(directory / THOUGHT_MAP))
+        copy_weights(inner.thought_map.state_dict(), read_map(directory), str(directory / THOUGHT_MAP))
         fill_step_decoder(inner, directory)
     if loaded["optimizer"] is None:
         pass  # it had not stepped yet
     elif (directory / SHARDS).is_dir():
-        own = get_optimizer_state_dict(unwrap(model), optimizer)
+        own = get_optimizer_state_dict(inner, optimizer)
         read_shards(directory / SHARDS, {"optimizer": own["state"]})
-        set_optimizer_state_dict(unwrap(model), optimizer, {**loaded["optimizer"], "state": own["state"]})
+        set_optimizer_state_dict(inner, optimizer, {**loaded["optimizer"], "state": own["state"]})
     else:
-        _check_shapes(directory, loaded["optimizer"]["state"], model)
-        set_optimizer_state_dict(unwrap(model), optimizer, loaded["optimizer"], options=_WHOLE)
+        _check_shapes(directory, loaded["optimizer"]["state"], inner)
+        set_optimizer_state_dict(inner, optimizer, loaded["optimizer"], options=_WHOLE)
     if len(loaded["rng"]) == distributed.world_size():
         _set_rng_state(loaded["rng"][distributed.rank()])
     else:
@@ -244,7 +176,7 @@ def restore(directory: Path, loaded: dict[str, Any], model: nn.Module, optimizer
 
 def _check_shapes(directory: Path, state: dict[str, dict[str, torch.Tensor]], model: nn.Module) -> None:
     """Raise UserError if AdamW's averages have other shapes than the parameters: a fused step would write past their end."""
-    parameters = cast("dict[str, torch.Tensor]", get_model_state_dict(unwrap(model)))
+    parameters = cast("dict[str, torch.Tensor]", get_model_state_dict(model))
     for name, moments in state.items():
         for quantity, value in moments.items():
             wanted = None if name not in parameters else torch.Size() if quantity == "step" else parameters[name].shape
@@ -273,14 +205,18 @@ def _set_rng_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-# --- converting published single-file checkpoints ---
-
-
-def write_model(target: Path, model: Coconut, tokenizer: PreTrainedTokenizerBase, facts: Facts) -> None:
-    """A checkpoint directory without a training state. Raises CheckpointError if `target` is there already."""
+def write_model(
+    target: Path,
+    base: PreTrainedModel,
+    beside: dict[str, dict[str, torch.Tensor]],
+    tokenizer: PreTrainedTokenizerBase,
+    facts: Facts,
+    training: dict[str, Any] | None = None,
+) -> None:
+    """A checkpoint directory of a whole model. Raises CheckpointError if `target` is there already."""
     check_absent(target)
-    base, thought_map = model.base_causallm, whole_map(model)
-    write_directory(target, lambda partial: _fill_model(partial, base, None, thought_map, tokenizer, facts))
+    weights = base.state_dict()
+    write_directory(target, lambda partial: _fill_model(partial, base, weights, beside, tokenizer, facts, training))
 
 
 def check_absent(target: Path) -> None:
@@ -290,12 +226,7 @@ def check_absent(target: Path) -> None:
 
 def id_facts(ids: LatentIds) -> dict[str, Any]:
     """The entries of `Facts` for token ids."""
-    return {
-        "start_latent_id": ids.start,
-        "end_latent_id": ids.end,
-        "latent_token_id": ids.latent,
-        "eos_token_id": ids.eos,
-    }
+    return {"start_latent_id": ids.start, "end_latent_id": ids.end, "latent_token_id": ids.latent, "eos_token_id": ids.eos}
 
 
 if __name__ == "__main__":

@@ -1,8 +1,4 @@
-"""Checkpoint directories of other forms: a published state dict in one file, or a sharded checkpoint.
-
-python -m systems.checkpoint convert FILE DIRECTORY --stage 4 --c-thought 2 --max-latent-stage 3
-python -m systems.checkpoint consolidate checkpoints/NAME DIRECTORY
-"""
+"""Checkpoint directories of other forms: a published state dict in one file, or a sharded checkpoint."""
 
 from __future__ import annotations
 
@@ -11,7 +7,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from safetensors.torch import save_file
 from transformers import AutoConfig
@@ -19,18 +14,14 @@ from transformers import AutoConfig
 from config import RunConfig
 from methods import METHODS
 from systems.arguments import Parser
-from systems.checkpoint import _fill_model, check_absent, id_facts, write_model
+from systems.checkpoint import check_absent, id_facts, write_model
 from systems.codi_format import is_codi, plain_state
 from systems.files import FACTS, STATE, Facts, read_facts, read_training_state
 from systems.models import build_model, from_shards, latent_ids, load_tokenizer
 from systems.shards import SHARDS, whole_tensors
 from systems.sources import check_whole, load_run_tokenizer, resolve_paths
-from systems.storage import (
-    CheckpointError,
-    newest_whole,
-    write_directory,
-)
-from systems.weights import read_map, read_state_dict
+from systems.storage import CheckpointError, newest_whole
+from systems.weights import THOUGHT_MAP, read_map, read_state_dict, weights_beside
 from utils import UserError, entry_point, get_logger
 
 EXAMPLES = (
@@ -77,14 +68,9 @@ def convert(source: Path, target: Path, model_id: str, facts: dict[str, Any], lo
 
     A file of CODI's form (`systems.codi_format`) is turned into a plain one first.
 
-    Args:
-        facts: the entries of `Facts` that such a file does not know: method, stage, c_thought, max_latent_stage,
-            pad_latent_to_max, epoch, thought_map.
-        lora_alpha: of LoRA weights in the file.
-
-    Raises:
-        UserError: no such file, not a state dict, one that does not fit the model, facts that contradict each other, or
-            `target` is there already.
+    facts: the entries of `Facts` that such a file does not know: method, stage, c_thought, max_latent_stage,
+    pad_latent_to_max, epoch, thought_map. lora_alpha: of LoRA weights in the file.
+    Raises UserError if there is no such file, it is no state dict or does not fit the model, or `target` is there already.
     """
     check_absent(target)
     method, stage = facts["method"], facts["stage"]
@@ -102,8 +88,6 @@ def convert(source: Path, target: Path, model_id: str, facts: dict[str, Any], lo
     if stage > last:
         hint = f", as max-latent-stage is {last - 1}" if last else ""
         raise UserError(f"--stage {stage}: the last stage of method {method} is {last}{hint}")
-    if METHODS[method].markers and stage and not facts["c_thought"]:
-        raise UserError(f"--c-thought 0 leaves stage {stage} of {method} without thoughts: set at least 1")
     if not source.is_file():
         raise CheckpointError(f"{source}: no such file; a state dict in one file is needed")
     tokenizer = load_run_tokenizer(resolve_paths(config))
@@ -116,7 +100,7 @@ def convert(source: Path, target: Path, model_id: str, facts: dict[str, Any], lo
             config = config.model_copy(update={"load_model_path": str(plain)})
         model = build_model(config, tokenizer, ids)
     known = Facts(accuracy=None, **id_facts(ids), **facts)
-    write_model(target, model, tokenizer, known)
+    write_model(target, model.base_causallm, weights_beside(model), tokenizer, known)
     get_logger().info(f"{target}: {known.method}, stage {known.stage}; load it with load_model_path={target}")
 
 
@@ -139,13 +123,7 @@ def consolidate(source: Path, target: Path) -> None:
             parameter, _, quantity = name.rpartition(".")
             state.setdefault(parameter, {})[quantity] = value
         training["optimizer"]["state"] = state
-
-    def fill(partial: Path) -> None:
-        _fill_model(partial, base, None, read_map(source), tokenizer, facts)
-        if training is not None:
-            torch.save(training, partial / STATE)
-
-    write_directory(target, fill)
+    write_model(target, base, {THOUGHT_MAP: read_map(source)}, tokenizer, facts, training)
     get_logger().info(f"{target}: {source} with whole files")
 
 

@@ -11,7 +11,6 @@ import functools
 import importlib
 import inspect
 import os
-import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -114,11 +113,6 @@ def barrier() -> None:
         dist.barrier()
 
 
-def cpu_group() -> Any:
-    """A further process group over gloo, for threads that must not meet the main one's collectives; None without processes."""
-    return dist.new_group(backend="gloo") if dist.is_initialized() else None
-
-
 @contextlib.contextmanager
 def first_on_each_node() -> Iterator[None]:
     """One process of each node runs the block, then the others of the node: they find in files what it has made.
@@ -133,24 +127,6 @@ def first_on_each_node() -> Iterator[None]:
     finally:
         if first:
             barrier()
-
-
-def run_on_each_node(action: Callable[[], Any]) -> list[tuple[str, Any]]:
-    """The name of each node with the result of `action` in its first process, in the order of ranks, for all processes.
-
-    A UserError of one node is raised by every process, so that none waits for it; it names the node where there are several.
-    """
-    outcome: Any = None
-    if local_rank() == 0:
-        try:
-            outcome = (socket.gethostname(), action())
-        except UserError as error:
-            outcome = (socket.gethostname(), error)
-    nodes = [found for found in gather_objects(outcome) if found is not None]
-    for host, result in nodes:
-        if isinstance(result, UserError):
-            raise result if len(nodes) == 1 else UserError(f"node {host}: {result}")
-    return nodes
 
 
 def run_on_main(action: Callable[[], Any]) -> Any:
@@ -222,8 +198,7 @@ def _compile(model: Coconut, recompute: bool) -> None:
     Of itself the compiler stops at eight graphs of a function. These are eight, and sizes that are equal make one more.
     """
     config: Any = torch._dynamo.config
-    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # older versions
-    setattr(config, limit, max(GRAPHS, getattr(config, limit)))
+    config.cache_size_limit = max(GRAPHS, config.cache_size_limit)  # of recompile_limit the older name, which all versions know
     functorch = cast("Any", importlib.import_module("torch._functorch.config"))
     functorch.activation_memory_budget = 0.0 if recompute else 1.0
     model.decoder.compile(dynamic=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, InstanceOf, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from config import MOST_EPOCHS, MethodName
 from methods import ALL_TOKENS, METHODS, MOST_THOUGHTS
@@ -31,7 +31,6 @@ Kind = TypeVar("Kind")
 Count = Annotated[int, Field(ge=0)]
 TokenId = Annotated[int, Field(ge=0, le=LARGEST)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Tensor = InstanceOf[torch.Tensor]
 
 
 @dataclass
@@ -63,9 +62,9 @@ class Facts:
     @classmethod
     def _before_thought_maps(cls, values: Any) -> Any:
         """Older checkpoints name a layer in place of the map; it was always the last."""
-        return (
-            {key: value for key, value in values.items() if key != "hidden_layer_idx"} if isinstance(values, dict) else values
-        )
+        if isinstance(values, dict):
+            values.pop("hidden_layer_idx", None)
+        return values
 
 
 @dataclass
@@ -99,38 +98,13 @@ class TrainingState:
         self.epoch_loss, self.epoch_parts, self.epoch_seconds, self.epoch_tokens, self.epoch_positions = 0.0, {}, 0.0, 0, 0
 
 
-class _RandomState(BaseModel):
-    python: tuple[int, tuple[int, ...], float | None]
-    numpy: tuple[str, list[int], int, int, float]
-    torch: Tensor
-    cuda: Tensor | None
-
-
-class _Moments(BaseModel):
-    """What AdamW keeps of one parameter; the averages have its shape."""
-
-    step: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-
-
-class _Groups(BaseModel):
-    param_groups: list[dict[str, Any]]
-    state: dict[str, _Moments] = {}  # in shards, it stands there
-
-
-class _Adapter(BaseModel):
-    weights: dict[str, Tensor]
-    adapted_from: Any  # compared with what it is now
-
-
 class _Saved(BaseModel):
-    """training_state.pt."""
+    """training_state.pt. `checkpoint.restore` compares tensors with those of the model."""
 
     state: TrainingState
-    rng: Annotated[list[_RandomState], Field(min_length=1)]
-    optimizer: _Groups | None
-    adapter: _Adapter | None = None
+    rng: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    optimizer: dict[str, Any] | None
+    adapter: dict[str, Any] | None = None
 
 
 class FileEntry(BaseModel):
@@ -203,7 +177,7 @@ def read_training_state(directory: Path, mmap: bool = False) -> dict[str, Any]:
             raise ValueError("not whole, or not written by torch.save")
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # a damaged file can raise anything from zipfile, pickle or torch
-        raise _damaged(path, (str(error).strip() or type(error).__name__).splitlines()[0]) from None
+        raise _damaged(path, first_line(error)) from None
     try:
         state = _adapter(_Saved).validate_python(loaded).state
     except ValidationError as error:
@@ -233,6 +207,11 @@ def _parsed(path: Path, kind: type[Kind], content: bytes) -> Kind:
 @functools.cache
 def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
+
+
+def first_line(error: BaseException) -> str:
+    """What a library says, which may be pages, or nothing but the kind of error."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _damaged(path: Path, reason: str) -> UserError:

@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from utils import UserError, get_logger
 
@@ -54,23 +55,19 @@ def add_adapters(base: PreTrainedModel, config: Lora, new_tokens: Sequence[int])
         target_modules=config.lora_target_modules or "all-linear",
         trainable_token_indices=cast("Any", _token_rows(base, new_tokens)),
     )
-    linear = sorted({name.rsplit(".", 1)[-1] for name, module in base.named_modules() if _is_linear(module)})
+    linear = [name.rpartition(".")[2] for name, module in base.named_modules() if isinstance(module, nn.Linear | Conv1D)]
     base.requires_grad_(False)
     try:
         inject_adapter_in_model(settings, base, ADAPTER)
     except (ValueError, re.error) as error:
         raise UserError(
             f"lora_target_modules: {config.lora_target_modules} fits no module of the model; its linear modules are "
-            f"{', '.join(linear)} ({str(error).split('. ')[0]})"
+            f"{', '.join(sorted(set(linear)))} ({str(error).split('. ')[0]})"
         ) from None
     base.adapted_from = fingerprint  # type: ignore[assignment]
     trained = sum(parameter.numel() for parameter in adapter_weights(base).values())
     total = sum(parameter.numel() for parameter in base.parameters())
     get_logger().info(f"LoRA of rank {rank}: {trained:,} trainable parameters of {total:,} ({trained / total:.2%})")
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"  # GPT-2's
 
 
 def _token_rows(base: PreTrainedModel, new_tokens: Sequence[int]) -> dict[str, list[int]] | None:

@@ -23,7 +23,6 @@ def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
 
     device: the name of the GPU; or of the CPU, in brackets those of its instructions that torch uses: results differ by them.
     processes, and threads of each. versions: of torch, transformers, numpy.
-    git_commit: as the function of that name gives it.
     """
     return {
         "device": f"{processor()} ({CAPABILITY})" if torch.device(device).type == "cpu" else torch.cuda.get_device_name(device),

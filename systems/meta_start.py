@@ -33,16 +33,12 @@ def build(make: Callable[[], Coconut], sharded: bool) -> tuple[Coconut, Coconut 
 
     def described() -> bytes:
         whole.append(make())
-        return _without_values(whole[0])
+        content = io.BytesIO()
+        _Describer(content).dump(whole[0])
+        return content.getvalue()
 
     description = distributed.run_on_main(described)
     return pickle.loads(description), whole[0] if whole else None
-
-
-def _without_values(model: Coconut) -> bytes:
-    content = io.BytesIO()
-    _Describer(content).dump(model)
-    return content.getvalue()
 
 
 # transformers hooks what returns hidden states when they are first asked for; such hooks cannot be sent, and are made anew.

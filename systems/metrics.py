@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import math
 import os
@@ -67,18 +69,14 @@ class Reporter:
         if not self.active:
             return
         if self.path is not None and self.failure is None:
-            self._append(self.path, {"kind": kind, **values})
+            try:
+                append_jsonl(self.path, {"kind": kind, **values})
+                self.rows += 1
+            except UserError as error:
+                self.failure = error
         if self.wandb is not None:
             numbers = {f"{kind}/{key}": value for key, value in values.items() if isinstance(value, (int, float))}
             self.wandb.log(numbers, step=values["step"])
-
-    def _append(self, path: Path, row: dict[str, Any]) -> None:
-        try:
-            append_jsonl(path, row)
-        except UserError as error:
-            self.failure = error
-        else:
-            self.rows += 1
 
     def flush(self) -> None:
         """Make the rows so far outlast a power failure. Raises UserError if one could not be written."""
@@ -95,10 +93,9 @@ class Reporter:
         import wandb
 
         table = wandb.Table(columns=["row", "token id", "label", "text"])
-        for number, (ids, labels, mask) in enumerate(
-            zip(batch["input_ids"].tolist(), batch["labels"].tolist(), batch["attention_mask"].tolist(), strict=True)
-        ):
-            for token, label, real in zip(ids, labels, mask, strict=True):
+        columns = (batch[key].tolist() for key in ("input_ids", "labels", "attention_mask"))
+        for number, row in enumerate(zip(*columns, strict=True)):
+            for token, label, real in zip(*row, strict=True):
                 if real:
                     table.add_data(number, token, label, tokenizer.decode([token]))
         self.wandb.log({f"first batch of epoch {epoch}": table}, step=step)
@@ -135,9 +132,6 @@ def start_wandb(project: str, name: str | None, mode: str, **more: Any) -> Any:
     return wandb.init(project=project, name=name, mode=cast("Literal['online', 'offline']", mode), **more)
 
 
-# --- tables ---
-
-
 class _Console(Console):
     def on_broken_pipe(self) -> None:  # rich would end the process with exit code 1
         raise BrokenPipeError
@@ -155,33 +149,20 @@ def show(table: Table) -> None:
 
 def schedule_table(curriculum: Curriculum, samples: Samples, epochs: range, steps_per_epoch: int) -> Table:
     """Which epochs are which stage, how many latents each has, how many optimizer steps. epochs: those to come, from 0."""
-    sizes = (samples.world_size, samples.config.batch_size_training, samples.config.gradient_accumulation_steps)
-    table = Table(
-        title=f"{curriculum.method}: {len(samples.dataset):,} examples, global batch {samples.per_step} "
-        "({} x {} x {} accumulated)".format(*sizes),
-        title_justify="left",
-    )
+    config = samples.config
+    sizes = f"{samples.world_size} x {config.batch_size_training} x {config.gradient_accumulation_steps} accumulated"
+    title = f"{curriculum.method}: {len(samples.dataset):,} examples, global batch {samples.per_step} ({sizes})"
+    table = Table(title=title, title_justify="left")
     for column in ("stage", "epochs", "steps removed", "latent tokens", "optimizer steps"):
         table.add_column(column, justify="right")
-    for stage, first, last in _stages(curriculum, epochs):
+    for stage, group in itertools.groupby(epochs, key=functools.partial(scheduled_stage, curriculum)):
+        numbers = [epoch + 1 for epoch in group]
         latents, removed, tokens = stage_shape(curriculum, stage, 1000)
         gone = "all" if removed == 1000 or tokens == ALL_TOKENS else f"{tokens} tokens" if tokens else str(removed)
         most = "" if curriculum.pad_latent_to_max or not latents else "at most "
-        these = f"{first + 1}-{last + 1}" if last > first else str(first + 1)
-        table.add_row(str(stage), these, gone, f"{most}{latents}", f"{(last - first + 1) * steps_per_epoch:,}")
+        these = f"{numbers[0]}-{numbers[-1]}" if len(numbers) > 1 else str(numbers[0])
+        table.add_row(str(stage), these, gone, f"{most}{latents}", f"{len(numbers) * steps_per_epoch:,}")
     return table
-
-
-def _stages(curriculum: Curriculum, epochs: range) -> list[tuple[int, int, int]]:
-    """(stage, first epoch, last epoch) from 0; stages that look alike, past max_latent_stage, are one row."""
-    rows: list[tuple[int, int, int]] = []
-    for epoch in epochs:
-        stage = scheduled_stage(curriculum, epoch)
-        if rows and rows[-1][0] == stage:
-            rows[-1] = (stage, rows[-1][1], epoch)
-        else:
-            rows.append((stage, epoch, epoch))
-    return rows
 
 
 def epoch_table(rows: list[dict[str, Any]]) -> Table:
@@ -216,15 +197,11 @@ def save_predictions(config: Outputs, epoch: int, predictions: Sequence[Predicti
 def save_nonfinite(config: Outputs, facts: dict[str, Any], processes: list[list[dict[str, Any]]]) -> str:
     """nonfinite_step_<n>.json: of what an optimizer step was made whose loss or gradients are not finite; for all processes.
 
-    Args:
-        facts: of the step, with train_path.
-        processes: of each process its micro-batches: {"loss", "labelled_tokens", "questions"}.
-
-    Returns:
-        Words that say where it is, or why it is not there; with debug, which saves nothing, the questions.
+    facts: of the step. processes: of each process its micro-batches: {"loss", "labelled_tokens", "questions"}.
+    Returns words that say where the file is, or why it is not there.
     """
     if config.debug:
-        return f"its questions, counted from 0 in {facts['train_path']}: {', '.join(map(str, _suspects(processes)))}"
+        return "with debug: False a file would say of which questions it was made"
     path = config.save_dir / f"nonfinite_step_{facts['step']}.json"
     ranks = [{"rank": rank, "micro_batches": batches} for rank, batches in enumerate(processes)]
     record = {**facts, "questions_are": "indices of records in train_path, from 0", "processes": ranks}
@@ -234,13 +211,6 @@ def save_nonfinite(config: Outputs, facts: dict[str, Any], processes: list[list[
     except UserError as error:  # what it should tell of is the worse problem
         return str(error)
     return f"its questions are in {path}"
-
-
-def _suspects(processes: list[list[dict[str, Any]]]) -> list[int]:
-    """The questions of the micro-batches whose own loss is not finite; all where that is so for the gradients alone."""
-    batches = [batch for process in processes for batch in process]
-    bad = [batch for batch in batches if not math.isfinite(batch["loss"])]
-    return [question for batch in bad or batches for question in batch["questions"]]
 
 
 def strict(value: Any) -> Any:

@@ -16,6 +16,7 @@ from transformers.activations import NewGELUActivation
 from coconut import Coconut
 from config import RunConfig
 from methods import END_LATENT, LATENT, METHODS, PAUSE, START_LATENT
+from systems.files import first_line
 from systems.lora import Lora, add_adapters
 from systems.shards import SHARDS, read_shards
 from systems.weights import (
@@ -23,7 +24,6 @@ from systems.weights import (
     check_weights,
     embedding_weight,
     fill_step_decoder,
-    first_line,
     load_state_dict_file,
     thought_map_of,
 )
@@ -46,9 +46,7 @@ class LatentIds(NamedTuple):
 
 
 def load_tokenizer(source: str, gguf_file: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a hub id, a local directory, or a GGUF file there.
-
-    trust_remote_code: run code that comes with it.
+    """The tokenizer of a hub id, a local directory, or a GGUF file there. trust_remote_code: run code that comes with it.
 
     Raises UserError if there is none, none with an EOS token, one that knows no text, or one that is not to be trusted.
     """
@@ -57,10 +55,9 @@ def load_tokenizer(source: str, gguf_file: str | None = None, trust_remote_code:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **_options(gguf_file, trust_remote_code))
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, TypeError, ... for what it cannot read
-        _refuse_own_code(source, error, trust_remote_code)
         if (Path(source) / "config.json").is_file():
             _config_of(source, None, trust_remote_code)  # a vision model has no tokenizer either, and that says more
-        raise UserError(f"{_place(source, gguf_file)}: no tokenizer could be loaded: {first_line(error)}") from None
+        raise _unloadable("tokenizer", source, gguf_file, trust_remote_code, error) from None
     if not tokenizer("a", add_special_tokens=False)["input_ids"]:
         raise UserError(f"{source}: no tokenizer could be loaded: the one there knows no text; are its files missing?")
     if tokenizer.eos_token_id is None:
@@ -82,10 +79,11 @@ def _options(gguf_file: str | None, trust_remote_code: bool) -> dict[str, Any]:
     return {"trust_remote_code": trust_remote_code, **({"gguf_file": gguf_file} if gguf_file is not None else {})}
 
 
-def _refuse_own_code(source: str, error: Exception, trust_remote_code: bool) -> None:
-    """Raise UserError if this is how transformers says that a model's own code would have to be run."""
+def _unloadable(what: str, source: str, gguf_file: str | None, trust_remote_code: bool, error: Exception) -> UserError:
+    """What is said where transformers cannot load something, or not without running code that comes with it."""
     if not trust_remote_code and "trust_remote_code" in str(error):
-        raise UserError(_OWN_CODE.format(source)) from None
+        return UserError(_OWN_CODE.format(source))
+    return UserError(f"{_place(source, gguf_file)}: no {what} could be loaded: {first_line(error)}")
 
 
 def latent_ids(tokenizer: PreTrainedTokenizerBase, method: str | None) -> LatentIds:
@@ -111,12 +109,8 @@ def build_model(
 ) -> Coconut:
     """The base model that the configuration names, with rows for the markers, inside a Coconut.
 
-    It is on the CPU; with a device_map ("auto") where accelerate puts its layers.
-
-    Raises UserError with one line if it cannot be loaded or used.
+    It is on the CPU; with a device_map ("auto") where accelerate puts its layers. Raises UserError if it cannot be used.
     """
-    if config.attn_implementation == "flex_attention" and not config.only_eval and not torch.cuda.is_available():
-        raise UserError("attn_implementation: flex_attention: PyTorch cannot train with it on a CPU; use sdpa or eager")
     markers = METHODS[str(config.method)].markers
     source = config.load_model_path or config.model_id
     base = _base_model(config, tokenizer, markers, dtype, device_map)
@@ -148,11 +142,7 @@ def fuse_activations(base: PreTrainedModel) -> None:
 
 
 def _base_model(
-    config: RunConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    markers: Sequence[str],
-    dtype: torch.dtype,
-    device_map: str | None,
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, markers: Sequence[str], dtype: torch.dtype, device_map: str | None
 ) -> PreTrainedModel:
     path = config.load_model_path
     if config.from_scratch:
@@ -235,9 +225,7 @@ def _pretrained(config: RunConfig, source: str, dtype: torch.dtype, device_map: 
         if gguf_file is not None:
             base = _plain_model(base, config, dtype)
     except Exception as error:  # as in load_tokenizer
-        _refuse_own_code(source, error, config.trust_remote_code)
-        place = _place(source, gguf_file)
-        raise UserError(f"{place}: no causal language model could be loaded: {first_line(error)}") from None
+        raise _unloadable("causal language model", source, gguf_file, config.trust_remote_code, error) from None
     shapes = [one if isinstance(one, str) else one[0] for one in info["mismatched_keys"]]  # from version 5 on with the shapes
     check_weights(_place(source, gguf_file), [*info["missing_keys"]], [*info["unexpected_keys"]], shapes)
     _own_weights(base)
@@ -283,8 +271,7 @@ def _config_of(source: str, gguf_file: str | None = None, trust_remote_code: boo
     try:
         found = AutoConfig.from_pretrained(source, **_options(gguf_file, trust_remote_code))
     except Exception as error:  # as in load_tokenizer
-        _refuse_own_code(source, error, trust_remote_code)
-        raise UserError(f"{_place(source, gguf_file)}: no model configuration could be loaded: {first_line(error)}") from None
+        raise _unloadable("model configuration", source, gguf_file, trust_remote_code, error) from None
     if type(found) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         return found
     if "AutoModelForCausalLM" not in (getattr(found, "auto_map", None) or {}):
@@ -296,14 +283,14 @@ def _config_of(source: str, gguf_file: str | None = None, trust_remote_code: boo
 
 @torch.no_grad()
 def verify_projection(model: Coconut) -> None:
-    """Raise ValueError if `project` of what the decoder makes of embeddings is not what the base model makes of tokens."""
+    """Raise ValueError if decoder and `project` make other logits of embeddings than the base model of their tokens.
+
+    The model must be in evaluation mode: dropout would look like a difference.
+    """
     token = torch.tensor([[model.eos_token_id]], device=model.embedding.weight.device)
-    was_training = model.base_causallm.training
-    model.base_causallm.eval()  # without dropout
     expected = model.base_causallm(input_ids=token, attention_mask=torch.ones_like(token)).logits
     embeds = model.embedding(token)
     actual = model.project(model.decoder(inputs_embeds=embeds, attention_mask=torch.ones_like(token)).last_hidden_state)
-    model.base_causallm.train(was_training)
     if not torch.allclose(actual.float(), expected.float(), rtol=1e-2, atol=1e-3):
         family = model.base_causallm.config.model_type
         raise ValueError(
@@ -376,7 +363,6 @@ def initialise_markers(
 
     like: None is "<<", or the mean embedding where that is no token. Rows of markers that a checkpoint already has stay as
     they are. Embeddings that are padded beyond the tokenizer are never shrunk.
-
     Raises UserError if the tokenizer has other tokens for text, or no token `like`.
     """
     there = getattr(base.config, "coconut_markers", None) or []

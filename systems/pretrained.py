@@ -20,6 +20,7 @@ from systems.files import Facts, read_facts
 from systems.last_layer import skip_unread_states
 from systems.models import LatentIds, build_model, latent_ids
 from systems.tokens import check_known, question_ids
+from systems.weights import weights_beside
 from utils import UserError
 
 
@@ -58,7 +59,7 @@ def save(model: Coconut, directory: Path) -> None:
     """See `Coconut.save_pretrained`. The thought map is the model's own, which may have been changed since it was loaded."""
     trained = _trained(model)
     facts = replace(trained.facts, thought_map=model.thought_map.setting)
-    checkpoint.write_model(directory, model, trained.tokenizer, facts)
+    checkpoint.write_model(directory, model.base_causallm, weights_beside(model), trained.tokenizer, facts)
 
 
 def answer(model: Coconut, question: str, max_new_tokens: int, latents: EvalLatents) -> tuple[str, Tensor]:

@@ -21,26 +21,28 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.api import CheckpointException
 
+from systems.files import first_line
 from utils import UserError
 
 SHARDS = "shards"
 PLAIN = {("pathlib", "PosixPath"), ("pathlib", "WindowsPath"), ("collections", "OrderedDict"), ("torch", "Size")}
 
 
-def write_shards(directory: Path, tensors: dict[str, Any], background: dist.ProcessGroup | None = None) -> Future | None:
-    """Write nested dictionaries of tensors; called by all processes.
+def write_shards(directory: Path, tensors: dict[str, Any], background: dist.ProcessGroup | None = None) -> Future:
+    """Write nested dictionaries of tensors; called by all processes. Returns what `wait_for` waits for.
 
-    background: a gloo group of its own for a write that goes on in a thread; the tensors may then change at once. Returns
-    what `wait_for` waits for. Raises OSError if a process cannot write.
+    background: a gloo group of its own for a write that goes on in a thread; the tensors may then change at once.
     """
     if background is not None:
         return cast("Future", dcp.async_save(tensors, checkpoint_id=directory, process_group=background))
+    written: Future = Future()
     try:
         with _quiet():
             dcp.save(tensors, checkpoint_id=directory)
-    except CheckpointException as error:
-        raise OSError(_reason(error)) from None
-    return None
+        written.set_result(None)
+    except (CheckpointException, OSError) as error:
+        written.set_exception(error)
+    return written
 
 
 def wait_for(written: Future) -> None:
@@ -54,7 +56,7 @@ def wait_for(written: Future) -> None:
 def _reason(error: CheckpointException) -> str:
     """What went wrong in the first process that failed."""
     first, _ = error.failures[min(error.failures)]
-    return str(first).strip().split("\n")[0] or type(first).__name__
+    return first_line(first)
 
 
 def read_shards(directory: Path, tensors: dict[str, Any], together: bool = True) -> None:
@@ -71,7 +73,7 @@ def read_shards(directory: Path, tensors: dict[str, Any], together: bool = True)
     except CheckpointException as error:
         raise UserError(f"{directory}: cannot be read: {_reason(error)}") from None
     except Exception as error:  # damaged files raise anything from pickle, torch or zipfile
-        raise UserError(f"{directory}: cannot be read: {str(error).strip().splitlines()[0]}") from None
+        raise UserError(f"{directory}: cannot be read: {first_line(error)}") from None
 
 
 def whole_tensors(directory: Path, part: str) -> dict[str, Any]:

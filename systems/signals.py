@@ -45,19 +45,16 @@ class Preempted(BaseException):
 @contextlib.contextmanager
 def preemptible() -> Iterator[None]:
     """SIGTERM, SIGUSR1 (SLURM) and Ctrl-C end the run at once: what is not saved yet is computed again."""
-
     stopped = False
 
     def stop(number: int, _frame: object) -> None:
         nonlocal stopped
         stopped = True
-        for each in before:  # SLURM sends it to every process, and a script may pass it on once more
+        for each in STOP_SIGNALS:  # SLURM sends it to every process, and a script may pass it on once more
             signal.signal(each, signal.SIG_IGN)
         raise Preempted(signal.Signals(number).name)
 
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    for number in before:
-        signal.signal(number, stop)
+    before = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
     try:
         yield
     finally:

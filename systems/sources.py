@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -11,17 +13,10 @@ from methods import END_LATENT, LATENT, METHODS, START_LATENT, scheduled_stage
 from systems import distributed
 from systems.files import FACTS, MANIFEST, STATE, read_facts, read_training_state
 from systems.models import gguf_of, load_tokenizer
-from systems.storage import (
-    CheckpointError,
-    manifest_problem,
-    newest_whole,
-    sha256,
-)
+from systems.storage import CheckpointError, manifest_problem, newest_whole, sha256
 from utils import UserError, check_regular, get_logger, no_such_file
 
 BEST = "@best"  # after a run's directory
-
-
 # Of Facts: what the weights were trained for.
 MODEL_KEYS = ("method", "thought_map", "latent_mode", "jacobi_iterations", "attend_padding")
 TRAINED_WITH = (*MODEL_KEYS, "c_thought", "max_latent_stage", "pad_latent_to_max", "chat_template")
@@ -30,11 +25,8 @@ TRAINED_WITH = (*MODEL_KEYS, "c_thought", "max_latent_stage", "pad_latent_to_max
 def newest_for(config: RunConfig, data: dict[str, str]) -> Path | None:
     """The checkpoint from which a rerun of the same command goes on; None if there is none yet.
 
-    Args:
-        data: what `data_hashes` gives now.
-
-    Raises:
-        CheckpointError: it is of another method, the data changed since (unless allow_changed_data), or none is whole.
+    data: what `data_hashes` gives now. Raises CheckpointError if it is of another method, the data changed since (unless
+    allow_changed_data), or none is whole.
     """
     newest = None if config.debug else newest_whole(config.save_dir)
     facts = None if newest is None else read_facts(newest)
@@ -70,9 +62,21 @@ def data_hashes(config: RunConfig) -> dict[str, str]:
 
 
 def agreed_hashes(config: RunConfig) -> dict[str, str]:
-    """`data_hashes`, the same on all nodes; called by all processes. Raises UserError on all of them if one node differs."""
-    (first, expected), *others = distributed.run_on_each_node(lambda: data_hashes(config))
-    for host, hashes in others:
+    """`data_hashes`, the same on all nodes; called by all processes.
+
+    Raises UserError on all of them, so that none waits, if a node cannot read a file or has another one.
+    """
+    own: Any = None
+    if distributed.local_rank() == 0:
+        try:
+            own = (socket.gethostname(), data_hashes(config))
+        except UserError as error:
+            own = (socket.gethostname(), error)
+    nodes = [found for found in distributed.gather_objects(own) if found is not None]
+    first, expected = nodes[0]
+    for host, hashes in nodes:
+        if isinstance(hashes, UserError):
+            raise hashes if len(nodes) == 1 else UserError(f"node {host}: {hashes}")
         for key in expected:
             if hashes[key] != expected[key]:
                 raise UserError(
@@ -142,7 +146,7 @@ def check_whole(directory: Path) -> None:
 
 
 def _names_gguf_file(config: RunConfig, key: str) -> bool:
-    """Whether a key names a model in a GGUF file. Raises CheckpointError if a local one is not there, or is something else."""
+    """Whether a key names a model in a GGUF file. Raises CheckpointError if a local one is not there."""
     source = Path(getattr(config, key))
     if source.is_file() and source.suffix == ".gguf":
         raise CheckpointError(f"{key}: {source} is a GGUF file: set {key} to its directory and gguf_file: {source.name}")
@@ -155,9 +159,6 @@ def _names_gguf_file(config: RunConfig, key: str) -> bool:
     if not path.is_file():
         there = ", ".join(_gguf_files(source)) or "no GGUF file at all"
         raise CheckpointError(f"gguf_file: {path}: no such file; {source} holds {there}")
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise CheckpointError(f"gguf_file: {path}: not a GGUF file; it does not begin with the letters GGUF")
     return True
 
 
@@ -170,7 +171,9 @@ def load_run_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
 
     Raises UserError as load_tokenizer, or if the checkpoint's facts name other markers than its tokenizer.
     """
-    source = tokenizer_source(config)
+    source = config.load_model_path
+    if source is None or not (Path(source) / "tokenizer_config.json").is_file():
+        source = config.model_id
     tokenizer = load_tokenizer(source, gguf_of(config, source), config.trust_remote_code)
     facts = read_facts(Path(source))
     known = {START_LATENT: "start_latent_id", END_LATENT: "end_latent_id", LATENT: "latent_token_id"}
@@ -180,13 +183,6 @@ def load_run_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
             said = f"{key} is {getattr(facts, key)}, its tokenizer has {marker} as {expected}"
             raise CheckpointError(f"{Path(source) / FACTS}: damaged or of another version: {said}")
     return tokenizer
-
-
-def tokenizer_source(config: RunConfig) -> str:
-    """A checkpoint directory brings its own tokenizer; otherwise it is the model's."""
-    if config.load_model_path is not None and (Path(config.load_model_path) / "tokenizer_config.json").is_file():
-        return config.load_model_path
-    return config.model_id
 
 
 def evaluation_config(config: RunConfig) -> tuple[RunConfig, int, int]:

@@ -15,13 +15,13 @@ import os
 import re
 import shutil
 import socket
-import stat
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import torch.distributed as dist
 from safetensors import SafetensorError
 
 from systems import distributed
@@ -36,9 +36,6 @@ CHUNK = 2**20
 
 class CheckpointError(UserError):
     """A checkpoint that cannot be written, found or used."""
-
-
-# --- manifests ---
 
 
 def sha256(path: Path) -> str:
@@ -63,11 +60,8 @@ def write_manifest(directory: Path) -> None:
 def manifest_problem(directory: Path, hashes: bool, optional: str | None = None) -> str | None:
     """The first thing in which a directory differs from its manifest: which file, and how. None if nothing does.
 
-    A directory of an earlier version, without a manifest, passes.
-
-    Args:
-        hashes: read all files as well, once their sizes are right.
-        optional: a file that may be missing.
+    A directory of an earlier version, without a manifest, passes. hashes: read all files as well, once their sizes are right.
+    optional: a file that may be missing.
     """
     if not (directory / MANIFEST).is_file():
         return None
@@ -75,27 +69,20 @@ def manifest_problem(directory: Path, hashes: bool, optional: str | None = None)
         files = read_typed(directory / MANIFEST, Manifest).files
     except UserError as error:
         return str(error).removeprefix(f"{directory}/")
-    expected = [(directory / name, entry.size, entry.sha256) for name, entry in files.items()]
-    return next(_differences([entry for entry in expected if entry[0].name != optional or entry[0].exists()], hashes), None)
-
-
-def _differences(expected: list[tuple[Path, int, str]], hashes: bool) -> Iterator[str]:
-    for path, size, _ in expected:
+    expected = {directory / name: entry for name, entry in files.items() if name != optional or (directory / name).exists()}
+    for path, entry in expected.items():
         if not path.is_file():
-            yield f"{path.name} is missing"
-        elif path.stat().st_size != size:
-            yield f"{path.name} has {path.stat().st_size:,} bytes; {MANIFEST} says {size:,}"
-    for path, _, digest in expected if hashes else ():
+            return f"{path.name} is missing"
+        if (size := path.stat().st_size) != entry.size:
+            return f"{path.name} has {size:,} bytes; {MANIFEST} says {entry.size:,}"
+    for path, entry in expected.items() if hashes else ():
         try:
             found = sha256(path)
         except OSError as error:
-            yield f"{path.name} cannot be read: {error.strerror}"
-        else:
-            if found != digest:
-                yield f"{path.name} is damaged: its SHA-256 is {found}; {MANIFEST} says {digest}"
-
-
-# --- directories that are there whole, or not at all ---
+            return f"{path.name} cannot be read: {error.strerror}"
+        if found != entry.sha256:
+            return f"{path.name} is damaged: its SHA-256 is {found}; {MANIFEST} says {entry.sha256}"
+    return None
 
 
 def begin_directory(directory: Path) -> Path:
@@ -174,13 +161,13 @@ class Writer:
     def group(self) -> Any:
         """The process group in which shards are written in the background; None if they are not."""
         if self.background and self._group is None:
-            self._group = distributed.cpu_group()
+            self._group = dist.new_group(backend="gloo")  # a thread must not meet the collectives of the main one
         return self._group
 
     def start(self, write: Callable[[], None], shards: Future | None = None) -> None:
         """Begin to write; called by all processes. What goes wrong in a thread is raised by the next `wait`.
 
-        shards: what this process writes itself, in the background; `write` waits for that of all.
+        shards: what this process writes itself; `write` waits for that of all.
         """
         self._shards = shards
         if not self.background:
@@ -191,10 +178,8 @@ class Writer:
 
     def wait(self) -> None:
         """Until everything is written; called by all processes. Raises CheckpointError on all of them if it was not."""
-        if self._shards is not None:
-            concurrent.futures.wait([self._shards])
-            self._shards = None
-        distributed.run_on_main(self._join)
+        self.settle()
+        distributed.run_on_main(self._raise_failure)
 
     def settle(self) -> None:
         """Until what this process writes is written or has failed: for a run that ends with an error, without the others."""
@@ -209,15 +194,9 @@ class Writer:
         except BaseException as error:
             self.failure = error
 
-    def _join(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+    def _raise_failure(self) -> None:
         if self.failure is not None:
             raise self.failure
-
-
-# --- the checkpoints of a run ---
 
 
 def complete_checkpoints(save_dir: Path) -> list[Path]:
@@ -288,51 +267,42 @@ def remove_old(newest: Path, keep_last: int | None, best: str | None) -> None:
     whole = complete_checkpoints(newest.parent)
     saved = whole[: whole.index(newest) + 1] if newest in whole else []  # another name has no others
     for number, path in enumerate(reversed(saved)):
-        in_epoch = "_step" in path.name
         too_old = keep_last is not None and number >= keep_last
-        if number > 0 and path.name != best and (too_old or in_epoch):
+        if number > 0 and path.name != best and (too_old or "_step" in path.name):
             remove_directory(path)
-
-
-# --- one run at a time ---
 
 
 @contextlib.contextmanager
 def alone(directory: Path | None) -> Iterator[None]:
     """For all processes of a run: inside, no other run writes into the directory. None: nothing is written.
 
+    The directory is made if it is not there, and removed again if it stays empty.
     Raises UserError on all of them if another run does, or if it cannot be written to.
     """
     with contextlib.ExitStack() as stack:
         if directory is not None:
-            distributed.run_on_main(lambda: stack.enter_context(locked(directory)))
-            distributed.run_on_main(lambda: remove_leftovers(directory))
+            distributed.run_on_main(lambda: _lock(directory, stack))
         yield
 
 
-@contextlib.contextmanager
-def locked(directory: Path) -> Iterator[None]:
-    """Inside, no other process can hold the same directory; it is made if it is not there, and removed again if it stays empty.
+def _lock(directory: Path, stack: contextlib.ExitStack) -> None:
+    """Hold a directory until the stack closes, and clear up what a killed run left in it.
 
     The kernel gives the lock back when the process ends, however it ends. It is a POSIX lock, which forked data workers do
     not inherit: they may outlive a killed run for seconds (the library filelock takes flock, which they do). It holds over NFS
     too where the server supports locks.
-
-    Raises:
-        UserError: another process holds the directory, or it cannot be written to.
     """
-    with contextlib.ExitStack() as stack:
-        try:
-            made = [path for path in (directory, *directory.parents) if not path.exists()]
-            stack.callback(_remove_empty, made)
-            directory.mkdir(parents=True, exist_ok=True)
-            lock = lock_file(directory)
-            file = stack.enter_context(_open_locked(lock, directory))
-            stack.callback(lock.unlink, missing_ok=True)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
-        except OSError as error:
-            raise UserError(f"{directory}: cannot be written to: {error.strerror}; choose another save_path") from None
-        yield
+    try:
+        made = [path for path in (directory, *directory.parents) if not path.exists()]
+        stack.callback(_remove_empty, made)
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = lock_file(directory)
+        file = stack.enter_context(_open_locked(lock, directory))
+        stack.callback(lock.unlink, missing_ok=True)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+    except OSError as error:
+        raise UserError(f"{directory}: cannot be written to: {error.strerror}; choose another save_path") from None
+    remove_leftovers(directory)
 
 
 def lock_file(directory: Path) -> Path:
@@ -344,13 +314,7 @@ def lock_file(directory: Path) -> Path:
 def _open_locked(path: Path, directory: Path) -> BinaryIO:
     """The lock file of a directory, held; one that its last holder has removed in the meantime does not count."""
     while True:
-        if path.is_symlink():
-            raise UserError(f"{path}: a link, which would be written through: remove it")
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+b", buffering=0)
-        found = os.fstat(file.fileno())
-        if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
-            file.close()
-            raise UserError(f"{path}: not a file of its own (a hard link, or no regular file): remove it")
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import signal
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +17,10 @@ from datasets import Dataset, disable_progress_bars
 from transformers import PreTrainedTokenizerBase
 
 from dataset import DataError, machine_cpus, parse_records, row_of
+from systems.files import first_line
 from utils import UserError, get_logger, is_main_process, read_text
 
 RECORDS_PER_WORKER = 20_000  # below this, starting another tokenising process costs more than it saves
-
-
-TEMPLATE_SECONDS = 10.0  # a chat template that takes longer for one question loops
-
-
 CHECKED = 200  # records in which unknown words are looked for
 CACHED_FROM = 2**20  # bytes of a data file: smaller ones are tokenised faster than looked up
 
@@ -46,8 +41,6 @@ def get_dataset(
     """
     if chat_template and not tokenizer.chat_template:
         raise DataError("chat_template: True, but the tokenizer of this model has no chat template; set chat_template: False")
-    if chat_template:
-        check_chat_template(tokenizer)
     if not is_main_process():
         disable_progress_bars()
     tokenize = _Tokenize(tokenizer, chat_template)
@@ -143,8 +136,13 @@ def check_known(rows: list[list[int]], tokenizer: PreTrainedTokenizerBase, of: s
 
 def question_ids(tokenizer: PreTrainedTokenizerBase, questions: list[str], chat_template: bool = False) -> list[list[int]]:
     """The tokens of questions as they stand before the thoughts, see `get_dataset`."""
-    tokenize = _Tokenize(tokenizer, chat_template)
-    return tokenize.prompt_ids([tokenize.prompt(question) for question in questions])
+    texts = [_prompt(tokenizer, question, chat_template) for question in questions]
+    return tokenizer(texts, add_special_tokens=not chat_template)["input_ids"]  # a template writes special tokens itself
+
+
+def _prompt(tokenizer: PreTrainedTokenizerBase, question: str, chat_template: bool) -> str:
+    """What stands before the thoughts, as text."""
+    return in_chat_template(tokenizer, question) if chat_template else question + "\n"
 
 
 def in_chat_template(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
@@ -156,23 +154,8 @@ def in_chat_template(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
     try:
         return str(tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False))
     except Exception as error:  # a template may raise what it likes
-        message = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"chat template of {tokenizer.name_or_path}: cannot be used for a question: {message}") from None
-
-
-def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write one question with the chat template. Raises UserError if it raises, or takes longer than TEMPLATE_SECONDS."""
-
-    def stop(number: int, frame: Any) -> None:
-        raise TimeoutError(f"not done after {TEMPLATE_SECONDS:g} seconds; does it loop?")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, TEMPLATE_SECONDS)
-    try:
-        in_chat_template(tokenizer, "What is 1 plus 1?")
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        place = f"chat template of {tokenizer.name_or_path}"
+        raise UserError(f"{place}: cannot be used for a question: {first_line(error)}") from None
 
 
 @dataclass
@@ -184,13 +167,13 @@ class _Tokenize:
 
     def __call__(self, rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
         steps = [step + "\n" for row in rows["steps"] for step in row]
-        step_ids = iter(self._ids(steps, special=False))
-        answers = self._ids(["### " + answer for answer in rows["answer"]], special=False)
+        answers = ["### " + answer for answer in rows["answer"]]
+        ids = iter(self.tokenizer([*steps, *answers], add_special_tokens=False)["input_ids"])
         return {
             "question_tokenized": question_ids(self.tokenizer, rows["question"], self.chat_template),
-            "steps_tokenized": [[next(step_ids) for _ in row] for row in rows["steps"]],
-            "answer_tokenized": [[*ids, self.tokenizer.eos_token_id] for ids in answers],
-            "before_answer": [self._before_answer("### " + answer) for answer in rows["answer"]],
+            "steps_tokenized": [[next(ids) for _ in row] for row in rows["steps"]],
+            "answer_tokenized": [[*answer, self.tokenizer.eos_token_id] for answer in ids],
+            "before_answer": [self._before_answer(answer) for answer in answers],
         }
 
     def _before_answer(self, text: str) -> int:
@@ -200,24 +183,13 @@ class _Tokenize:
         places = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         return next((number for number, (_, end) in enumerate(places) if end > len("### ")), len(places) - 1)
 
-    def prompt(self, question: str) -> str:
-        """What stands before the thoughts, as text."""
-        if not self.chat_template:
-            return question + "\n"
-        return in_chat_template(self.tokenizer, question)
-
-    def prompt_ids(self, texts: list[str]) -> list[list[int]]:
-        return self._ids(texts, special=not self.chat_template)  # a chat template writes its special tokens itself
-
-    def _ids(self, texts: list[str], special: bool) -> list[list[int]]:
-        return self.tokenizer(texts, add_special_tokens=special)["input_ids"] if texts else []
-
 
 def _check_tokens(row: dict[str, Any], tokenize: _Tokenize, path: str | Path) -> None:
     """Warn where a tokenizer merges across the joints of question, steps and answer (checked on the first record)."""
     tokenizer = tokenize.tokenizer
-    whole = tokenize.prompt(row["question"]) + "\n".join([*row["steps"], "### " + row["answer"]])
-    expected = tokenize.prompt_ids([whole])[0] + [tokenizer.eos_token_id]
+    prompt = _prompt(tokenizer, row["question"], tokenize.chat_template)
+    whole = prompt + "\n".join([*row["steps"], "### " + row["answer"]])
+    expected = tokenizer(whole, add_special_tokens=not tokenize.chat_template)["input_ids"] + [tokenizer.eos_token_id]
     parts = row["question_tokenized"] + [token for step in row["steps_tokenized"] for token in step] + row["answer_tokenized"]
     if parts != expected:
         at = next((i for i, (a, b) in enumerate(zip(parts, expected, strict=False)) if a != b), min(len(parts), len(expected)))

@@ -60,16 +60,14 @@ class Watchdog:
     def _end(self, seconds: float) -> None:
         """Write the report with one write, so that the reports of several processes do not mix, and end."""
         try:
-            report = f"\n{self._header(seconds)}\n".encode() + _stacks()
+            process = f"rank {os.environ.get('RANK', '0')}, {socket.gethostname()}, process {os.getpid()}"
+            done = f"no progress for {seconds:g} seconds (hang_timeout) after {self._done}"
+            report = f"\nwatchdog: {process}: {done}; its threads:\n".encode() + _stacks()
             # In a thread of its own: a pipe that nobody reads may be what the process hangs on.
             threading.Thread(target=os.write, args=(STDERR, report), daemon=True).start()
             time.sleep(GRACE)
         finally:
             os._exit(1)
-
-    def _header(self, seconds: float) -> str:
-        process = f"rank {os.environ.get('RANK', '0')}, {socket.gethostname()}, process {os.getpid()}"
-        return f"watchdog: {process}: no progress for {seconds:g} seconds (hang_timeout) after {self._done}; its threads:"
 
 
 def _stacks() -> bytes:

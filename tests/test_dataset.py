@@ -29,7 +29,7 @@ from dataset import (
     load_records,
 )
 from methods import stage_shape
-from systems.batches import MicroBatches, batch_loader, cut, epoch_groups, epoch_order, example_lengths, group_by_length
+from systems.batches import batch_loader, collated, cut, epoch_groups, epoch_order, example_lengths, group_by_length
 from systems.signals import STOP_SIGNALS
 from systems.tokens import get_dataset
 
@@ -318,9 +318,9 @@ def test_earlier_stages_are_mixed_in_but_never_later_ones(tokenizer: Any, tmp_pa
 def test_a_filler_carries_no_label(tokenizer: Any, tmp_path: Path) -> None:
     base = get_dataset(write_json(tmp_path / "data.json", chain_records(3)), tokenizer)
     examples = get_cot_latent_dataset(1, base, curriculum(), 500, 501, 502)
-    batches = MicroBatches(examples, [([0, 1], False), ([2], True)], MyCollator(tokenizer, 501))
-    assert (batches[0]["labels"] != -100).any()
-    assert (batches[1]["labels"] == -100).all()
+    real, filler = (collated(examples, MyCollator(tokenizer, 501), one) for one in (([0, 1], False), ([2], True)))
+    assert (real["labels"] != -100).any()
+    assert (filler["labels"] == -100).all()
 
 
 def test_loaders_live_through_stop_signals(tokenizer: Any, tmp_path: Path) -> None:

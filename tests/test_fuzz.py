@@ -204,7 +204,6 @@ FOUND = (
     (["parallel=fsdp"], "fsdp needs a process group"),
     (["parallel=fsdp", "from_scratch=false", "only_eval=true", "load_model_path={model}"], "fsdp needs a process group"),
     (["attn_implementation=flash_attention_2"], "no model can be made from its configuration"),
-    (["attn_implementation=flex_attention"], "PyTorch cannot train with it on a CPU"),
     ([*LORA, "lora_target_modules=("], "fits no module of the model"),
     ([*LORA, "lora_target_modules=[]"], "lora_target_modules: value should have at least 1 item"),
     ([*LORA, "lora_r=1000000"], "lora_r: 1000000 is more than the model's width, 8"),

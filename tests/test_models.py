@@ -23,7 +23,7 @@ from coconut import Coconut
 from config import RunConfig
 from dataset import MyCollator, get_cot_latent_dataset
 from methods import END_LATENT, LATENT, START_LATENT
-from systems import checkpoint, models, sources, tokens
+from systems import checkpoint, models, sources
 from systems.checkpoint import Facts, TrainingState
 from systems.models import LatentIds, build_model, initialise_markers, latent_ids, load_tokenizer
 from systems.tokens import get_dataset
@@ -417,13 +417,9 @@ def test_a_chat_template_wraps_the_question_once(tmp_path: Path) -> None:
     [
         ("{{ raise_exception('system turn needed') }}", "system turn needed"),
         ("{% if %}", "Expected an expression"),
-        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "not done after 0.2 seconds"),
     ],
 )
-def test_a_chat_template_that_fails_is_one_line_at_the_start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str, message: str
-) -> None:
-    monkeypatch.setattr(tokens, "TEMPLATE_SECONDS", 0.2)
+def test_a_chat_template_that_fails_is_one_line_at_the_start(tmp_path: Path, template: str, message: str) -> None:
     tokenizer = byte_tokenizer(CASES["DeepSeek-R1-Distill-Qwen"])
     tokenizer.chat_template = template
     with pytest.raises(UserError, match=f"chat template of .*: cannot be used for a question: {message}"):

@@ -295,7 +295,7 @@ def test_with_damaged_checkpoints_alone_training_does_not_start_over(run_argumen
 def test_an_evaluation_leaves_the_training_of_the_same_name_as_it_is(run_arguments: list[str], half: Path) -> None:
     before = {path.name: path.read_bytes() for path in half.iterdir() if path.is_file()}
     assert {"config.yaml", "metrics.jsonl", "predictions_1.jsonl"} <= before.keys()
-    with storage.locked(half):  # even while the training goes on
+    with storage.alone(half):  # even while the training goes on
         start(run_arguments, "only_eval=true", "from_scratch=false", "max_new_tokens=3", f"load_model_path={half}")
     assert {path.name: path.read_bytes() for path in half.iterdir() if path.is_file()} == before
     (place,) = (half / "eval").iterdir()

@@ -144,10 +144,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("training_state.pt", {**SAVED, "state": {"epoch": 4, "from_the_future": 1}}, "state.from_the_future: "),
     ("training_state.pt", {**SAVED, "state": {"epoch": -4}}, "state.epoch: "),
     ("training_state.pt", {**SAVED, "rng": []}, "rng: "),
-    ("training_state.pt", {**SAVED, "rng": [{**RANDOM, "torch": 7}]}, "rng.0.torch: "),
-    ("training_state.pt", {**SAVED, "optimizer": {"state": {}}}, "optimizer.param_groups: "),
     ("training_state.pt", {"state": {}}, "rng: "),
-    ("training_state.pt", {**SAVED, "adapter": {"weights": {"a": 7}}}, "adapter.weights.a: "),
     ("training_state.pt", {**SAVED, "adapter": torch.zeros(50, 50)}, "adapter: .*, got Tensor$"),
 ]
 
@@ -259,13 +256,13 @@ def test_a_second_run_is_refused_until_the_first_is_killed(tmp_path: Path) -> No
         holder.stdout.readline()
         with (
             pytest.raises(UserError, match=r"run: another run is writing there \(process 7 on node9\): wait for it"),
-            storage.locked(directory),
+            storage.alone(directory),
         ):
             pass
         assert storage.lock_file(directory).exists()
         holder.kill()
         holder.wait()
-        with storage.locked(directory):  # the forked process is still there
+        with storage.alone(directory):  # the forked process is still there
             assert f"process {os.getpid()} on " in storage.lock_file(directory).read_text()
     finally:
         os.killpg(holder.pid, signal.SIGKILL)
@@ -275,11 +272,9 @@ def test_a_lock_file_that_is_a_link_is_refused(tmp_path: Path) -> None:
     """Its target would be emptied and written over."""
     other = tmp_path / "other"
     other.write_text("keep me")
-    for link, message in ((Path.symlink_to, "a link, which"), (Path.hardlink_to, "hard link")):
-        link(storage.lock_file(tmp_path / "run"), other)
-        with pytest.raises(UserError, match=f".run.lock: .*{message}.*: remove it"), storage.locked(tmp_path / "run"):
-            pass
-        storage.lock_file(tmp_path / "run").unlink()
+    storage.lock_file(tmp_path / "run").symlink_to(other)
+    with pytest.raises(UserError, match="run: cannot be written to: "), storage.alone(tmp_path / "run"):
+        pass
     assert other.read_text() == "keep me"
 
 
@@ -299,17 +294,17 @@ def test_a_directory_that_is_moved_lets_no_second_run_in(tmp_path: Path, link: b
         else:
             directory.rename(tmp_path / "moved")
         again = tmp_path / "linked" if link else directory
-        with pytest.raises(UserError, match="another run is writing there"), storage.locked(again):
+        with pytest.raises(UserError, match="another run is writing there"), storage.alone(again):
             pass
     finally:
         os.killpg(holder.pid, signal.SIGKILL)
 
 
 def test_a_directory_that_stays_empty_is_removed_again(tmp_path: Path) -> None:
-    with storage.locked(tmp_path / "a" / "b"):
+    with storage.alone(tmp_path / "a" / "b"):
         assert (tmp_path / "a" / ".b.lock").exists()
     assert not (tmp_path / "a").exists()
-    with storage.locked(tmp_path / "a" / "b"):
+    with storage.alone(tmp_path / "a" / "b"):
         (tmp_path / "a" / "b" / "metrics.jsonl").write_text("")
     assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["metrics.jsonl"]
 
@@ -326,7 +321,7 @@ def test_a_lock_file_that_its_holder_removes_does_not_count(tmp_path: Path, monk
         original(file, flags)
 
     monkeypatch.setattr(storage.fcntl, "lockf", lockf)
-    with storage.locked(tmp_path):
+    with storage.alone(tmp_path):
         assert storage.lock_file(tmp_path).exists()
     assert len(calls) == 2
 
@@ -336,7 +331,7 @@ def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytes
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(storage.fcntl, "lockf", lockf)
-    with storage.locked(tmp_path):
+    with storage.alone(tmp_path):
         pass
     assert "this file system has no locks (No locks available): nothing keeps a second run out" in capsys.readouterr().out
 
@@ -345,12 +340,12 @@ def test_where_nothing_can_be_written_is_said_at_once(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with (
         pytest.raises(UserError, match="cannot be written to: Not a directory; choose another save_path"),
-        storage.locked(tmp_path / "file" / "run"),
+        storage.alone(tmp_path / "file" / "run"),
     ):
         pass
     if Path("/sys").is_mount():  # read-only for root too
         with (
             pytest.raises(UserError, match=r"/sys/run: cannot be written to: .*; choose another save_path"),
-            storage.locked(Path("/sys/run")),
+            storage.alone(Path("/sys/run")),
         ):
             pass

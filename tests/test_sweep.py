@@ -725,8 +725,8 @@ def test_two_sweeps_of_one_name_exclude_each_other(arguments: dict[str, Any]) ->
 
 HOLD_LOCK = """
 import sys, pathlib
-from systems.storage import locked
-with locked(pathlib.Path(sys.argv[1])):
+from systems.storage import alone
+with alone(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
 """

@@ -24,7 +24,7 @@ from systems.last_layer import skip_unread_states
 from systems.machine import warn_of_slow_bfloat16
 from systems.models import LatentIds, build_model, latent_ids
 from systems.shards import SHARDS
-from systems.tokens import check_chat_template, question_ids
+from systems.tokens import in_chat_template, question_ids
 from utils import UserError
 
 
@@ -127,7 +127,7 @@ def load_subject(config: SweepConfig, device: torch.device) -> Subject:
         raise UserError(f"eval_latents: {config.eval_latents}: {source} was not trained with thoughts; set n_latents")
     tokenizer = sources.load_run_tokenizer(run)
     if tokenizer.chat_template is not None if curriculum is None else curriculum.chat_template:
-        check_chat_template(tokenizer)
+        in_chat_template(tokenizer, "What is 1 plus 1?")  # what is wrong with it is said now, not at each question
     ids = latent_ids(tokenizer, run.method)
     if config.device_map is not None and (config.gguf_file is not None or (Path(source) / SHARDS).is_dir()):
         raise UserError(
