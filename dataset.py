@@ -31,7 +31,7 @@ from methods import (
     sequence_key,
     stage_shape,
 )
-from utils import UserError, read_text
+from utils import UserError, parse_json, read_text
 
 MOST_PASSES = 1000  # of an epoch: each takes a random order of its own
 
@@ -49,12 +49,7 @@ def load_records(path: str | Path) -> list[dict[str, Any]]:
 
 
 def parse_records(text: str, path: str | Path) -> list[dict[str, Any]]:
-    try:
-        records = json.loads(text)
-    except ValueError as error:  # JSONDecodeError, or a number of more than 4,300 digits
-        raise DataError(f"{path}: not valid JSON: {error}") from None
-    except RecursionError:
-        raise DataError(f"{path}: not valid JSON: nested too deeply") from None
+    records = parse_json(text, path)
     if not isinstance(records, list):
         raise DataError(f"{path}: expected a list of records, found {_type_name(records)}")
     if not records:

@@ -7,6 +7,7 @@ import difflib
 import errno
 import functools
 import io
+import json
 import logging
 import os
 import random
@@ -267,6 +268,14 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path}: line {line}: cannot be read: not UTF-8 (byte 0x{byte:02x})") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def parse_json(text: str, where: object) -> Any:
+    """The value of a JSON text. Raises UserError naming the place if it is not JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError: also numbers of more than 4,300 digits
+        raise UserError(f"{where}: not valid JSON: {error}") from None
 
 
 SPLIT = r"(train|valid|test)\.json"

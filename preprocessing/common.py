@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from systems.writing import write_text, writing
-from utils import UserError, printable, read_text
+from utils import UserError, parse_json, printable, read_text
 
 Record = dict[str, Any]
 SPLITS = ("train", "valid", "test")
@@ -62,11 +62,23 @@ def parse_rows(source: object, unit: str, rows: Iterable[Row], parse: Callable[[
     return records
 
 
-def parse_lines(path: Path, parse: Callable[[str], Record]) -> list[Record]:
-    """`parse` of each line of a UTF-8 text. UserError: it cannot be read, or as `parse_rows`."""
-    content = read_text(path).removeprefix("\ufeff").rstrip()
+def read_rows(path: Path) -> list[Any]:
+    """The values of a JSON list, or of a text with one a line. UserError: the file cannot be read, or what is no JSON."""
+    text = read_text(path).removeprefix("\ufeff")
+    if text.lstrip().startswith("["):
+        return parse_json(text, path)
     # Not splitlines: it also cuts at characters that stand inside a question.
-    return parse_rows(path, "line", content.split("\n") if content else [], parse)
+    lines = enumerate(text.split("\n"), start=1)
+    return [parse_json(line, f"{path}: line {number}") for number, line in lines if line.strip()]
+
+
+def text_field(row: Any, name: str) -> str:
+    """A field's text. ValueError: it is missing, blank or no string."""
+    if not isinstance(row, dict):
+        raise ValueError(f"expected an object with the field {name!r}")
+    if not isinstance(row.get(name), str) or not row[name].strip():
+        raise ValueError(f"field {name!r} is missing, blank or no string")
+    return row[name]
 
 
 def print_steps(columns: Mapping[str, Sequence[Record]], more: Mapping[str, Sequence[int]] | None = None) -> None:

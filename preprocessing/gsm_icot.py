@@ -11,9 +11,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from preprocessing.common import Record, keep_inputs, parse_lines, prepare_directory, print_steps, write_records
+from preprocessing.common import Record, keep_inputs, parse_rows, prepare_directory, print_steps, write_records
 from systems.arguments import Parser
-from utils import entry_point
+from utils import entry_point, read_text
 
 EXAMPLES = ("train.txt data/gsm_train.json", "valid.txt data/gsm_valid.json")
 # Only between two steps: blanks inside `<<...>>` belong to the step.
@@ -49,7 +49,9 @@ def main(given: list[str]) -> None:
     parser.add_argument("out", type=Path, metavar="OUT.json")
     args = parser.parse_args(given)
     keep_inputs([args.text], [args.out])
-    records = parse_lines(args.text, parse_line)
+    text = read_text(args.text).removeprefix("\ufeff").rstrip()
+    # Not splitlines: it also cuts at characters that stand inside a question.
+    records = parse_rows(args.text, "line", text.split("\n") if text else [], parse_line)
     prepare_directory(args.out.parent)
     write_records(args.out, records)
     print_steps({args.out.stem: records})

@@ -5,7 +5,6 @@
 """
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Collection, Sequence
@@ -14,9 +13,9 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from preprocessing.common import SPLITS, Record, write_splits
+from preprocessing.common import SPLITS, Record, text_field, write_splits
 from systems.arguments import Parser
-from utils import UserError, entry_point, printable, read_text
+from utils import UserError, entry_point, parse_json, printable, read_text
 
 EXAMPLES = ("5hop_0shot_random.json", "5hop_0shot_random.json --train 500 --valid 50 --out-prefix data/mine")
 ANSWERS = ("True", "False")
@@ -33,10 +32,7 @@ _RULE = re.compile(r"(?:(?:Every|Each) (?P<subject>\w+) is|(?P<subjects>\w+) are
 
 def read_examples(path: Path) -> dict[str, Any]:
     """The examples of a raw file by name, in the file's order. UserError: no such file, or not the generator's format."""
-    try:
-        examples = json.loads(read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON ({error}); the generator writes it as its last act: run it again") from None
+    examples = parse_json(read_text(path), path)
     if not isinstance(examples, dict):
         raise UserError(f'{path}: expected an object {{"example1": {{"test_example": ...}}, ...}} as the generator writes it')
     return examples
@@ -51,14 +47,12 @@ def convert_example(example: Any) -> Record:
     test = example.get("test_example") if isinstance(example, dict) else None
     if not isinstance(test, dict):
         raise ValueError("expected an object with the object 'test_example'")
-    for field in ("question", "query", "answer"):
-        if not isinstance(test.get(field), str) or not test[field].strip():
-            raise ValueError(f"field '{field}' is missing, blank or no string")
-    if test["answer"] not in ANSWERS:
-        raise ValueError(f"field 'answer': expected True or False, found {test['answer']!r}")
+    question, query, answer = (text_field(test, name) for name in ("question", "query", "answer"))
+    if answer not in ANSWERS:
+        raise ValueError(f"field 'answer': expected True or False, found {answer!r}")
     sentences = proof_sentences(test.get("chain_of_thought"))
     steps = [" ".join(sentences[at : at + 2]) for at in range(0, len(sentences), 2)]
-    return {"question": f"{test['question']} {test['query']}", "answer": test["answer"], "steps": steps}
+    return {"question": f"{question} {query}", "answer": answer, "steps": steps}
 
 
 def proof_sentences(chain: Any) -> list[str]:

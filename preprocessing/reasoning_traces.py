@@ -31,10 +31,10 @@ from spacy.tokens import Doc, Token
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from preprocessing.common import Record, keep_inputs, prepare_directory, write_records
+from preprocessing.common import Record, keep_inputs, prepare_directory, read_rows, text_field, write_records
 from systems.arguments import Parser
 from systems.writing import write_text
-from utils import UserError, entry_point, printable, read_text
+from utils import UserError, entry_point, printable
 
 EXAMPLES = ("TRACES.jsonl data/own.json", "TRACES.jsonl data/own.json --trace-field reasoning --answer-field answer")
 MARKER = "In summary:"
@@ -227,31 +227,6 @@ class Result:
     unmatched: dict[int, list[str]] = field(default_factory=dict)
 
 
-def read_traces(path: Path) -> list[Any]:
-    """The objects of a JSON list or of the lines of a JSONL file. UserError: no such file, or the line that is no JSON."""
-    text = read_text(path).removeprefix("\ufeff")
-    if text.lstrip().startswith("["):
-        return parse_json(text, str(path))
-    lines = enumerate(text.split("\n"), start=1)
-    return [parse_json(line, f"{path}: line {number}") for number, line in lines if line.strip()]
-
-
-def parse_json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{where}: not valid JSON ({error}); expected one object per line, or one JSON list") from None
-
-
-def field_text(trace: Any, name: str, option: str) -> str:
-    """A field's text. ValueError: it is missing, blank or no string; `option` is what names another field."""
-    if not isinstance(trace, dict):
-        raise ValueError(f"expected an object with the field {name!r}")
-    if not isinstance(trace.get(name), str) or not trace[name].strip():
-        raise ValueError(f"field {name!r} is missing, blank or no string; {option} names another field")
-    return trace[name]
-
-
 def find_marker(text: str, marker: str, spans: Sequence[Span]) -> int | None:
     """Position of the last marker outside of `spans`."""
     found = [match.start() for match in re.finditer(re.escape(marker), text) if not inside(spans, match.start())]
@@ -260,8 +235,8 @@ def find_marker(text: str, marker: str, spans: Sequence[Span]) -> int | None:
 
 def convert_trace(trace: Any, nlp: Language, options: Options) -> tuple[Record | str, list[str]]:
     """(the record, or why there is none; tags without a counterpart). ValueError: a field is missing or wrong."""
-    question = field_text(trace, options.question_field, "--question-field")
-    text = field_text(trace, options.trace_field, "--trace-field")
+    question = text_field(trace, options.question_field)
+    text = text_field(trace, options.trace_field)
     spans, unmatched = tagged_spans(text)
     at = find_marker(text, options.marker, spans)
     if at is None:
@@ -270,7 +245,7 @@ def convert_trace(trace: Any, nlp: Language, options: Options) -> tuple[Record |
     summary = text[at + len(options.marker) :].strip()
     record = {"question": question.strip(), "answer": summary}
     if options.answer_field is not None:
-        record = {**record, "answer": field_text(trace, options.answer_field, "--answer-field").strip(), "summary": summary}
+        record = {**record, "answer": text_field(trace, options.answer_field).strip(), "summary": summary}
     if not record["answer"]:
         return f"nothing after {options.marker!r}", unmatched
     steps = split_steps(text[:at], nlp, [span for span in spans if span[1] <= at])
@@ -378,7 +353,7 @@ def write_rejected(path: Path, rejected: Sequence[Record]) -> None:
 def main(given: list[str]) -> None:
     args = parse_arguments(given)
     options = Options(args.question_field, args.trace_field, args.answer_field, args.marker, args.merge_short)
-    result = convert(read_traces(args.traces), load_pipeline(args.pipeline), options)
+    result = convert(read_rows(args.traces), load_pipeline(args.pipeline), options)
     check(result, args.strict, args.traces)
     prepare_directory(args.out.parent)
     write_rejected(args.rejected, result.rejected)

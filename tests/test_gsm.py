@@ -203,14 +203,13 @@ def test_no_valid_file_if_none_is_wanted(tmp_path):
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ("{", "line 2: not JSON"),
-        ("[]", "line 2: expected an object"),
-        ('{"question": "q"}', "line 2: field 'answer': expected a text"),
-        ('{"question": 3, "answer": "#### 1"}', "line 2: field 'question': expected a text"),
-        ('{"question": " ", "answer": "#### 1"}', "line 2: field 'question': expected a text"),
-        ('{"question": "q", "answer": "It is 1."}', "line 2: field 'answer': expected '####'"),
-        ('{"question": "q", "answer": "It is 1.\\n#### "}', "line 2: field 'answer': expected '####'"),
-        ("", "line 2: not JSON"),
+        ("{", "line 2: not valid JSON"),
+        ("[]", "row 2: expected an object"),
+        ('{"question": "q"}', "row 2: field 'answer' is missing, blank or no string"),
+        ('{"question": 3, "answer": "#### 1"}', "row 2: field 'question' is missing, blank or no string"),
+        ('{"question": " ", "answer": "#### 1"}', "row 2: field 'question' is missing, blank or no string"),
+        ('{"question": "q", "answer": "It is 1."}', "row 2: field 'answer': expected '####'"),
+        ('{"question": "q", "answer": "It is 1.\\n#### "}', "row 2: field 'answer': expected '####'"),
     ],
 )
 def test_a_bad_row_is_named_and_nothing_is_written(bad, message, tmp_path, capsys):

@@ -283,8 +283,8 @@ def test_a_pipeline_that_is_missing_or_broken(tmp_path, capsys):
     ("rows", "options", "expected"),
     [
         ([trace("A. In summary: 4"), 5], [], "trace 1: expected an object with the field 'question'"),
-        ([{"question": "Q"}], [], "trace 0: field 'trace' is missing, blank or no string; --trace-field names another field"),
-        ([{"question": 3, "trace": "x"}], [], "trace 0: field 'question' is missing, blank or no string; --question-field"),
+        ([{"question": "Q"}], [], "trace 0: field 'trace' is missing, blank or no string"),
+        ([{"question": 3, "trace": "x"}], [], "trace 0: field 'question' is missing, blank or no string"),
         ([trace("In summary: 4")], ["--answer-field", "gold"], "trace 0: field 'gold' is missing, blank or no string"),
         ([trace("A."), trace("B.")], [], "2 of 2 traces rejected; trace 0: no 'In summary:'"),
         ([trace("In summary: 4"), trace("B.")], ["--strict"], "1 of 2 traces rejected; trace 1: no 'In summary:'"),
