@@ -3,8 +3,8 @@
 A script that also runs as `python preprocessing/NAME.py` puts the repository's root on `sys.path` before it imports this.
 """
 
+import argparse
 import json
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +18,14 @@ SPLITS = ("train", "valid", "test")
 Row = TypeVar("Row")
 
 
+def natural(text: str) -> int:
+    """A number of the command line, at least 0."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, is {number}")
+    return number
+
+
 def keep_inputs(inputs: Iterable[Path | None], outputs: Iterable[Path]) -> None:
     """UserError where an output is one of the inputs, under whatever name."""
     given = [path for path in inputs if path and path.exists()]
@@ -27,11 +35,9 @@ def keep_inputs(inputs: Iterable[Path | None], outputs: Iterable[Path]) -> None:
 
 
 def prepare_directory(directory: Path) -> None:
-    """Makes the directory and writes a file there once, so that a full disk or a lacking right shows before the work."""
+    """Makes the directory, so that a wrong path shows before the work. UserError: it cannot be made."""
     with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
 
 
 def write_records(path: Path, records: Iterable[Record]) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from preprocessing.common import SPLITS, Record, parse_rows, print_steps, read_rows, text_field, write_splits
+from preprocessing.common import SPLITS, Record, natural, parse_rows, print_steps, read_rows, text_field, write_splits
 from systems.arguments import Parser
 from utils import UserError, entry_point
 
@@ -82,7 +82,7 @@ def parse_arguments(given: list[str]) -> argparse.Namespace:
     parser.add_argument("--test", type=Path, metavar="FILE", help="JSON lines")
     parser.add_argument("--hub", action="store_true", help=f"take both from {HUB}")
     parser.add_argument("--out-prefix", type=Path, default=Path("data/gsm8k"), help="files are PREFIX_train.json, ...")
-    parser.add_argument("--valid", type=int, default=500, metavar="N", help="questions taken from train; 0: no such file")
+    parser.add_argument("--valid", type=natural, default=500, metavar="N", help="questions taken from train; 0: no such file")
     parser.add_argument("--seed", type=int, default=0, help="of that draw")
     parser.add_argument("--steps", choices=tuple(STEPS), default="equations", help="annotations, or lines without them")
     parser.add_argument(
@@ -94,8 +94,6 @@ def parse_arguments(given: list[str]) -> argparse.Namespace:
     args = parser.parse_args(given)
     if args.hub == bool(args.train or args.test):
         parser.error("give --train and --test (or one of them), or else --hub")
-    if args.valid < 0:
-        parser.error(f"--valid must be at least 0, is {args.valid}")
     return args
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from preprocessing.common import SPLITS, Record, text_field, write_splits
+from preprocessing.common import SPLITS, Record, natural, text_field, write_splits
 from systems.arguments import Parser
 from utils import UserError, entry_point, parse_json, printable, read_text
 
@@ -201,22 +201,16 @@ def print_table(splits: dict[str, list[Record]]) -> None:
 
 
 def parse_arguments(given: list[str]) -> argparse.Namespace:
-    """Command line, checked. UserError: a contradiction."""
+    """UserError: an option that there is not, or a wrong value."""
     parser = Parser("python preprocessing/prontoqa.py", __doc__, EXAMPLES)
     parser.add_argument("raw", type=Path, metavar="RAW.json", help="the generator's file")
     train, valid, test = PUBLISHED_SIZES
-    parser.add_argument("--train", type=int, default=train, metavar="N", help=f"first N examples (default {train})")
-    parser.add_argument("--valid", type=int, default=valid, metavar="N", help=f"next N examples (default {valid})")
-    parser.add_argument("--test", type=int, metavar="N", help=f"next N examples (default all the rest; published {test})")
+    parser.add_argument("--train", type=natural, default=train, metavar="N", help=f"first N examples (default {train})")
+    parser.add_argument("--valid", type=natural, default=valid, metavar="N", help=f"next N examples (default {valid})")
+    parser.add_argument("--test", type=natural, metavar="N", help=f"next N examples (default all the rest; published {test})")
     parser.add_argument("--out-prefix", type=Path, default=Path("data/prontoqa"), help="files are PREFIX_train.json, ...")
     parser.add_argument("--check", action="store_true", help="a proof that does not hold is an error, not a line of the table")
-    args = parser.parse_args(given)
-    for split in SPLITS:
-        if (getattr(args, split) or 0) < 0:
-            parser.error(f"--{split} must be at least 0, is {getattr(args, split)}")
-    if args.train + args.valid == 0 and args.test == 0:
-        parser.error("--train, --valid and --test are all 0: nothing to write")
-    return args
+    return parser.parse_args(given)
 
 
 def check_proofs(records: dict[str, Record], strict: bool) -> None:

@@ -31,7 +31,7 @@ from spacy.tokens import Doc, Token
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from preprocessing.common import Record, keep_inputs, prepare_directory, read_rows, text_field, write_records
+from preprocessing.common import Record, keep_inputs, natural, prepare_directory, read_rows, text_field, write_records
 from systems.arguments import Parser
 from systems.writing import write_text
 from utils import UserError, entry_point, printable
@@ -318,13 +318,11 @@ def parse_arguments(given: list[str]) -> argparse.Namespace:
     parser.add_argument("--answer-field", metavar="NAME", help="takes the answer from here; the summary becomes a field")
     parser.add_argument("--marker", default=MARKER, help=f"ends the steps (default {MARKER!r})")
     parser.add_argument("--pipeline", metavar="NAME", help="an installed spaCy pipeline, such as en_core_web_sm")
-    parser.add_argument("--merge-short", type=int, default=0, metavar="N", help="join steps shorter than N characters")
+    parser.add_argument("--merge-short", type=natural, default=0, metavar="N", help="join steps shorter than N characters")
     parser.add_argument("--strict", action="store_true", help="a trace that would be rejected is an error")
     args = parser.parse_args(given)
     if not args.marker.strip():
         parser.error("--marker is blank")
-    if args.merge_short < 0:
-        parser.error(f"--merge-short must be at least 0, is {args.merge_short}")
     args.rejected = args.out.with_suffix(".rejected.jsonl")
     keep_inputs([args.traces], (args.out, args.rejected))
     return args

@@ -241,8 +241,7 @@ def test_a_missing_file(tmp_path, capsys):
         (5, ["--train", 4, "--valid", 1], "at least 1 for test; --train 3 --valid 1 would fit and leave 1"),
         (2, ["--train", 1, "--valid", 1], "at least 3 are needed"),
         (0, ["--train", 1, "--valid", 1], "0 examples are too few"),
-        (5, ["--train", -1], "--train must be at least 0"),
-        (5, ["--train", 0, "--valid", 0, "--test", 0], "nothing to write"),
+        (5, ["--train", -1], "argument --train: must be at least 0"),
     ],
 )
 def test_sizes_that_do_not_fit_are_named_with_ones_that_do(tmp_path, capsys, count, options, expected):

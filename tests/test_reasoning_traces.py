@@ -290,7 +290,7 @@ def test_a_pipeline_that_is_missing_or_broken(tmp_path, capsys):
         ([trace("In summary: 4"), trace("B.")], ["--strict"], "1 of 2 traces rejected; trace 1: no 'In summary:'"),
         ([], [], "no traces in it"),
         ([trace("In summary: 4")], ["--marker", " "], "--marker is blank"),
-        ([trace("In summary: 4")], ["--merge-short", "-1"], "--merge-short must be at least 0"),
+        ([trace("In summary: 4")], ["--merge-short", "-1"], "argument --merge-short: must be at least 0"),
         ([trace("A\ud800. In summary: 4")], [], "trace 0: 'utf-8' codec can't encode"),
     ],
 )
