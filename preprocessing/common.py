@@ -87,13 +87,17 @@ def text_field(row: Any, name: str) -> str:
     return row[name]
 
 
+def print_table(names: Iterable[str], rows: Mapping[str, Iterable[str]]) -> None:
+    """Cells side by side, one column per data set."""
+    for name, cells in {"": names, **rows}.items():
+        print(f"{name:30}" + "".join(f"{printable(cell):>16}" for cell in cells))
+
+
 def print_steps(columns: Mapping[str, Sequence[Record]], more: Mapping[str, Sequence[int]] | None = None) -> None:
-    """Records and numbers of steps side by side, one column per data set; `more`: rows of further counts."""
+    """Records and numbers of steps; `more`: rows of further counts."""
     steps = [Counter(len(record["steps"]) for record in records) for records in columns.values()]
-    rows = {"records": [count.total() for count in steps], **(more or {})}
-    rows |= {f"{number} steps": [count[number] for count in steps] for number in sorted(set().union(*steps))}
-    print(f"{'':24}" + "".join(f"{printable(name):>12}" for name in columns))
-    for name, counts in rows.items():
-        print(f"{name:24}" + "".join(f"{count:>12,}" for count in counts))
+    counts = {"records": [count.total() for count in steps], **(more or {})}
+    counts |= {f"{number} steps": [count[number] for count in steps] for number in sorted(set().union(*steps))}
+    rows = {name: [f"{number:,}" for number in numbers] for name, numbers in counts.items()}
     means = (sum(number * n for number, n in count.items()) / max(count.total(), 1) for count in steps)
-    print(f"{'mean steps':24}" + "".join(f"{mean:>12.2f}" for mean in means))
+    print_table(columns, rows | {"mean steps": [f"{mean:.2f}" for mean in means]})

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from preprocessing.common import SPLITS, Record, natural, prepare_directory, write_splits
 from preprocessing.prosqa_graphs import Edge, Question, find_matched_questions, find_question
 from preprocessing.prosqa_ood import SHAPES, ood_questions
-from preprocessing.prosqa_shortcuts import PUBLISHED, print_table, statistics
+from preprocessing.prosqa_shortcuts import PUBLISHED, print_statistics, statistics
 from preprocessing.prosqa_symbolic import HOPS as SYMBOLIC_HOPS
 from preprocessing.prosqa_symbolic import NODES, symbolic_record, walk_record
 from systems.arguments import Parser
@@ -322,7 +322,7 @@ def main(given: list[str]) -> None:
     if args.shape == "walk":
         return  # without options there are no shortcuts to count
     columns = {split: statistics(records) for split, records in splits.items()}
-    print_table(columns | (PUBLISHED if args.shape != "chains" and not args.symbolic else {}))
+    print_statistics(columns | (PUBLISHED if args.shape != "chains" and not args.symbolic else {}))
 
 
 if __name__ == "__main__":

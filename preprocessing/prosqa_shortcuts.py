@@ -7,7 +7,7 @@ from typing import Any
 import networkx as nx
 import numpy as np
 
-from preprocessing.common import Record
+from preprocessing.common import Record, print_table
 from preprocessing.prosqa_graphs import HOP_COUNTS, farthest_ancestor
 
 MEANS = ("nodes", "edges", "shortest path", "shortest paths")
@@ -99,20 +99,15 @@ def statistics(records: Sequence[Record]) -> dict[str, Any]:
     }
 
 
-def print_table(columns: dict[str, dict[str, Any]]) -> None:
+def print_statistics(columns: dict[str, dict[str, Any]]) -> None:
     """Statistics side by side, one column per data set; hop counts as shares, shortcuts as accuracies."""
-    print_row("", list(columns))
-    print_row("records", [f"{column['records']:,}" for column in columns.values()])
-    for row in MEANS:
-        print_row(row, [f"{column[row]:.2f}" for column in columns.values()])
+    rows = {"records": [f"{column['records']:,}" for column in columns.values()]}
+    rows |= {row: [f"{column[row]:.2f}" for column in columns.values()] for row in MEANS}
     for hop in sorted({hop for column in columns.values() for hop in column["hops"]}):
         counts = [(column["hops"].get(hop, 0), column["records"]) for column in columns.values()]
-        print_row(f"{hop} hops", [f"{count:,} ({count / records:.1%})" for count, records in counts])
-    print_row("shortcuts", [])
+        rows[f"{hop} hops"] = [f"{count:,} ({count / records:.1%})" for count, records in counts]
+    rows["shortcuts"] = []
     for name in dict.fromkeys(name for column in columns.values() for name in column["shortcuts"]):
         scores = [column["shortcuts"].get(name) for column in columns.values()]
-        print_row(f"  {name}", ["" if score is None else f"{score:.1%}" for score in scores])
-
-
-def print_row(name: str, cells: Sequence[str]) -> None:
-    print(f"{name:30}" + "".join(f"{cell:>16}" for cell in cells))
+        rows[f"  {name}"] = ["" if score is None else f"{score:.1%}" for score in scores]
+    print_table(columns, rows)
