@@ -15,10 +15,10 @@ import argparse
 import bisect
 import itertools
 import json
-import math
 import re
 import statistics
 import sys
+import textwrap
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -43,13 +43,11 @@ ABBREVIATIONS = "al. approx. cf. eds. eq. eqs. etc. fig. figs. pp. resp. viz. vo
 TRAINED_PIPES = {"parser", "senter"}
 UNUSED_PIPES = ("ner", "lemmatizer", "attribute_ruler", "tagger")
 LISTED = 10  # rejected traces named on the screen; the file has all
-HISTOGRAM_BINS = 12
 SENTENCE_ENDS = (".", "?", "!")
 
 Span = tuple[int, int]
 _TAG = re.compile(r"<(?P<closing>/?)(?P<name>[A-Za-z][\w.:-]*)(?:\s+[\w.:-]+\s*=\s*(?:\"[^\"]*\"|'[^']*'))*\s*>")
-_VISIBLE = re.compile(r"\S")
-_CLOSING_TAGS = re.compile(r"\s*(?:>[^<>]*/<\s*)*")  # of a text read backwards: from the end it takes linear time
+_CLOSING_TAGS = re.compile(r"(?:</[^<>]*>\s*)+$")
 
 
 # --- sentences ---
@@ -57,7 +55,10 @@ _CLOSING_TAGS = re.compile(r"\s*(?:>[^<>]*/<\s*)*")  # of a text read backwards:
 
 def load_pipeline(name: str | None = None) -> Language:
     """A spaCy pipeline that finds sentences: by rules, or as the installed pipeline `name` does. UserError: not installed."""
-    nlp = spacy.blank("en") if name is None else load_installed(name)
+    try:
+        nlp = spacy.blank("en") if name is None else spacy.load(name, exclude=UNUSED_PIPES)
+    except OSError:
+        raise UserError(f"--pipeline: {name!r} is not installed; `python -m spacy download {name}` installs it") from None
     keep_abbreviations(nlp.tokenizer)
     if not TRAINED_PIPES & set(nlp.pipe_names):  # what the trained ones set must not be changed afterwards
         nlp.max_length = sys.maxsize  # the limit guards the memory of a parser, and there is none
@@ -65,15 +66,6 @@ def load_pipeline(name: str | None = None) -> Language:
             if not nlp.has_pipe(rule):
                 nlp.add_pipe(rule)
     return nlp
-
-
-def load_installed(name: str) -> Language:
-    try:
-        return spacy.load(name, exclude=UNUSED_PIPES)
-    except OSError:
-        raise UserError(f"--pipeline: {name!r} is not installed; `python -m spacy download {name}` installs it") from None
-    except (ValueError, ImportError) as error:
-        raise UserError(f"--pipeline: {name!r} cannot be loaded: {' '.join(str(error).split())}") from None
 
 
 def keep_abbreviations(tokenizer: Any) -> None:
@@ -121,18 +113,14 @@ def opening(token: Token) -> Token:
 def tagged_spans(text: str) -> tuple[list[Span], list[str]]:
     """(character spans of the outermost matched tags, tags without a counterpart) of a text."""
     stack: list[re.Match[str]] = []
-    names: Counter[str] = Counter()  # of the tags on the stack
     spans: list[Span] = []
     unmatched: list[str] = []
     for tag in _TAG.finditer(text):
         if not tag["closing"]:
             stack.append(tag)
-            names[tag["name"]] += 1
-        elif names[tag["name"]]:
+        elif any(opened["name"] == tag["name"] for opened in stack):
             while (opened := stack.pop())["name"] != tag["name"]:
                 unmatched.append(opened[0])
-                names[opened["name"]] -= 1
-            names[tag["name"]] -= 1
             while spans and spans[-1][0] > opened.start():
                 spans.pop()
             spans.append((opened.start(), tag.end()))
@@ -141,23 +129,15 @@ def tagged_spans(text: str) -> tuple[list[Span], list[str]]:
     return spans, unmatched + [opened[0] for opened in stack]
 
 
-def inside(spans: Sequence[Span], position: int) -> bool:
-    """Whether one of the spans (in order, apart) holds the position."""
-    at = bisect.bisect(spans, position, key=lambda span: span[0]) - 1
-    return at >= 0 and position < spans[at][1]
-
-
 def stand_in(text: str, span: Span) -> str:
     """The word that takes a tagged span's place while sentences are sought.
 
     It ends a sentence where the span or what it hangs on does ("He won.<citation>A. B.</citation> She lost.") and the next
     word does not go on with it ("<citation>A. B.</citation> found it.").
     """
-    backwards = text[slice(*span)][::-1]
-    closing = _CLOSING_TAGS.match(backwards)
-    visible = _VISIBLE.search(text, span[1])
-    follows = visible[0] if visible else ""
-    ends = backwards.startswith(SENTENCE_ENDS, closing.end() if closing else 0) or text.endswith(SENTENCE_ENDS, 0, span[0])
+    inner = _CLOSING_TAGS.sub("", text[slice(*span)]).rstrip()
+    follows = text[span[1] :].lstrip()[:1]
+    ends = inner.endswith(SENTENCE_ENDS) or text.endswith(SENTENCE_ENDS, 0, span[0])
     return "tagged." if ends and (not follows or follows.isupper() or follows.isdigit() or follows == "<") else "tagged"
 
 
@@ -227,21 +207,17 @@ class Result:
     unmatched: dict[int, list[str]] = field(default_factory=dict)
 
 
-def find_marker(text: str, marker: str, spans: Sequence[Span]) -> int | None:
-    """Position of the last marker outside of `spans`."""
-    found = [match.start() for match in re.finditer(re.escape(marker), text) if not inside(spans, match.start())]
-    return found[-1] if found else None
-
-
 def convert_trace(trace: Any, nlp: Language, options: Options) -> tuple[Record | str, list[str]]:
     """(the record, or why there is none; tags without a counterpart). ValueError: a field is missing or wrong."""
     question = text_field(trace, options.question_field)
     text = text_field(trace, options.trace_field)
     spans, unmatched = tagged_spans(text)
-    at = find_marker(text, options.marker, spans)
-    if at is None:
-        where = " outside of its tags" if options.marker in text else ""
+    markers = [match.start() for match in re.finditer(re.escape(options.marker), text)]
+    outside = [at for at in markers if not any(start <= at < end for start, end in spans)]
+    if not outside:
+        where = " outside of its tags" if markers else ""
         return f"no {options.marker!r}{where}", unmatched
+    at = outside[-1]
     summary = text[at + len(options.marker) :].strip()
     record = {"question": question.strip(), "answer": summary}
     if options.answer_field is not None:
@@ -272,21 +248,14 @@ def convert(traces: Sequence[Any], nlp: Language, options: Options) -> Result:
 # --- report ---
 
 
-def histogram(counts: Sequence[int]) -> str:
-    """`0-1: 3  2-3: 8`: how many traces have so many steps, in at most 12 bins of equal width."""
-    width = math.ceil((max(counts) + 1) / HISTOGRAM_BINS)
-    bins = Counter(count // width for count in counts)
-    names = {i: f"{i * width}" if width == 1 else f"{i * width}-{i * width + width - 1}" for i in bins}
-    return "  ".join(f"{names[i]}: {bins[i]}" for i in sorted(bins))
-
-
 def report_lines(result: Result, options: Options, rejected_path: Path) -> Iterator[str]:
     """What became of the traces."""
     counts = [len(record["steps"]) for record in result.records]
     yield f"records    {len(counts):,}, {counts.count(0):,} of them without steps"
     middle = f"median {statistics.median(counts):g}, mean {statistics.mean(counts):.1f}"
     yield f"steps      min {min(counts)}, {middle}, max {max(counts)}"
-    yield f"traces by steps   {histogram(counts)}"
+    by_steps = sorted(Counter(counts).items())
+    yield "traces by steps   " + "  ".join(f"{steps}: {traces}" for steps, traces in by_steps)
     unscored = sum("#" in record["answer"] for record in result.records)
     if unscored:
         yield f"answers with '#'   {unscored:,}; evaluation reads what follows the last '#', so they count as wrong"
@@ -295,14 +264,10 @@ def report_lines(result: Result, options: Options, rejected_path: Path) -> Itera
         yield f"tags without a counterpart, read as text   {len(result.unmatched):,} traces: {'; '.join(tags)}"
     yield f"rejected   {len(result.rejected):,}" + (f", all in {rejected_path}:" if result.rejected else "")
     for row in result.rejected[:LISTED]:
-        yield f"  trace {row['index']}: {row['reason']}: {first_words(row['trace'][options.trace_field])}"
+        beginning = textwrap.shorten(row["trace"][options.trace_field], 60, placeholder=" ...")
+        yield f"  trace {row['index']}: {row['reason']}: {beginning}"
     if len(result.rejected) > LISTED:
         yield f"  and {len(result.rejected) - LISTED:,} more"
-
-
-def first_words(text: str) -> str:
-    words = text.split()
-    return " ".join(words[:8]) + (" ..." if len(words) > 8 else "")
 
 
 # --- command line ---
