@@ -24,7 +24,7 @@ from dataset import (
     get_cot_latent_dataset,
     get_question_latent_dataset,
 )
-from methods import METHODS, Curriculum, EvalLatents, remaining_steps, sequence, stage_shape
+from methods import METHODS, Curriculum, EvalLatents, sequence, stage_shape
 from systems import distributed
 from systems.batches import MicroBatch, batch_loader, cut
 from systems.distributed import ParallelName, unwrap
@@ -205,7 +205,7 @@ class Evaluator:
         record = self.dataset[idx]
         output = str(self.tokenizer.decode(new, skip_special_tokens=True))
         shape = stage_shape(self.curriculum, stage, len(record["steps"]))
-        expected = str(self.tokenizer.decode(remaining_steps(shape, record["steps_tokenized"]), skip_special_tokens=True))
+        expected = str(self.tokenizer.decode(shape.remaining(record["steps_tokenized"]), skip_special_tokens=True))
         answer, gold = written_answer(output), clean_answer(record["answer"])
         return Prediction(
             idx=record["idx"],
