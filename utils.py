@@ -147,10 +147,11 @@ def written(value: Any) -> str:
 
 
 def _parse_argument(argument: str, kind: type[Config]) -> tuple[dict[str, Any], str]:
-    if "=" in argument and not _is_file(argument):
-        key, text = argument.split("=", 1)
+    key, equals, text = argument.partition("=")
+    is_file = argument.endswith((".yaml", ".yml"))
+    if equals and (key in kind.model_fields or not is_file):
         return {key: parse_yaml(text, f"command line: {shown(key)}", kind, key)}, "command line"
-    if not argument.endswith((".yaml", ".yml")):
+    if not is_file:
         number = argument.isdigit() and "num_questions" in kind.model_fields
         hint = f"; did you mean num_questions={argument}?" if number else ""
         raise UserError(f"command line: {shown(argument)} is neither a YAML file nor key=value{hint}")
@@ -158,12 +159,6 @@ def _parse_argument(argument: str, kind: type[Config]) -> tuple[dict[str, Any], 
     if not isinstance(values, dict):
         raise UserError(f"{argument}: expected `key: value` lines, found {type(values).__name__}")
     return {str(key): value for key, value in values.items()}, argument
-
-
-def _is_file(argument: str) -> bool:
-    with contextlib.suppress(OSError):  # what is too long for a path is none
-        return Path(argument).is_file()
-    return False
 
 
 def parse_yaml(text: str, source: str, kind: type[Config] | None = None, key: str | None = None) -> Any:

@@ -304,14 +304,6 @@ def check(result: Result, strict: bool, path: Path) -> None:
         raise UserError(f"{path}: no traces in it")
 
 
-def write_rejected(path: Path, rejected: Sequence[Record]) -> None:
-    """One object per line; no file where nothing was rejected, not even an earlier run's."""
-    if rejected:
-        write_text(path, "".join(json.dumps(row) + "\n" for row in rejected))
-    else:
-        path.unlink(missing_ok=True)
-
-
 @entry_point
 def main(given: list[str]) -> None:
     args = parse_arguments(given)
@@ -319,7 +311,10 @@ def main(given: list[str]) -> None:
     result = convert(read_rows(args.traces), load_pipeline(args.pipeline), options)
     check(result, args.strict, args.traces)
     prepare_directory(args.out.parent)
-    write_rejected(args.rejected, result.rejected)
+    if result.rejected:
+        write_text(args.rejected, "".join(json.dumps(row) + "\n" for row in result.rejected))
+    else:
+        args.rejected.unlink(missing_ok=True)  # an earlier run's
     write_records(args.out, result.records)
     print("\n".join(map(printable, report_lines(result, options, args.rejected))))
 

@@ -98,12 +98,12 @@ def test_a_text_becomes_a_data_set_that_loads(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (b"no bar #### 1", "line 2: no '||' after the question"),
-        (b"q||<<1=1>> 1", "line 2: no '####' before the answer"),
-        (b"  ||<<1=1>> #### 1", "line 2: the question before '||' is empty"),
-        (b"q||<<1=1>> ####  ", "line 2: the answer after '####' is empty"),
+        (b"no bar #### 1", "line 2: expected question||steps #### answer"),
+        (b"q||<<1=1>> 1", "line 2: expected question||steps #### answer"),
+        (b"  ||<<1=1>> #### 1", "line 2: expected question||steps #### answer"),
+        (b"q||<<1=1>> ####  ", "line 2: expected question||steps #### answer"),
         (b"q\xff||<<1=1>> #### 1", "line 2: cannot be read: not UTF-8 (byte 0xff)"),
-        (b"", "line 2: no '||' after the question"),
+        (b"", "line 2: expected question||steps #### answer"),
     ],
 )
 def test_a_bad_line_is_named_and_nothing_is_written(bad, message, tmp_path, capsys):
