@@ -18,12 +18,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from coconut import Coconut
-from dataset import (
-    IGNORE_INDEX,
-    MyCollator,
-    get_cot_latent_dataset,
-    get_question_latent_dataset,
-)
+from dataset import IGNORE_INDEX, MyCollator, get_cot_latent_dataset, get_question_latent_dataset
 from methods import METHODS, Curriculum, EvalLatents, sequence, stage_shape
 from systems import distributed
 from systems.batches import MicroBatch, batch_loader, cut

@@ -18,29 +18,9 @@ from tqdm import tqdm
 from config import RunConfig
 from dataset import MyCollator, get_cot_latent_dataset
 from evaluation import Evaluation, Evaluator
-from methods import (
-    MAIN,
-    Curriculum,
-    Loss,
-    Totals,
-    first_epoch,
-    last_stage_share,
-    scheduled_stage,
-    stage_at,
-    stage_shape,
-)
+from methods import MAIN, Curriculum, Loss, Totals, first_epoch, last_stage_share, scheduled_stage, stage_at, stage_shape
 from systems import checkpoint, distributed
-from systems.batches import (
-    EXAMPLES,
-    POSITIONS,
-    TOKENS,
-    Batch,
-    MicroBatch,
-    Samples,
-    batch_loader,
-    counts_of,
-    described,
-)
+from systems.batches import EXAMPLES, POSITIONS, TOKENS, Batch, MicroBatch, Samples, batch_loader, counts_of, described
 from systems.files import Facts, TrainingState, read_training_state
 from systems.machine import machine
 from systems.metrics import Outputs, Reporter, epoch_table, save_nonfinite, save_predictions, show, strict
