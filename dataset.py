@@ -146,21 +146,20 @@ class _StageExamples:
             thoughts = [self.start_id, *thoughts, self.end_id]
         prompt = question + thoughts
         if not self.with_labels:
-            return {**_tensors(prompt, []), "idx": idx}
+            return {**_tensors(prompt), "idx": idx}
         parts = Parts(question, prompt, steps, answer, shape, self.curriculum, self.thought_id)
         sequences = {MAIN: TokenSequence(prompt, shape.remaining(steps) + answer)}
         sequences |= {} if method.sequences is None else method.sequences(parts)
         example: dict[str, Any] = {"idx": idx}
         for name, (before, target, has_answer) in sequences.items():
-            values = {**_tensors(before, target), "labels": [IGNORE_INDEX] * len(before) + target}
+            values = {**_tensors(before + target), "labels": [IGNORE_INDEX] * len(before) + target}
             if method.sequences is not None and has_answer:
                 values[ANSWER_AT] = len(before) + len(target) - len(answer) + before_answer
             example |= {sequence_key(name, key): value for key, value in values.items()}
         return example
 
 
-def _tensors(prompt: list[int], target: list[int]) -> dict[str, Any]:
-    ids = prompt + target
+def _tensors(ids: list[int]) -> dict[str, Any]:
     return {"input_ids": ids, "attention_mask": [1] * len(ids), "position_ids": list(range(len(ids)))}
 
 

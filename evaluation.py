@@ -114,9 +114,9 @@ class Evaluator:
         """
         with self._evaluating(model):
             loss, health = self._loss(model, stage)
-            began = time.perf_counter()
-            predictions = self._predict(model, stage, self.config.eval_latents)
-            seconds = time.perf_counter() - began
+        began = time.perf_counter()
+        predictions = self.predict(model, stage, self.config.eval_latents)
+        seconds = time.perf_counter() - began
         count = len(predictions)
         return Evaluation(
             loss=loss,
@@ -139,8 +139,17 @@ class Evaluator:
 
     def predict(self, model: nn.Module, stage: int, latents: EvalLatents) -> list[Prediction]:
         """Greedy answers for all questions with so many latents (see `stage_shape`), in the order of the questions."""
+        markers = (self.ids.start, self.ids.thought, self.ids.end)
+        prompts = get_question_latent_dataset(stage, self.dataset, self.curriculum, *markers, latents)
+        collator = MyCollator(self.tokenizer, self.ids.latent, align_end=True)
+        predictions = []
         with self._evaluating(model):
-            return self._predict(model, stage, latents)
+            for batch, filler in self._batches(prompts, collator, "answers", self.config.max_new_tokens):
+                new = self._generate(unwrap(model), batch)
+                if not filler:
+                    predictions += [self._judge(int(idx), row, stage) for idx, row in zip(batch["idx"], new, strict=True)]
+        gathered = [one for part in distributed.gather_objects(predictions) for one in part]
+        return sorted(gathered, key=lambda one: one.idx)
 
     @contextlib.contextmanager
     def _evaluating(self, model: nn.Module) -> Iterator[None]:
@@ -172,18 +181,6 @@ class Evaluator:
         total, count = distributed.all_reduce([total, count], self.device)
         every = [one for part in distributed.gather_objects(kept[:share]) for one in part]
         return total / count, thought_health(every) if every else {}
-
-    def _predict(self, model: nn.Module, stage: int, latents: EvalLatents) -> list[Prediction]:
-        markers = (self.ids.start, self.ids.thought, self.ids.end)
-        prompts = get_question_latent_dataset(stage, self.dataset, self.curriculum, *markers, latents)
-        collator = MyCollator(self.tokenizer, self.ids.latent, align_end=True)
-        predictions = []
-        for batch, filler in self._batches(prompts, collator, "answers", self.config.max_new_tokens):
-            new = self._generate(unwrap(model), batch)
-            if not filler:
-                predictions += [self._judge(int(idx), row, stage) for idx, row in zip(batch["idx"], new, strict=True)]
-        gathered = [one for part in distributed.gather_objects(predictions) for one in part]
-        return sorted(gathered, key=lambda one: one.idx)
 
     def _generate(self, model: Coconut, batch: dict[str, torch.Tensor]) -> list[list[int]]:
         """New tokens of each row, up to and without EOS."""

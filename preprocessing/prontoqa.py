@@ -170,13 +170,12 @@ def parse_arguments(given: list[str]) -> argparse.Namespace:
 
 def check_proofs(records: Sequence[Record], strict: bool) -> None:
     """Names the first proof that does not hold: a warning, or a UserError if `strict`."""
-    for number, record in enumerate(records, start=1):
-        if problem := proof_problem(record):
-            if strict:
-                raise UserError(f"example {number}: {problem}")
-            warning = f"example {number}: {problem} (the first such example; --check makes it an error)"
-            print(f"warning: {printable(warning)}", file=sys.stderr)
-            return
+    numbered = enumerate(map(proof_problem, records), start=1)
+    first = next((f"example {number}: {problem}" for number, problem in numbered if problem), None)
+    if first and strict:
+        raise UserError(first)
+    if first:
+        print(f"warning: {printable(first)} (the first such example; --check makes it an error)", file=sys.stderr)
 
 
 @entry_point

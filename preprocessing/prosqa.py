@@ -54,10 +54,7 @@ _CONCEPTS = (
     "tumpus vumpus worpus wumpus yerpus yimpus yumpus zhorpus zumpus"
 )
 NAMES, CONCEPTS = tuple(_NAMES.split()), tuple(_CONCEPTS.split())
-STREAMS = {
-    "matched": 1,
-    **{shape: number for number, shape in enumerate([*SHAPES, "walk"], start=2)},
-}  # keep their graphs apart from others
+STREAMS = {name: number for number, name in enumerate(["matched", *SHAPES, "walk"], start=1)}  # keep their graphs apart
 MAX_DRAWS = 1000  # of one record, before the vocabulary is judged too small for so many different questions
 
 

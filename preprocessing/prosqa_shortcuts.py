@@ -24,42 +24,30 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 }
 
 
-def upward_features(graph: nx.DiGraph, node: int) -> dict[str, int]:
-    """What one can count on the way up from an option; the person asked about plays no part."""
+def features(record: Record, node: int) -> dict[str, int]:
+    """What one can count of an option. All but the last two leave out the person asked about."""
+    graph, root = nx.DiGraph(record["edges"]), record["root"]
     above = nx.ancestors(graph, node)
+    upward = graph.subgraph(above | {node})
     paths: dict[int, int] = {}
-    longest: dict[int, int] = {}
-    for one in nx.topological_sort(graph):
-        if one in above or one == node:
-            parents = list(graph.predecessors(one))
-            paths[one] = sum(paths[parent] for parent in parents) or 1
-            longest[one] = max((longest[parent] + 1 for parent in parents), default=0)
+    for one in nx.topological_sort(upward):
+        paths[one] = sum(paths[parent] for parent in upward.predecessors(one)) or 1
+    words = record["question"].replace(".", " ").replace("?", " ").split()
+    name = record["idx_to_symbol"][node]
+    distances = nx.single_source_shortest_path_length(graph.to_undirected(as_view=True), root)
+    children = [graph.out_degree(one) for one in graph if graph.in_degree(one) == 0]
     return {
         "depth": farthest_ancestor(graph, node),
-        "longest path": longest[node],
+        "longest path": nx.dag_longest_path_length(upward),
         "paths": paths[node],
         "ancestors": len(above),
         "persons above": sum(graph.in_degree(one) == 0 for one in above),
         "parents": graph.in_degree(node),
         "siblings": sum(graph.out_degree(parent) for parent in graph.predecessors(node)),
-    }
-
-
-def text_features(record: Record, node: int) -> dict[str, int]:
-    """Where the option's name stands in the question; the earlier the larger."""
-    words = record["question"].replace(".", " ").replace("?", " ").split()
-    name = record["idx_to_symbol"][node]
-    return {"mentioned first": -words.index(name), "first option": words[::-1].index(name)}
-
-
-def person_features(graph: nx.DiGraph, root: int, node: int) -> dict[str, int]:
-    """Two that look at the person asked about, though not along the edges' direction."""
-    distances = nx.single_source_shortest_path_length(graph.to_undirected(as_view=True), root)
-    children = [graph.out_degree(one) for one in graph if graph.in_degree(one) == 0]
-    sign = 1 if graph.out_degree(root) == max(children) else -1
-    return {
+        "mentioned first": -words.index(name),
+        "first option": words[::-1].index(name),  # counted from the end of the question, where the options stand
         "distance without direction": -distances.get(node, len(graph)),
-        "children and ancestors": sign * len(nx.ancestors(graph, node)),
+        "children and ancestors": len(above) * (1 if graph.out_degree(root) == max(children) else -1),
     }
 
 
@@ -70,11 +58,7 @@ def shortcuts(record: Record) -> dict[str, float]:
     search. "depth" is the distance to the farthest ancestor; "children and ancestors" takes the option with more
     ancestors if no person has more children than the one asked about, else the other.
     """
-    graph = nx.DiGraph(record["edges"])
-    right, wrong = (
-        upward_features(graph, node) | text_features(record, node) | person_features(graph, record["root"], node)
-        for node in (record["target"], record["neg_target"])
-    )
+    right, wrong = (features(record, node) for node in (record["target"], record["neg_target"]))
     return {name: (1 + int(np.sign(right[name] - wrong[name]))) / 2 for name in right}
 
 
