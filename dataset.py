@@ -34,11 +34,6 @@ from methods import (
 )
 from utils import UserError, parse_json, read_text
 
-
-class DataError(UserError):
-    """A data file that cannot be used; says which file, record, field and why."""
-
-
 # --- records ---
 
 
@@ -50,12 +45,12 @@ def load_records(path: str | Path) -> list[dict[str, Any]]:
 def parse_records(text: str, path: str | Path) -> list[dict[str, Any]]:
     records = parse_json(text, path)
     if not isinstance(records, list):
-        raise DataError(f"{path}: expected a list of records, found {_type_name(records)}")
+        raise UserError(f"{path}: expected a list of records, found {_type_name(records)}")
     if not records:
-        raise DataError(f"{path}: the data set is empty; expected at least one record")
+        raise UserError(f"{path}: the data set is empty; expected at least one record")
     for index, record in enumerate(records):
         if problem := record_problem(record):
-            raise DataError(f"{path}: record {index}: {problem}")
+            raise UserError(f"{path}: record {index}: {problem}")
     return records
 
 
@@ -203,7 +198,7 @@ def check_lengths(
     positions: int | None,
     latents: EvalLatents = "gold",
 ) -> None:
-    """Raise DataError naming the first record that needs more positions than the model has, trained or answered.
+    """Raise UserError naming the first record that needs more positions than the model has, trained or answered.
 
     latents: how many an answer gets, see `stage_shape`.
     """
@@ -230,7 +225,7 @@ def check_lengths(
                 parts = Parts(question, prompt, steps, answer, StageShape(thoughts, 0), curriculum)
                 needed = max([needed, *(len(one.prompt) + len(one.target) for one in method.sequences(parts).values())])
             if needed > positions:
-                raise DataError(
+                raise UserError(
                     f"record {index} needs up to {needed} positions (max_new_tokens included); the model has {positions}"
                 )
 

@@ -21,7 +21,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from coconut import Coconut
 from dataset import (
-    DataError,
     MyCollator,
     check_lengths,
     get_cot_latent_dataset,
@@ -163,7 +162,7 @@ def test_blank_steps_are_no_steps_and_further_fields_are_kept(tokenizer: Any, tm
 def test_a_record_longer_than_the_model_is_named(tokenizer: Any, tmp_path: Path) -> None:
     dataset = get_dataset(write_json(tmp_path / "data.json", chain_records(3)), tokenizer)
     check_lengths([dataset], curriculum(), 8, 200)
-    with pytest.raises(DataError, match=r"record 2 needs up to \d+ positions .*; the model has 45"):
+    with pytest.raises(UserError, match=r"record 2 needs up to \d+ positions .*; the model has 45"):
         check_lengths([dataset], curriculum(), 8, 45)
     few = get_dataset(write_json(tmp_path / "one.json", [RECORD]), tokenizer)  # one step
     own = curriculum(pad_latent_to_max=False, c_thought=20)
@@ -171,7 +170,7 @@ def test_a_record_longer_than_the_model_is_named(tokenizer: Any, tmp_path: Path)
     check_lengths([few], own, 30, needed)
     for latents, thoughts in (("max", 60), (21, 21)):
         check_lengths([few], own, 30, needed - 20 + thoughts, latents)
-        with pytest.raises(DataError, match="record 0 needs"):
+        with pytest.raises(UserError, match="record 0 needs"):
             check_lengths([few], own, 30, needed - 20 + thoughts - 1, latents)
 
 
