@@ -30,7 +30,6 @@ MethodName = Annotated[str, one_of(METHODS)]
 # What only a slip of the finger exceeds, and what would take all memory or forever.
 MOST_EPOCHS, MOST_EXAMPLES, MOST_WORKERS = 100_000, 10_000_000, 512
 DEBUG_TRAIN, DEBUG_VALID = 5000, 32  # records that `debug: True` keeps, as in the published code
-LONGEST_PROJECT = 128  # characters, of wandb
 
 Part = TypeVar("Part")
 
@@ -44,6 +43,13 @@ def check_kernel(attn_implementation: str | None, trust_remote_code: bool) -> No
         )
 
 
+CONTRADICTIONS = (
+    ("resume", "from_scratch"),  # it starts from a model that was trained
+    ("lora_r", "from_scratch"),  # LoRA adapts trained weights
+    ("from_scratch", "load_model_path"),
+    ("warmup_steps", "warmup_share"),
+    ("uniform_prob", "earlier_stage_prob"),
+)
 ICOT_KEYS = ("icot_tokens_per_epoch", "icot_smoothing", "icot_start_epoch", "icot_remove_all_beyond")
 
 
@@ -249,14 +255,15 @@ class RunConfig(Config):
         self._choose_method()
         if self.only_eval and self.load_model_path is None:
             raise ValueError("only_eval needs load_model_path: a checkpoint directory, a hub id or a state-dict file")
-        if not self.only_eval:
-            self._check_training()
         check_folder_name(self.name, "save_path")
         check_kernel(self.attn_implementation, self.trust_remote_code)
-        if self.wandb != "disabled" and (len(self.project) > LONGEST_PROJECT or set(self.project) & set("/\\#?%:")):
-            raise ValueError(
-                f"project: {shown(self.project)}: wandb takes at most {LONGEST_PROJECT} characters, and none of / \\ # ? % :"
-            )
+        method = METHODS[str(self.method)]
+        if not self.only_eval:
+            if method.reads_attention and self.attn_implementation is None:
+                self.attn_implementation = "eager"
+            found = [problem for problem, is_there in self._problems(method).items() if is_there]
+            if found:
+                raise ValueError(found[0])
         return self
 
     def _choose_method(self) -> None:
@@ -271,91 +278,54 @@ class RunConfig(Config):
         for name in published:
             setattr(self, name, name == self.method)
 
-    def _check_training(self) -> None:
-        if self.train_path is None:
-            raise ValueError("train_path is missing: a JSON file of records, or set only_eval: True")
-        if self.resume and self.from_scratch:
-            raise ValueError(f"resume: {self.resume} starts from a model that was trained; from_scratch has random weights")
-        if self.resume >= self.num_epochs:
-            raise ValueError(f"resume: {self.resume} leaves nothing to train: num_epochs is {self.num_epochs}")
-        self._check_lora()
-        self._check_systems()
-        if METHODS[str(self.method)].step_vectors is not None:
-            self._check_step_decoder()
-        if self.from_scratch and self.load_model_path is not None:
-            raise ValueError("from_scratch and load_model_path contradict each other: set one of them")
-        if self.warmup_steps and self.warmup_share:
-            raise ValueError("warmup_steps and warmup_share contradict each other: set one of them")
-        if self.uniform_prob and self.earlier_stage_prob:
-            raise ValueError("uniform_prob and earlier_stage_prob contradict each other: set one of them")
-        if self.advance_cot_match is not None and self.advance_accuracy is None:
-            raise ValueError("advance_cot_match needs advance_accuracy, which turns leaving a stage early on")
-        method = METHODS[str(self.method)]
-        for key in ("thought_map", "latent_mode", "attend_padding"):
-            if getattr(self, key) != type(self).model_fields[key].default and not method.feeds_back:
-                raise ValueError(f"{key}: method {self.method} feeds no state back: leave it out")
-        if method.reads_attention:
-            self.attn_implementation = self.attn_implementation or "eager"
-            if self.attn_implementation != "eager":
-                raise ValueError(f"attn_implementation: {self.method} needs eager, the one that tells where attention goes")
-        if method.equal_latents and not self.pad_latent_to_max:
-            raise ValueError(f"pad_latent_to_max: False: method {self.method} needs as many latents in every question")
-        if method.markers and self.c_thought == 0:
-            raise ValueError(f"c_thought: 0 leaves {self.method} without thoughts: set at least 1, or method: no_thoughts")
-        if method.markers and self.max_latent_stage == 0 and not self._writes_all_steps:
-            raise ValueError(f"max_latent_stage: 0 leaves {self.method} without thoughts: set at least 1, or method: no_cot")
-        self._check_keys_of_methods(method)
-        staged = [name for name, one in METHODS.items() if one.has_stages]
-        for key in ("uniform_prob", "earlier_stage_prob", "advance_accuracy"):
-            if getattr(self, key) and not method.has_stages:
-                raise ValueError(f"{key}: method {self.method} has no stages; leave it out, or use {', '.join(staged)}")
+    def _problems(self, method: Method) -> dict[str, Any]:
+        """What may be wrong with a training, each with whether it is."""
+        name, fsdp, lora = self.method, self.parallel == "fsdp", self.lora_r is not None
+        sharded, each_step = self.sharded_checkpoints, self.fsdp_gather == "step"
+        not_eager = method.reads_attention and self.attn_implementation != "eager"
+        match_alone = self.advance_cot_match is not None and self.advance_accuracy is None
+        in_stage_0 = method.has_stages and scheduled_stage(self.curriculum, self.num_epochs - 1) == 0  # all steps are written
+        no_latent_stage = method.markers and self.max_latent_stage == 0 and not in_stage_0
+        uneven = method.equal_latents and not self.pad_latent_to_max
+        problems: dict[str, Any] = {
+            "train_path is missing: a JSON file of records, or set only_eval: True": self.train_path is None,
+            f"resume: {self.resume} leaves nothing to train: num_epochs is {self.num_epochs}": self.resume >= self.num_epochs,
+            "advance_cot_match needs advance_accuracy, which turns leaving a stage early on": match_alone,
+            f"attn_implementation: {name} needs eager, the one that tells where attention goes": not_eager,
+            f"pad_latent_to_max: False: method {name} needs as many latents in every question": uneven,
+            f"c_thought: 0 leaves {name} without thoughts: set at least 1": method.markers and self.c_thought == 0,
+            f"max_latent_stage: 0 leaves {name} without thoughts: set at least 1, or method: no_cot": no_latent_stage,
+            "lora_r: bf16: pure would train the LoRA matrices in bfloat16; use bf16: True": lora and self.bf16 == "pure",
+            "lora_r: parallel: fsdp is not supported with LoRA; use parallel: ddp": lora and fsdp,
+            "fsdp_gather: step needs parallel: fsdp": each_step and not fsdp,
+            "sharded_checkpoints needs parallel: fsdp": sharded and not fsdp,
+            "sharded_checkpoints: a model's own code is not kept beside shards": sharded and self.trust_remote_code,
+            "compile: it takes the decoder as one piece, which parallel: fsdp splits: set one of them": self.compile and fsdp,
+        }
+        for one, other in CONTRADICTIONS:
+            problems[f"{one} and {other} contradict each other: set one of them"] = getattr(self, one) and getattr(self, other)
+        for key in ("lora_alpha", "lora_dropout", "lora_target_modules"):
+            problems[f"{key} needs lora_r, the rank, which turns LoRA on"] = not lora and getattr(self, key) is not None
+        # A second model is gathered whole: it is small beside what sharding by parts is for.
+        for key, given in (("sharded_checkpoints", sharded), ("fsdp_gather: step", each_step)):
+            problem = f"{key}: not with method {name}, which trains a second model: leave it out"
+            problems[problem] = given and method.step_vectors is not None
+        for key, where in self._idle(method).items():
+            value = getattr(self, key)
+            problem = f"{key}: {value} has no effect with {where}: leave it out"
+            problems[problem] = value != type(self).model_fields[key].default
+        return problems
 
-    @property
-    def _writes_all_steps(self) -> bool:
-        """A method with stages that does not leave the first one."""
-        return METHODS[str(self.method)].has_stages and scheduled_stage(self.curriculum, self.num_epochs - 1) == 0
-
-    def _check_keys_of_methods(self, method: Method) -> None:
-        """Raise ValueError for a key that another method or mode has, and this one does not read."""
+    def _idle(self, method: Method) -> dict[str, str]:
+        """Keys that another method or mode has and this one does not read, each with what does not read it."""
         read = {field.name for field in fields(method.options)} if method.options else set()
         others = {field.name for one in METHODS.values() if one.options for field in fields(one.options)}
-        idle = dict.fromkeys(others - read - {"c_thought"}, f"method {self.method}")
-        idle |= {key: f"method {self.method}" for key in ICOT_KEYS if not isinstance(method.schedule, TokenRemoval)}
-        idle |= {"jacobi_iterations": "latent_mode sequential"} if self.latent_mode != "jacobi" else {}
-        for key, where in idle.items():
-            if getattr(self, key) != type(self).model_fields[key].default:
-                raise ValueError(f"{key}: {getattr(self, key)} has no effect with {where}: leave it out")
-
-    def _check_step_decoder(self) -> None:
-        """A second model is gathered whole: it is small beside what sharding by parts is for."""
-        if self.sharded_checkpoints or self.fsdp_gather == "step":
-            key = "sharded_checkpoints" if self.sharded_checkpoints else "fsdp_gather: step"
-            raise ValueError(f"{key}: not with method {self.method}, which trains a second model: leave it out")
-
-    def _check_lora(self) -> None:
-        options = [key for key in ("lora_alpha", "lora_dropout", "lora_target_modules") if getattr(self, key) is not None]
-        if self.lora_r is None and options:
-            raise ValueError(f"{options[0]} needs lora_r, the rank, which turns LoRA on")
-        if self.lora_r is None:
-            return
-        if self.from_scratch:
-            raise ValueError("lora_r and from_scratch contradict each other: LoRA adapts trained weights")
-        if self.bf16 == "pure":
-            raise ValueError("lora_r: bf16: pure would train the small LoRA matrices in bfloat16; use bf16: True")
-        if self.parallel == "fsdp":
-            raise ValueError("lora_r: parallel: fsdp is not supported with LoRA; use parallel: ddp")
-
-    def _check_systems(self) -> None:
-        if self.parallel != "fsdp" and self.fsdp_gather == "step":
-            raise ValueError("fsdp_gather: step needs parallel: fsdp; elsewhere every process has all parameters")
-        if self.parallel != "fsdp" and self.sharded_checkpoints:
-            raise ValueError("sharded_checkpoints needs parallel: fsdp; elsewhere every process has all parameters")
-        if self.sharded_checkpoints and self.trust_remote_code:
-            raise ValueError(
-                "sharded_checkpoints: the code of a model that brings its own is not kept beside shards; leave it out"
-            )
-        if self.parallel == "fsdp" and self.compile:
-            raise ValueError("compile: it takes the decoder as one piece, which parallel: fsdp splits: set one of them")
+        keys = [*(others - read - {"c_thought"})]
+        keys += [] if isinstance(method.schedule, TokenRemoval) else ICOT_KEYS
+        keys += [] if method.feeds_back else ["thought_map", "latent_mode", "attend_padding"]
+        keys += [] if method.has_stages else ["uniform_prob", "earlier_stage_prob", "advance_accuracy"]
+        idle = dict.fromkeys(keys, f"method {self.method}")
+        return idle if self.latent_mode == "jacobi" else {**idle, "jacobi_iterations": "latent_mode sequential"}
 
     @property
     def save_dir(self) -> Path:

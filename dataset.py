@@ -21,47 +21,36 @@ from transformers import PreTrainedTokenizerBase
 from coconut import IGNORE_INDEX
 from methods import (
     ANSWER_AT,
+    MAIN,
     MARKERS,
     METHODS,
     Curriculum,
     EvalLatents,
+    Parts,
     StageShape,
-    example_parts,
-    example_sequences,
+    TokenSequence,
     sequence_key,
     stage_shape,
 )
-from utils import UserError, read_text
-
-MOST_PASSES = 1000  # of an epoch: each takes a random order of its own
-
-
-class DataError(UserError):
-    """A data file that cannot be used; says which file, record, field and why."""
-
+from utils import UserError, parse_json, read_text
 
 # --- records ---
 
 
 def load_records(path: str | Path) -> list[dict[str, Any]]:
-    """The validated records of a JSON file. Raises DataError naming file, index, field and reason."""
+    """The validated records of a JSON file. Raises UserError naming file, index, field and reason."""
     return parse_records(read_text(Path(path)), path)
 
 
 def parse_records(text: str, path: str | Path) -> list[dict[str, Any]]:
-    try:
-        records = json.loads(text)
-    except ValueError as error:  # JSONDecodeError, or a number of more than 4,300 digits
-        raise DataError(f"{path}: not valid JSON: {error}") from None
-    except RecursionError:
-        raise DataError(f"{path}: not valid JSON: nested too deeply") from None
+    records = parse_json(text, path)
     if not isinstance(records, list):
-        raise DataError(f"{path}: expected a list of records, found {_type_name(records)}")
+        raise UserError(f"{path}: expected a list of records, found {_type_name(records)}")
     if not records:
-        raise DataError(f"{path}: the data set is empty; expected at least one record")
+        raise UserError(f"{path}: the data set is empty; expected at least one record")
     for index, record in enumerate(records):
         if problem := record_problem(record):
-            raise DataError(f"{path}: record {index}: {problem}")
+            raise UserError(f"{path}: record {index}: {problem}")
     return records
 
 
@@ -69,25 +58,18 @@ def record_problem(record: object) -> str | None:
     """Why this is not a record, naming the field; None if it is one."""
     if not isinstance(record, dict):
         return f"expected an object with question, answer and steps, found {_type_name(record)}"
-    for field in ("question", "answer"):
-        if field not in record:
-            return f"field '{field}' is missing"
-        if not isinstance(record[field], str):
-            return f"field '{field}': expected a string, found {_type_name(record[field])}"
-        if not record[field].strip():
+    if missing := [field for field in ("question", "answer", "steps") if field not in record]:
+        return f"field '{missing[0]}' is missing"
+    if not isinstance(record["steps"], list):
+        return f"field 'steps': expected a list of strings, found {_type_name(record['steps'])}"
+    steps = {f"steps[{number}]": step for number, step in enumerate(record["steps"])}
+    for field, text in {"question": record["question"], "answer": record["answer"], **steps}.items():
+        if not isinstance(text, str):
+            return f"field '{field}': expected a string, found {_type_name(text)}"
+        if field in ("question", "answer") and not text.strip():
             return f"field '{field}' is blank"
-        if problem := _text_problem(record[field]):
+        if problem := _text_problem(text):
             return f"field '{field}' {problem}"
-    if "steps" not in record:
-        return "field 'steps' is missing; a question without reasoning has \"steps\": []"
-    steps = record["steps"]
-    if not isinstance(steps, list):
-        return f"field 'steps': expected a list of strings, found {_type_name(steps)}"
-    for number, step in enumerate(steps):
-        if not isinstance(step, str):
-            return f"field 'steps[{number}]': expected a string, found {_type_name(step)}"
-        if problem := _text_problem(step):
-            return f"field 'steps[{number}]' {problem}"
     return None
 
 
@@ -122,13 +104,6 @@ def row_of(index: int, record: dict[str, Any]) -> dict[str, Any]:
         "steps": [step for step in record["steps"] if step.strip()],  # an empty rationale is no step, not a blank one
         "extra": json.dumps(extra) if extra else "",
     }
-
-
-# --- tokens ---
-
-
-def machine_cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # --- stages ---
@@ -166,19 +141,20 @@ class _StageExamples:
             thoughts = [self.start_id, *thoughts, self.end_id]
         prompt = question + thoughts
         if not self.with_labels:
-            return {**_tensors(prompt, []), "idx": idx}
-        parts = example_parts(self.curriculum, shape, question, prompt, steps, answer, self.thought_id)
+            return {**_tensors(prompt), "idx": idx}
+        parts = Parts(question, prompt, steps, answer, shape, self.curriculum, self.thought_id)
+        sequences = {MAIN: TokenSequence(prompt, shape.remaining(steps) + answer)}
+        sequences |= {} if method.sequences is None else method.sequences(parts)
         example: dict[str, Any] = {"idx": idx}
-        for name, (before, target, has_answer) in example_sequences(method, parts).items():
-            values = {**_tensors(before, target), "labels": [IGNORE_INDEX] * len(before) + target}
+        for name, (before, target, has_answer) in sequences.items():
+            values = {**_tensors(before + target), "labels": [IGNORE_INDEX] * len(before) + target}
             if method.sequences is not None and has_answer:
                 values[ANSWER_AT] = len(before) + len(target) - len(answer) + before_answer
             example |= {sequence_key(name, key): value for key, value in values.items()}
         return example
 
 
-def _tensors(prompt: list[int], target: list[int]) -> dict[str, Any]:
-    ids = prompt + target
+def _tensors(ids: list[int]) -> dict[str, Any]:
     return {"input_ids": ids, "attention_mask": [1] * len(ids), "position_ids": list(range(len(ids)))}
 
 
@@ -215,15 +191,6 @@ def get_question_latent_dataset(
     return base_dataset.with_transform(examples)
 
 
-def check_passes(size: int, examples: int | None) -> None:
-    """Raise DataError if an epoch of so many examples would be more passes through `size` records than anyone means."""
-    if examples is not None and examples > MOST_PASSES * size:
-        raise DataError(
-            f"examples_per_epoch: {examples:,} are more than {MOST_PASSES:,} passes through the {size:,} records of "
-            "train_path: raise num_epochs instead"
-        )
-
-
 def check_lengths(
     datasets: Sequence[Dataset],
     curriculum: Curriculum,
@@ -231,7 +198,7 @@ def check_lengths(
     positions: int | None,
     latents: EvalLatents = "gold",
 ) -> None:
-    """Raise DataError naming the first record that needs more positions than the model has, trained or answered.
+    """Raise UserError naming the first record that needs more positions than the model has, trained or answered.
 
     latents: how many an answer gets, see `stage_shape`.
     """
@@ -255,15 +222,19 @@ def check_lengths(
             needed = len(question) + markers + max(trained + len(answer), thoughts + max_new_tokens)
             if method.sequences is not None:
                 prompt = question + [0] * (markers + thoughts)
-                parts = example_parts(curriculum, StageShape(thoughts, 0), question, prompt, steps, answer)
+                parts = Parts(question, prompt, steps, answer, StageShape(thoughts, 0), curriculum)
                 needed = max([needed, *(len(one.prompt) + len(one.target) for one in method.sequences(parts).values())])
             if needed > positions:
-                raise DataError(
+                raise UserError(
                     f"record {index} needs up to {needed} positions (max_new_tokens included); the model has {positions}"
                 )
 
 
 # --- batches ---
+
+
+def machine_cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass

@@ -18,13 +18,8 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from coconut import Coconut
-from dataset import (
-    IGNORE_INDEX,
-    MyCollator,
-    get_cot_latent_dataset,
-    get_question_latent_dataset,
-)
-from methods import METHODS, Curriculum, EvalLatents, remaining_steps, sequence, stage_shape
+from dataset import IGNORE_INDEX, MyCollator, get_cot_latent_dataset, get_question_latent_dataset
+from methods import METHODS, Curriculum, EvalLatents, sequence, stage_shape
 from systems import distributed
 from systems.batches import batch_loader, cut
 from systems.distributed import ParallelName, unwrap
@@ -119,9 +114,9 @@ class Evaluator:
         """
         with self._evaluating(model):
             loss, health = self._loss(model, stage)
-            began = time.perf_counter()
-            predictions = self._predict(model, stage, self.config.eval_latents)
-            seconds = time.perf_counter() - began
+        began = time.perf_counter()
+        predictions = self.predict(model, stage, self.config.eval_latents)
+        seconds = time.perf_counter() - began
         count = len(predictions)
         return Evaluation(
             loss=loss,
@@ -144,8 +139,17 @@ class Evaluator:
 
     def predict(self, model: nn.Module, stage: int, latents: EvalLatents) -> list[Prediction]:
         """Greedy answers for all questions with so many latents (see `stage_shape`), in the order of the questions."""
+        markers = (self.ids.start, self.ids.thought, self.ids.end)
+        prompts = get_question_latent_dataset(stage, self.dataset, self.curriculum, *markers, latents)
+        collator = MyCollator(self.tokenizer, self.ids.latent, align_end=True)
+        predictions = []
         with self._evaluating(model):
-            return self._predict(model, stage, latents)
+            for batch, filler in self._batches(prompts, collator, "answers", self.config.max_new_tokens):
+                new = self._generate(unwrap(model), batch)
+                if not filler:
+                    predictions += [self._judge(int(idx), row, stage) for idx, row in zip(batch["idx"], new, strict=True)]
+        gathered = [one for part in distributed.gather_objects(predictions) for one in part]
+        return sorted(gathered, key=lambda one: one.idx)
 
     @contextlib.contextmanager
     def _evaluating(self, model: nn.Module) -> Iterator[None]:
@@ -178,18 +182,6 @@ class Evaluator:
         every = [one for part in distributed.gather_objects(kept[:share]) for one in part]
         return total / count, thought_health(every) if every else {}
 
-    def _predict(self, model: nn.Module, stage: int, latents: EvalLatents) -> list[Prediction]:
-        markers = (self.ids.start, self.ids.thought, self.ids.end)
-        prompts = get_question_latent_dataset(stage, self.dataset, self.curriculum, *markers, latents)
-        collator = MyCollator(self.tokenizer, self.ids.latent, align_end=True)
-        predictions = []
-        for batch, filler in self._batches(prompts, collator, "answers", self.config.max_new_tokens):
-            new = self._generate(unwrap(model), batch)
-            if not filler:
-                predictions += [self._judge(int(idx), row, stage) for idx, row in zip(batch["idx"], new, strict=True)]
-        gathered = [one for part in distributed.gather_objects(predictions) for one in part]
-        return sorted(gathered, key=lambda one: one.idx)
-
     def _generate(self, model: Coconut, batch: dict[str, torch.Tensor]) -> list[list[int]]:
         """New tokens of each row, up to and without EOS."""
         ids = model.generate(
@@ -205,7 +197,7 @@ class Evaluator:
         record = self.dataset[idx]
         output = str(self.tokenizer.decode(new, skip_special_tokens=True))
         shape = stage_shape(self.curriculum, stage, len(record["steps"]))
-        expected = str(self.tokenizer.decode(remaining_steps(shape, record["steps_tokenized"]), skip_special_tokens=True))
+        expected = str(self.tokenizer.decode(shape.remaining(record["steps_tokenized"]), skip_special_tokens=True))
         answer, gold = written_answer(output), clean_answer(record["answer"])
         return Prediction(
             idx=record["idx"],

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from config import DEBUG_TRAIN, DEBUG_VALID, RunConfig
-from dataset import check_lengths, check_passes
+from dataset import check_lengths
 from evaluation import Asking, Evaluator, answer_scores
 from systems import distributed, meta_start, sources
 from systems.batches import Batching, Samples
@@ -48,7 +48,6 @@ def train(config: RunConfig, device: torch.device, stop: StopRequest) -> None:
     set_seed(config.seed)  # the same random weights on all processes
     model, whole = meta_start.build(lambda: build_model(source, tokenizer, ids), config.parallel == "fsdp")
     check_lengths([train_set, valid_set], config.curriculum, config.max_new_tokens, model.max_positions, config.eval_latents)
-    check_passes(len(train_set), config.examples_per_epoch)
     wrapped = distributed.wrap(model, config.part(distributed.Parallelism), device, config.loss_options, whole)
     del whole
     set_seed(config.seed + distributed.rank())  # other dropout masks on each

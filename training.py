@@ -18,29 +18,9 @@ from tqdm import tqdm
 from config import RunConfig
 from dataset import MyCollator, get_cot_latent_dataset
 from evaluation import Evaluation, Evaluator
-from methods import (
-    MAIN,
-    Curriculum,
-    Loss,
-    Totals,
-    first_epoch,
-    last_stage_share,
-    scheduled_stage,
-    stage_at,
-    stage_shape,
-)
+from methods import MAIN, Curriculum, Loss, Totals, first_epoch, last_stage_share, scheduled_stage, stage_at, stage_shape
 from systems import checkpoint, distributed
-from systems.batches import (
-    EXAMPLES,
-    POSITIONS,
-    TOKENS,
-    Batch,
-    MicroBatch,
-    Samples,
-    batch_loader,
-    counts_of,
-    described,
-)
+from systems.batches import EXAMPLES, POSITIONS, TOKENS, Batch, MicroBatch, Samples, batch_loader, counts_of, described
 from systems.files import Facts, TrainingState, read_training_state
 from systems.machine import machine
 from systems.metrics import Outputs, Reporter, epoch_table, save_nonfinite, save_predictions, show, strict
@@ -192,8 +172,8 @@ class Trainer:
     def _train_epoch(self) -> bool:
         """The rest of the epoch in progress, stage by stage; False if a signal cut it short."""
         self.model.train()
-        groups = self.groups()
-        done = self.state.step_in_epoch
+        state, done = self.state, self.state.step_in_epoch
+        groups = self.samples.groups(state.epoch, state.samples_in_epoch, done)  # of micro-batches, one for each step left
         stages = [stage_at(self.curriculum, self.state.epoch, done + step, done + len(groups)) for step in range(len(groups))]
         for stage, part in itertools.groupby(zip(stages, groups, strict=True), key=lambda pair: pair[0]):
             self._renew_optimizer(stage)
@@ -222,11 +202,6 @@ class Trainer:
             if every and self.state.global_step % every == 0 and self.state.step_in_epoch < steps_in_epoch:
                 self._save_inside_epoch()
         return True
-
-    def groups(self) -> list[list[MicroBatch]]:
-        """This process's micro-batches of each optimizer step that is left of the epoch in progress."""
-        state = self.state
-        return self.samples.groups(state.epoch, state.samples_in_epoch, state.step_in_epoch)
 
     def _loader(self, stage: int, groups: list[list[MicroBatch]]) -> Iterator[Batch]:
         ids = self.evaluator.ids

@@ -7,6 +7,7 @@ import difflib
 import errno
 import functools
 import io
+import json
 import logging
 import os
 import random
@@ -27,9 +28,7 @@ from systems import startup
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 PATH_ERRORS = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)
-LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes, on Linux and macOS
 LONGEST_LINE = 2000  # characters of an error
-MOST_BITS = 1024  # of a whole number in a file: Python does not write those of more than 4,300 digits
 LARGEST = 2**31 - 1  # of whole numbers: beyond it they no longer fit everywhere
 MEBIBYTE = 2**20
 
@@ -47,17 +46,12 @@ def _usable_path(value: str | None) -> str | None:
         return None
     if "YOUR_" in value:
         raise ValueError("a placeholder of the published files: put your own path in its place")
-    if value.startswith("~"):
-        try:
-            value = str(Path(value).expanduser())
-        except RuntimeError:
-            raise ValueError("no such user's home directory") from None
-    parts = os.fsencode(value).split(b"/")
-    if b"\0" in b"".join(parts):
+    if "\0" in value:
         raise ValueError("a path cannot hold the character NUL")
-    if max(map(len, parts)) > LONGEST_NAME or sum(map(len, parts)) + len(parts) > LONGEST_PATH:
-        raise ValueError(f"longer than a path can be ({LONGEST_NAME} bytes a name, {LONGEST_PATH} in all)")
-    return value
+    try:
+        return str(Path(value).expanduser()) if value.startswith("~") else value
+    except RuntimeError:
+        raise ValueError("no such user's home directory") from None
 
 
 OptionalText = Annotated[str | None, BeforeValidator(null)]
@@ -153,10 +147,11 @@ def written(value: Any) -> str:
 
 
 def _parse_argument(argument: str, kind: type[Config]) -> tuple[dict[str, Any], str]:
-    if "=" in argument and not _is_file(argument):
-        key, text = argument.split("=", 1)
-        return {key: parse_yaml(text, f"command line: {_cut(argument, LONGEST_NAME)}", kind, key)}, "command line"
-    if not argument.endswith((".yaml", ".yml")):
+    key, equals, text = argument.partition("=")
+    is_file = argument.endswith((".yaml", ".yml"))
+    if equals and (key in kind.model_fields or not is_file):
+        return {key: parse_yaml(text, f"command line: {shown(key)}", kind, key)}, "command line"
+    if not is_file:
         number = argument.isdigit() and "num_questions" in kind.model_fields
         hint = f"; did you mean num_questions={argument}?" if number else ""
         raise UserError(f"command line: {shown(argument)} is neither a YAML file nor key=value{hint}")
@@ -164,12 +159,6 @@ def _parse_argument(argument: str, kind: type[Config]) -> tuple[dict[str, Any], 
     if not isinstance(values, dict):
         raise UserError(f"{argument}: expected `key: value` lines, found {type(values).__name__}")
     return {str(key): value for key, value in values.items()}, argument
-
-
-def _is_file(argument: str) -> bool:
-    with contextlib.suppress(OSError):  # what is too long for a path is none
-        return Path(argument).is_file()
-    return False
 
 
 def parse_yaml(text: str, source: str, kind: type[Config] | None = None, key: str | None = None) -> Any:
@@ -183,43 +172,30 @@ def parse_yaml(text: str, source: str, kind: type[Config] | None = None, key: st
         for name, value in pairs:
             if kind is None or not isinstance(value, yaml.ScalarNode) or value.tag == NULL:
                 continue
-            if _holds_text(kind, name.value):
+            field = kind.model_fields.get(str(name.value))
+            if field is not None and _allows_text(field.annotation):
                 value.tag = TEXT  # else 1.10 is a number, 12:30:00 seconds, yes a boolean
             elif ODD_NUMBER.fullmatch(value.value):
                 raise _odd_number(value)  # a text too: pydantic reads '1_0e-4' as a number
         return loader.construct_document(node)
-    except RecursionError:
-        raise UserError(f"{source}: not valid YAML: nested too deeply") from None
-    except Exception as error:  # `!!float "x"` is a ValueError, `!!bool "x"` a KeyError, `!!timestamp "x"` an AttributeError
-        known = isinstance(error, (yaml.YAMLError, ValueError))
-        reason = " ".join(str(error).split()) if known else f"a value that its tag does not allow: {error}"
-        raise UserError(f"{source}: not valid YAML: {reason}") from None
+    except Exception as error:  # of many kinds: `!!float "x"` is a ValueError, `!!bool "x"` a KeyError
+        raise UserError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
 NULL, TEXT = "tag:yaml.org,2002:null", "tag:yaml.org,2002:str"
-MOST_MERGED = 1000  # keys: `<<` in `<<` in `<<` makes ever more
 PLAIN_NUMBER = re.compile(r"[-+]?(0|[1-9][0-9]*)")
 ODD_NUMBER = re.compile(r"[-+]?[0-9.]+[_:][-+0-9._:e]*", re.IGNORECASE)  # 1_0.5 would be 10.5, and 1:30.5 90.5
 
 
-def _holds_text(kind: type[Config], key: Any) -> bool:
-    field = kind.model_fields.get(str(key))
-    return field is not None and _allows(field.annotation, str)
-
-
-def _allows(annotation: Any, wanted: type) -> bool:
+def _allows_text(annotation: Any) -> bool:
+    """Whether a text is a value of this type. A list of texts is none."""
     parts = () if get_origin(annotation) is list else get_args(annotation)
-    return annotation is wanted or any(_allows(one, wanted) for one in parts)
+    return annotation is str or any(map(_allows_text, parts))
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses keys that are given twice, of which YAML would silently take the last, numbers that cannot be shown or are
-    not written plainly (010 would be 8, and 12:30:00 45000), and merges that grow without end."""
-
-    def flatten_mapping(self, node: Any) -> None:
-        super().flatten_mapping(node)
-        if len(node.value) > MOST_MERGED:
-            raise yaml.constructor.ConstructorError(None, None, f"more than {MOST_MERGED} merged keys", node.start_mark)
+    """Refuses keys that are given twice, of which YAML would silently take the last, and numbers that are not written
+    plainly: 010 would be 8, and 12:30:00 45000."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         pairs = node.value if isinstance(node, yaml.MappingNode) else []
@@ -234,11 +210,7 @@ class _Loader(yaml.SafeLoader):
     def construct_yaml_int(self, node: Any) -> int:
         if not PLAIN_NUMBER.fullmatch(node.value):
             raise _odd_number(node)
-        number = super().construct_yaml_int(node)
-        if number.bit_length() > MOST_BITS:
-            problem = f"a whole number of {number.bit_length()} bits"
-            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
-        return number
+        return super().construct_yaml_int(node)
 
     def construct_yaml_float(self, node: Any) -> float:
         if ODD_NUMBER.fullmatch(node.value):
@@ -267,6 +239,14 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path}: line {line}: cannot be read: not UTF-8 (byte 0x{byte:02x})") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def parse_json(text: str, where: object) -> Any:
+    """The value of a JSON text. Raises UserError naming the place if it is not JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError: also numbers of more than 4,300 digits
+        raise UserError(f"{where}: not valid JSON: {error}") from None
 
 
 SPLIT = r"(train|valid|test)\.json"
@@ -304,16 +284,13 @@ def _nearest(key: str, kind: type[Config]) -> str:
 
 def _one_line(error: ValidationError, sources: dict[str, str], hint: str) -> str:
     first = error.errors(include_url=False)[0]
+    message = first["msg"].removeprefix("Value error, ")
     if not first["loc"]:
-        return _message(first)
+        return message
     key = str(first["loc"][0])
     if first["type"] == "missing":
         return f"{key}: missing; it must be set in the YAML file or as {key}=VALUE{hint}"
-    return f"{sources.get(key, 'default')}: {key}: {_message(first).lower()}, got {shown(first['input'])}"
-
-
-def _message(error: Any) -> str:
-    return str(error["msg"]).removeprefix("Value error, ")
+    return f"{sources.get(key, 'default')}: {key}: {message.lower()}, got {shown(first['input'])}"
 
 
 def shown(value: Any) -> str:
@@ -336,22 +313,6 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def check_environment() -> None:
-    """Raise UserError if the variables of torchrun are no numbers, out of range, or only some of them are there."""
-    found: dict[str, int] = {}
-    for key, least in {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}.items():
-        text = os.environ.get(key)
-        if text is not None:
-            if not text.isascii() or not text.isdigit() or int(text) < least:
-                raise UserError(f"environment: {key}={text}: a whole number of at least {least} is needed; start with torchrun")
-            found[key] = int(text)
-    missing = [key for key in ("RANK", "MASTER_ADDR", "MASTER_PORT") if key not in os.environ]
-    if "WORLD_SIZE" in found and missing:
-        raise UserError(f"environment: WORLD_SIZE is set, but not {', '.join(missing)}: start with torchrun, or unset it")
-    if found.get("RANK", 0) >= found.get("WORLD_SIZE", found.get("RANK", 0) + 1):
-        raise UserError(f"environment: RANK={found['RANK']} of WORLD_SIZE={found['WORLD_SIZE']} processes: start with torchrun")
-
-
 @contextlib.contextmanager
 def telling() -> Iterator[None]:
     """Around what writes to standard output. Where the reader has gone (`| head`), a run that listens to SIGTERM stops as it
@@ -367,13 +328,6 @@ def telling() -> Iterator[None]:
         signal.raise_signal(signal.SIGTERM)
 
 
-class _RankFilter(logging.Filter):
-    """Rank 0 logs everything; the others warnings and errors only."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return is_main_process() or record.levelno >= logging.WARNING
-
-
 class _ToStdout(logging.Handler):
     """Looks standard output up each time: it may have been redirected since the logger was made."""
 
@@ -384,12 +338,13 @@ class _ToStdout(logging.Handler):
 
 @functools.cache
 def get_logger() -> logging.Logger:
+    """Rank 0 logs everything, the others warnings and errors only."""
     logger = logging.getLogger("coconut")
     logger.setLevel(logging.INFO)
     logger.propagate = False
     handler = _ToStdout()
     handler.setFormatter(logging.Formatter("%(message)s"))
-    handler.addFilter(_RankFilter())
+    handler.addFilter(lambda record: is_main_process() or record.levelno >= logging.WARNING)
     logger.addHandler(handler)
     return logger
 
@@ -408,10 +363,9 @@ def entry_point(main: Callable[[list[str]], None]) -> Callable[..., None]:
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")  # a name may hold what the terminal cannot show
         try:
-            check_environment()
             startup.import_extensions()
-        except (UserError, ImportError) as error:
-            _exit(f"error: {error}", 2, everywhere=True)  # it is not known which process this is
+        except ImportError as error:
+            _exit(f"error: {error}", 2)
         try:
             main(sys.argv[1:] if arguments is None else arguments)
         except UserError as error:
@@ -427,17 +381,14 @@ def entry_point(main: Callable[[list[str]], None]) -> Callable[..., None]:
     return run
 
 
-def _exit(line: str, code: int, everywhere: bool = False) -> NoReturn:
-    if everywhere or is_main_process() or os.environ.get("LOCAL_RANK") == "0":  # what is wrong may be so on this node alone
-        print(_cut(printable(" ".join(line.split())), LONGEST_LINE), file=sys.stderr, flush=True)
+def _exit(line: str, code: int) -> NoReturn:
+    if is_main_process() or os.environ.get("LOCAL_RANK") == "0":  # what is wrong may be so on this node alone
+        text = printable(" ".join(line.split()))
+        half = LONGEST_LINE // 2  # an error names the place first and the reason last
+        print(text if len(text) <= LONGEST_LINE else f"{text[:half]} ... {text[-half:]}", file=sys.stderr, flush=True)
     sys.exit(code)
 
 
 def printable(text: str) -> str:
     """Control characters escaped: what a hostile file says must not move the cursor of a terminal."""
     return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
-
-
-def _cut(text: str, longest: int) -> str:
-    """The beginning and the end of a long text: an error names the place first and the reason last."""
-    return text if len(text) <= longest else f"{text[: longest // 2]} ... {text[-longest // 2 :]}"

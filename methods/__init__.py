@@ -8,7 +8,7 @@ method is a new row: docs/EXTENDING.md has an example.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from methods.cache_distillation import CodiKvOptions, codi_kv_loss
@@ -26,7 +26,6 @@ from methods.curriculum import (
     first_epoch,
     latents_for_all_steps,
     latents_for_steps,
-    nothing_for_steps,
 )
 from methods.distillation import CodiOptions, codi_loss, teacher_sequence
 from methods.losses import (
@@ -44,7 +43,6 @@ from methods.losses import (
     cross_entropy,
     sequence,
     sequence_key,
-    sequence_loss,
     sequence_name,
 )
 from methods.step_supervision import (
@@ -122,7 +120,7 @@ Chain of thought in words: question, steps, answer.""",
         label="without thought",
         about="""
 The paper's *without thought*: the steps go as in `coconut`, and nothing stands in their place.""",
-        shape=nothing_for_steps,
+        shape=lambda curriculum, stage, steps, latents: latents_for_steps(curriculum, stage, steps, 0),
         schedule=Stages(),
     ),
     "no_cot": Method(
@@ -255,30 +253,3 @@ def stage_shape(curriculum: Curriculum, stage: int, number_of_steps: int, latent
     "max" as many for every question as the stage allows; a number: so many latent tokens for every question.
     """
     return METHODS[curriculum.method].shape(curriculum, stage, number_of_steps, latents)
-
-
-def remaining_steps(shape: StageShape, steps: Sequence[Sequence[int]]) -> list[int]:
-    """The tokens of the steps that are still written."""
-    return [token for step in steps[shape.steps_removed :] for token in step][shape.tokens_removed :]
-
-
-def example_parts(
-    curriculum: Curriculum,
-    shape: StageShape,
-    question: list[int],
-    prompt: list[int],
-    steps: list[list[int]],
-    answer: list[int],
-    latent_id: int = 0,
-) -> Parts:
-    """What the sequences of an example are made of. prompt: the question with its thoughts."""
-    per_step = max(1, curriculum.c_thought)
-    most = per_step * curriculum.max_latent_stage
-    remaining = remaining_steps(shape, steps)
-    return Parts(question, prompt, remaining, steps, answer, shape.steps_removed, shape.thoughts, most, per_step, latent_id)
-
-
-def example_sequences(method: Method, parts: Parts) -> dict[str, TokenSequence]:
-    """All sequences of an example by name, the main one first."""
-    further = {} if method.sequences is None else method.sequences(parts)
-    return {MAIN: TokenSequence(parts.prompt, parts.remaining + parts.answer), **further}

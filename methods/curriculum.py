@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal, NamedTuple
 
@@ -40,6 +40,10 @@ class StageShape(NamedTuple):
     thoughts: int
     steps_removed: int
     tokens_removed: int = 0
+
+    def remaining(self, steps: Sequence[Sequence[int]]) -> list[int]:
+        """The tokens of the steps that are still written."""
+        return [token for step in steps[self.steps_removed :] for token in step][self.tokens_removed :]
 
 
 # --- which stage an epoch belongs to ---
@@ -140,11 +144,6 @@ def latents_for_steps(curriculum: Curriculum, stage: int, steps: int, latents: E
 def latents_for_all_steps(curriculum: Curriculum, stage: int, steps: int, latents: EvalLatents) -> StageShape:
     """As in Coconut's last stage."""
     return latents_for_steps(curriculum, curriculum.max_latent_stage + 1, steps, latents)
-
-
-def nothing_for_steps(curriculum: Curriculum, stage: int, steps: int, latents: EvalLatents) -> StageShape:
-    """The first steps are gone, and nothing stands in their place."""
-    return StageShape(0, stage if stage <= curriculum.max_latent_stage else steps)
 
 
 def first_epoch(curriculum: Curriculum, stage: int) -> int:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor, nn
 
+from methods.curriculum import Curriculum, StageShape
+
 if TYPE_CHECKING:
     from coconut import Coconut
 
@@ -36,13 +38,7 @@ MAIN = "main"  # the sequence that every method has: the prompt and what is writ
 
 def cross_entropy(model: Coconut, batch: Batch, totals: Totals) -> Loss:
     """The mean cross entropy over the labelled tokens of the step (paper, section 3)."""
-    return Loss(sequence_loss(model, batch, totals, MAIN), {})
-
-
-def sequence_loss(model: Coconut, batch: Batch, totals: Totals, name: str) -> Tensor:
-    """The cross entropy of one sequence of the examples: its sum over this batch by the labels of the whole step."""
-    inputs = sequence(batch, name)
-    return model(**inputs, labelled_only=True, num_items_in_batch=totals.labels[name]).loss
+    return Loss(model(**sequence(batch), labelled_only=True, num_items_in_batch=totals.labels[MAIN]).loss, {})
 
 
 def sequence(batch: Batch, name: str = MAIN) -> dict[str, Tensor]:
@@ -86,27 +82,28 @@ class Objective(nn.Module):
 
 
 class Parts(NamedTuple):
-    """The tokens of an example: the prompt with its thoughts, the steps still written, each step, and the answer with its end.
+    """The tokens of an example: the question, the same with its thoughts (prompt), each step, and the answer with its end.
 
-    steps_removed: how many of the steps, from the first on, are not written. latents: in the prompt; most_latents: that any
-    example of the run may have; latents_per_step: `c_thought`. latent_id: the token in their places.
+    shape: how it looks at its stage. latent_id: the token in a thought's place.
     """
 
     question: list[int]
     prompt: list[int]
-    remaining: list[int]
     each_step: list[list[int]]
     answer: list[int]
-    steps_removed: int
-    latents: int
-    most_latents: int
-    latents_per_step: int
-    latent_id: int
+    shape: StageShape
+    curriculum: Curriculum
+    latent_id: int = 0
 
     @property
     def steps(self) -> list[int]:
         """All steps, one after the other."""
         return [token for step in self.each_step for token in step]
+
+    @property
+    def most_latents(self) -> int:
+        """That any example of the run may have."""
+        return self.curriculum.c_thought * self.curriculum.max_latent_stage
 
 
 class TokenSequence(NamedTuple):

@@ -83,16 +83,16 @@ def steps_of_thoughts(steps: list[list[int]], thoughts: int) -> list[list[int]]:
 
 def coconut_steps(parts: Parts) -> dict[str, TokenSequence]:
     """`c_thought` vectors for each removed step; thoughts that are left over write the answer."""
-    thoughts = parts.latents // parts.latents_per_step
-    targets = [[*step, parts.answer[-1]] for step in steps_of_thoughts(parts.each_step[: parts.steps_removed], thoughts)]
+    vectors = parts.curriculum.c_thought
+    thoughts = parts.shape.thoughts // vectors
+    targets = [[*step, parts.answer[-1]] for step in steps_of_thoughts(parts.each_step[: parts.shape.steps_removed], thoughts)]
     targets += [parts.answer] * (thoughts - len(targets))
-    return _sequences(parts, targets, parts.latents_per_step, parts.most_latents // parts.latents_per_step)
+    return _sequences(parts, targets, vectors, parts.curriculum.max_latent_stage)
 
 
 def codi_steps(parts: Parts) -> dict[str, TokenSequence]:
     """One vector for each step, the one after the last latent included; those that are left over write nothing."""
-    thoughts = parts.latents + 1
-    targets = [[*step, parts.answer[-1]] for step in steps_of_thoughts(parts.each_step, thoughts)]
+    targets = [[*step, parts.answer[-1]] for step in steps_of_thoughts(parts.each_step, parts.shape.thoughts + 1)]
     return {**teacher_sequence(parts), **_sequences(parts, targets, 1, parts.most_latents + 1)}
 
 

@@ -3,19 +3,27 @@
 A script that also runs as `python preprocessing/NAME.py` puts the repository's root on `sys.path` before it imports this.
 """
 
+import argparse
 import json
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from systems.writing import write_text, writing
-from utils import UserError, printable, read_text
+from utils import UserError, parse_json, printable, read_text
 
 Record = dict[str, Any]
 SPLITS = ("train", "valid", "test")
 Row = TypeVar("Row")
+
+
+def natural(text: str) -> int:
+    """A number of the command line, at least 0."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, is {number}")
+    return number
 
 
 def keep_inputs(inputs: Iterable[Path | None], outputs: Iterable[Path]) -> None:
@@ -27,11 +35,9 @@ def keep_inputs(inputs: Iterable[Path | None], outputs: Iterable[Path]) -> None:
 
 
 def prepare_directory(directory: Path) -> None:
-    """Makes the directory and writes a file there once, so that a full disk or a lacking right shows before the work."""
+    """Makes the directory, so that a wrong path shows before the work. UserError: it cannot be made."""
     with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
 
 
 def write_records(path: Path, records: Iterable[Record]) -> None:
@@ -62,20 +68,36 @@ def parse_rows(source: object, unit: str, rows: Iterable[Row], parse: Callable[[
     return records
 
 
-def parse_lines(path: Path, parse: Callable[[str], Record]) -> list[Record]:
-    """`parse` of each line of a UTF-8 text. UserError: it cannot be read, or as `parse_rows`."""
-    content = read_text(path).removeprefix("\ufeff").rstrip()
+def read_rows(path: Path) -> list[Any]:
+    """The values of a JSON list, or of a text with one a line. UserError: the file cannot be read, or what is no JSON."""
+    text = read_text(path).removeprefix("\ufeff")
+    if text.lstrip().startswith("["):
+        return parse_json(text, path)
     # Not splitlines: it also cuts at characters that stand inside a question.
-    return parse_rows(path, "line", content.split("\n") if content else [], parse)
+    lines = enumerate(text.split("\n"), start=1)
+    return [parse_json(line, f"{path}: line {number}") for number, line in lines if line.strip()]
+
+
+def text_field(row: Any, name: str) -> str:
+    """A field's text. ValueError: it is missing, blank or no string."""
+    if not isinstance(row, dict):
+        raise ValueError(f"expected an object with the field {name!r}")
+    if not isinstance(row.get(name), str) or not row[name].strip():
+        raise ValueError(f"field {name!r} is missing, blank or no string")
+    return row[name]
+
+
+def print_table(names: Iterable[str], rows: Mapping[str, Iterable[str]]) -> None:
+    """Cells side by side, one column per data set."""
+    for name, cells in {"": names, **rows}.items():
+        print(f"{name:30}" + "".join(f"{printable(cell):>16}" for cell in cells))
 
 
 def print_steps(columns: Mapping[str, Sequence[Record]], more: Mapping[str, Sequence[int]] | None = None) -> None:
-    """Records and numbers of steps side by side, one column per data set; `more`: rows of further counts."""
+    """Records and numbers of steps; `more`: rows of further counts."""
     steps = [Counter(len(record["steps"]) for record in records) for records in columns.values()]
-    rows = {"records": [count.total() for count in steps], **(more or {})}
-    rows |= {f"{number} steps": [count[number] for count in steps] for number in sorted(set().union(*steps))}
-    print(f"{'':24}" + "".join(f"{printable(name):>12}" for name in columns))
-    for name, counts in rows.items():
-        print(f"{name:24}" + "".join(f"{count:>12,}" for count in counts))
+    counts = {"records": [count.total() for count in steps], **(more or {})}
+    counts |= {f"{number} steps": [count[number] for count in steps] for number in sorted(set().union(*steps))}
+    rows = {name: [f"{number:,}" for number in numbers] for name, numbers in counts.items()}
     means = (sum(number * n for number, n in count.items()) / max(count.total(), 1) for count in steps)
-    print(f"{'mean steps':24}" + "".join(f"{mean:>12.2f}" for mean in means))
+    print_table(columns, rows | {"mean steps": [f"{mean:.2f}" for mean in means]})

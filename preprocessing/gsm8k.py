@@ -8,7 +8,6 @@ the lines without them; the answer is what follows the last `####`, without comm
 """
 
 import argparse
-import json
 import random
 import re
 import sys
@@ -17,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from preprocessing.common import SPLITS, Record, parse_lines, parse_rows, print_steps, write_splits
+from preprocessing.common import SPLITS, Record, natural, parse_rows, print_steps, read_rows, text_field, write_splits
 from systems.arguments import Parser
 from utils import UserError, entry_point
 
@@ -28,25 +27,12 @@ ANNOTATION = re.compile(r"<<[^<>\n]*>>")  # a `<<` that is not closed ends at th
 
 def parse_row(row: object) -> Record:
     """{"question", "answer", "rationale"} of one problem. ValueError: a field is missing, empty or no text, or no `####`."""
-    if not isinstance(row, dict):
-        raise ValueError("expected an object with the fields question and answer")
-    for field in ("question", "answer"):
-        if not isinstance(row.get(field), str) or not row[field].strip():
-            raise ValueError(f"field '{field}': expected a text that is not empty")
-    rationale, mark, answer = row["answer"].rpartition("####")
+    question = text_field(row, "question")
+    rationale, mark, answer = text_field(row, "answer").rpartition("####")
     answer = answer.replace(",", "").strip()
     if not mark or not answer:
         raise ValueError("field 'answer': expected '####' and the final answer at its end")
-    return {"question": row["question"].strip(), "answer": answer, "rationale": rationale}
-
-
-def parse_line(line: str) -> Record:
-    """`parse_row` of a JSON text. ValueError: as there, or it is not JSON."""
-    try:
-        row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError):
-        raise ValueError("not JSON; expected an object with the fields question and answer") from None
-    return parse_row(row)
+    return {"question": question.strip(), "answer": answer, "rationale": rationale}
 
 
 def equations(rationale: str) -> list[str]:
@@ -96,7 +82,7 @@ def parse_arguments(given: list[str]) -> argparse.Namespace:
     parser.add_argument("--test", type=Path, metavar="FILE", help="JSON lines")
     parser.add_argument("--hub", action="store_true", help=f"take both from {HUB}")
     parser.add_argument("--out-prefix", type=Path, default=Path("data/gsm8k"), help="files are PREFIX_train.json, ...")
-    parser.add_argument("--valid", type=int, default=500, metavar="N", help="questions taken from train; 0: no such file")
+    parser.add_argument("--valid", type=natural, default=500, metavar="N", help="questions taken from train; 0: no such file")
     parser.add_argument("--seed", type=int, default=0, help="of that draw")
     parser.add_argument("--steps", choices=tuple(STEPS), default="equations", help="annotations, or lines without them")
     parser.add_argument(
@@ -108,15 +94,16 @@ def parse_arguments(given: list[str]) -> argparse.Namespace:
     args = parser.parse_args(given)
     if args.hub == bool(args.train or args.test):
         parser.error("give --train and --test (or one of them), or else --hub")
-    if args.valid < 0:
-        parser.error(f"--valid must be at least 0, is {args.valid}")
     return args
 
 
 def read_problems(args: argparse.Namespace) -> dict[str, list[Record]]:
     """The problems of each split, in the order of SPLITS. UserError: an input cannot be read or is malformed."""
     files = {"train": args.train, "test": args.test}
-    splits = read_hub() if args.hub else {name: parse_lines(path, parse_line) for name, path in files.items() if path}
+    if args.hub:
+        splits = read_hub()
+    else:
+        splits = {name: parse_rows(path, "row", read_rows(path), parse_row) for name, path in files.items() if path}
     if "train" in splits and args.valid:
         splits["train"], splits["valid"] = draw_valid(splits["train"], args.valid, args.seed)
     return {split: splits[split] for split in SPLITS if split in splits}

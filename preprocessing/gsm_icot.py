@@ -11,35 +11,24 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from preprocessing.common import Record, keep_inputs, parse_lines, prepare_directory, print_steps, write_records
+from preprocessing.common import Record, keep_inputs, parse_rows, prepare_directory, print_steps, write_records
 from systems.arguments import Parser
-from utils import entry_point
+from utils import entry_point, read_text
 
 EXAMPLES = ("train.txt data/gsm_train.json", "valid.txt data/gsm_valid.json")
 # Only between two steps: blanks inside `<<...>>` belong to the step.
 BETWEEN_STEPS = re.compile(r"(?<=>>)\s*(?=<<)")
 
 
-def split_steps(rationale: str) -> list[str]:
-    """The parts of `<<1+1=2>> <<2+2=4>>`; [] for blanks alone."""
-    rationale = rationale.strip()
-    return BETWEEN_STEPS.split(rationale) if rationale else []
-
-
 def parse_line(line: str) -> Record:
     """The record of one line. ValueError: a separator is missing, or the question or the answer is empty."""
     # The last of each: neither separator can stand in the steps or the answer, but a question may contain one.
-    question, bar, rest = line.rpartition("||")
+    question, _, rest = line.rpartition("||")
     rationale, mark, answer = rest.rpartition("####")
-    if not bar:
-        raise ValueError("no '||' after the question; expected question||steps #### answer")
-    if not mark:
-        raise ValueError("no '####' before the answer; expected question||steps #### answer")
-    if not question.strip():
-        raise ValueError("the question before '||' is empty")
-    if not answer.strip():
-        raise ValueError("the answer after '####' is empty")
-    return {"question": question.strip(), "answer": answer.strip(), "steps": split_steps(rationale)}
+    if not (question.strip() and mark and answer.strip()):
+        raise ValueError("expected question||steps #### answer, of which only the steps may be empty")
+    steps = [step for step in BETWEEN_STEPS.split(rationale.strip()) if step]
+    return {"question": question.strip(), "answer": answer.strip(), "steps": steps}
 
 
 @entry_point
@@ -49,7 +38,9 @@ def main(given: list[str]) -> None:
     parser.add_argument("out", type=Path, metavar="OUT.json")
     args = parser.parse_args(given)
     keep_inputs([args.text], [args.out])
-    records = parse_lines(args.text, parse_line)
+    text = read_text(args.text).removeprefix("\ufeff").rstrip()
+    # Not splitlines: it also cuts at characters that stand inside a question.
+    records = parse_rows(args.text, "line", text.split("\n") if text else [], parse_line)
     prepare_directory(args.out.parent)
     write_records(args.out, records)
     print_steps({args.out.stem: records})

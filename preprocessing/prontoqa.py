@@ -5,7 +5,6 @@
 """
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Collection, Sequence
@@ -14,12 +13,11 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from preprocessing.common import SPLITS, Record, write_splits
+from preprocessing.common import SPLITS, Record, natural, parse_rows, print_table, text_field, write_splits
 from systems.arguments import Parser
-from utils import UserError, entry_point, printable, read_text
+from utils import UserError, entry_point, parse_json, printable, read_text
 
 EXAMPLES = ("5hop_0shot_random.json", "5hop_0shot_random.json --train 500 --valid 50 --out-prefix data/mine")
-ANSWERS = ("True", "False")
 PUBLISHED_SIZES = (9000, 200, 800)
 QUERY = "True or false: "
 
@@ -31,15 +29,12 @@ _RULE = re.compile(r"(?:(?:Every|Each) (?P<subject>\w+) is|(?P<subjects>\w+) are
 # --- conversion ---
 
 
-def read_examples(path: Path) -> dict[str, Any]:
-    """The examples of a raw file by name, in the file's order. UserError: no such file, or not the generator's format."""
-    try:
-        examples = json.loads(read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON ({error}); the generator writes it as its last act: run it again") from None
+def read_examples(path: Path) -> list[Record]:
+    """The records of a raw file in its order. UserError: no such file, or an example that is not in the generator's format."""
+    examples = parse_json(read_text(path), path)
     if not isinstance(examples, dict):
         raise UserError(f'{path}: expected an object {{"example1": {{"test_example": ...}}, ...}} as the generator writes it')
-    return examples
+    return parse_rows(path, "example", examples.values(), convert_example)
 
 
 def convert_example(example: Any) -> Record:
@@ -48,40 +43,15 @@ def convert_example(example: Any) -> Record:
     A proof of h hops is 2h + 1 sentences, a fact and then a rule and a conclusion for each hop. Two sentences make a step,
     so that every step but the last ends in the rule that leads on, and the last is the conclusion alone: h + 1 steps.
     """
-    test = example.get("test_example") if isinstance(example, dict) else None
-    if not isinstance(test, dict):
-        raise ValueError("expected an object with the object 'test_example'")
-    for field in ("question", "query", "answer"):
-        if not isinstance(test.get(field), str) or not test[field].strip():
-            raise ValueError(f"field '{field}' is missing, blank or no string")
-    if test["answer"] not in ANSWERS:
-        raise ValueError(f"field 'answer': expected True or False, found {test['answer']!r}")
-    sentences = proof_sentences(test.get("chain_of_thought"))
-    steps = [" ".join(sentences[at : at + 2]) for at in range(0, len(sentences), 2)]
-    return {"question": f"{test['question']} {test['query']}", "answer": test["answer"], "steps": steps}
-
-
-def proof_sentences(chain: Any) -> list[str]:
-    """The field chain_of_thought, checked. ValueError: no list of sentences, or too many or too few for a proof."""
-    if not isinstance(chain, list) or not all(isinstance(sentence, str) and sentence.strip() for sentence in chain):
-        raise ValueError("field 'chain_of_thought' is missing or no list of sentences")
-    if len(chain) % 2 == 0:
-        raise ValueError(
-            f"field 'chain_of_thought' has {len(chain)} sentences; a proof has an odd number of them, a fact and then "
-            "a rule and a conclusion for each hop"
-        )
-    return chain
-
-
-def convert(examples: dict[str, Any]) -> dict[str, Record]:
-    """Records by the examples' names. UserError naming the first example that cannot be converted."""
-    records = {}
-    for name, example in examples.items():
-        try:
-            records[name] = convert_example(example)
-        except ValueError as error:
-            raise UserError(f"{name}: {error}") from None
-    return records
+    test: Any = example.get("test_example") if isinstance(example, dict) else None
+    question, query, answer = (text_field(test, name) for name in ("question", "query", "answer"))
+    if answer not in ("True", "False"):
+        raise ValueError(f"field 'answer': expected True or False, found {answer!r}")
+    chain = test.get("chain_of_thought")
+    if not isinstance(chain, list) or len(chain) % 2 == 0 or not all(isinstance(sentence, str) for sentence in chain):
+        raise ValueError("field 'chain_of_thought': expected an odd number of sentences: a fact, then two for each hop")
+    steps = [" ".join(chain[at : at + 2]) for at in range(0, len(chain), 2)]
+    return {"question": f"{question} {query}", "answer": answer, "steps": steps}
 
 
 # --- proofs ---
@@ -93,10 +63,6 @@ class Claim(NamedTuple):
     subject: str
     predicate: str
     holds: bool
-
-    @property
-    def negation(self) -> "Claim":
-        return self._replace(holds=not self.holds)
 
 
 def singular(word: str) -> str:
@@ -131,7 +97,8 @@ def proof_problem(record: Record) -> str | None:
         if step is None or step != follow(conclusion, parse(rule, _RULE)):
             return f"{derived!r} does not follow by {rule!r}"
         conclusion = step
-    if parse(query, _FACT) != (conclusion if record["answer"] == "True" else conclusion.negation):
+    asked = conclusion if record["answer"] == "True" else conclusion._replace(holds=not conclusion.holds)
+    if parse(query, _FACT) != asked:
         return f"the last sentence, {sentences[-1]!r}, does not make {query!r} {record['answer']}"
     return None
 
@@ -149,27 +116,14 @@ def follow(fact: Claim, rule: Claim | None) -> Claim | None:
 def split_records(records: Sequence[Record], train: int, valid: int, test: int | None) -> dict[str, list[Record]]:
     """The first `train`, the next `valid` and the next `test` records, None for all the rest; empty splits are left out.
 
-    UserError: there are fewer; it names sizes in the published proportion that would fit.
+    UserError: there are fewer.
     """
-    needed = train + valid + (1 if test is None else test)
-    if len(records) < needed:
+    if len(records) < train + valid + (1 if test is None else test):
         rest = "at least 1" if test is None else f"{test:,}"
-        raise UserError(
-            f"{len(records):,} examples are too few for --train {train} --valid {valid} and {rest} for test; "
-            + fitting_sizes(len(records))
-        )
-    end = len(records) if test is None else needed
-    bounds = (0, train, train + valid, end)
-    splits = {name: list(records[bounds[i] : bounds[i + 1]]) for i, name in enumerate(SPLITS)}
-    return {name: split for name, split in splits.items() if split}
-
-
-def fitting_sizes(available: int) -> str:
-    """Sizes for so many examples in the published proportion, as a piece of advice."""
-    if available < len(SPLITS):
-        return "at least 3 are needed, one for each split"
-    valid, test = (max(1, available * size // sum(PUBLISHED_SIZES)) for size in PUBLISHED_SIZES[1:])
-    return f"--train {available - valid - test} --valid {valid} would fit and leave {test} for test"
+        raise UserError(f"{len(records):,} examples are too few for --train {train} --valid {valid} and {rest} for test")
+    last = records[train + valid :][:test]
+    splits = zip(SPLITS, (records[:train], records[train : train + valid], last), strict=True)
+    return {name: list(split) for name, split in splits if split}
 
 
 def question_key(record: Record) -> tuple[str, ...]:
@@ -191,59 +145,47 @@ def statistics(records: Sequence[Record], others: Collection[tuple[str, ...]]) -
     }
 
 
-def print_table(splits: dict[str, list[Record]]) -> None:
-    """Statistics side by side, one column per split."""
+def print_statistics(splits: dict[str, list[Record]]) -> None:
     keys = {name: {question_key(record) for record in records} for name, records in splits.items()}
-    columns = {
-        name: statistics(records, set().union(*(keys[other] for other in keys if other != name)))
-        for name, records in splits.items()
-    }
-    print(f"{'':22}" + "".join(f"{name:>10}" for name in columns))
-    for row in next(iter(columns.values())):
-        print(f"{row:22}" + "".join(f"{cells[row]:>10}" for cells in columns.values()))
+    others = {name: set().union(*(keys[other] for other in keys if other != name)) for name in keys}
+    columns = [statistics(records, others[name]) for name, records in splits.items()]
+    print_table(splits, {row: [column[row] for column in columns] for row in columns[0]})
 
 
 # --- command line ---
 
 
 def parse_arguments(given: list[str]) -> argparse.Namespace:
-    """Command line, checked. UserError: a contradiction."""
+    """UserError: an option that there is not, or a wrong value."""
     parser = Parser("python preprocessing/prontoqa.py", __doc__, EXAMPLES)
     parser.add_argument("raw", type=Path, metavar="RAW.json", help="the generator's file")
     train, valid, test = PUBLISHED_SIZES
-    parser.add_argument("--train", type=int, default=train, metavar="N", help=f"first N examples (default {train})")
-    parser.add_argument("--valid", type=int, default=valid, metavar="N", help=f"next N examples (default {valid})")
-    parser.add_argument("--test", type=int, metavar="N", help=f"next N examples (default all the rest; published {test})")
+    parser.add_argument("--train", type=natural, default=train, metavar="N", help=f"first N examples (default {train})")
+    parser.add_argument("--valid", type=natural, default=valid, metavar="N", help=f"next N examples (default {valid})")
+    parser.add_argument("--test", type=natural, metavar="N", help=f"next N examples (default all the rest; published {test})")
     parser.add_argument("--out-prefix", type=Path, default=Path("data/prontoqa"), help="files are PREFIX_train.json, ...")
     parser.add_argument("--check", action="store_true", help="a proof that does not hold is an error, not a line of the table")
-    args = parser.parse_args(given)
-    for split in SPLITS:
-        if (getattr(args, split) or 0) < 0:
-            parser.error(f"--{split} must be at least 0, is {getattr(args, split)}")
-    if args.train + args.valid == 0 and args.test == 0:
-        parser.error("--train, --valid and --test are all 0: nothing to write")
-    return args
+    return parser.parse_args(given)
 
 
-def check_proofs(records: dict[str, Record], strict: bool) -> None:
+def check_proofs(records: Sequence[Record], strict: bool) -> None:
     """Names the first proof that does not hold: a warning, or a UserError if `strict`."""
-    for name, record in records.items():
-        if problem := proof_problem(record):
-            if strict:
-                raise UserError(f"{name}: {problem}")
-            warning = f"{name}: {problem} (the first such example; --check makes it an error)"
-            print(f"warning: {printable(warning)}", file=sys.stderr)
-            return
+    numbered = enumerate(map(proof_problem, records), start=1)
+    first = next((f"example {number}: {problem}" for number, problem in numbered if problem), None)
+    if first and strict:
+        raise UserError(first)
+    if first:
+        print(f"warning: {printable(first)} (the first such example; --check makes it an error)", file=sys.stderr)
 
 
 @entry_point
 def main(given: list[str]) -> None:
     args = parse_arguments(given)
-    records = convert(read_examples(args.raw))
-    splits = split_records(list(records.values()), args.train, args.valid, args.test)
+    records = read_examples(args.raw)
+    splits = split_records(records, args.train, args.valid, args.test)
     check_proofs(records, args.check)
     write_splits(args.out_prefix, splits, [args.raw])
-    print_table(splits)
+    print_statistics(splits)
 
 
 if __name__ == "__main__":

@@ -18,15 +18,16 @@ import sys
 from collections.abc import Callable, Collection, Hashable, Sequence
 from pathlib import Path
 
+import networkx as nx
 import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from preprocessing.common import SPLITS, Record, prepare_directory, write_splits
+from preprocessing.common import SPLITS, Record, natural, prepare_directory, write_splits
 from preprocessing.prosqa_graphs import Edge, Question, find_matched_questions, find_question
 from preprocessing.prosqa_ood import SHAPES, ood_questions
-from preprocessing.prosqa_shortcuts import PUBLISHED, print_table, statistics
+from preprocessing.prosqa_shortcuts import PUBLISHED, print_statistics, statistics
 from preprocessing.prosqa_symbolic import HOPS as SYMBOLIC_HOPS
 from preprocessing.prosqa_symbolic import NODES, symbolic_record, walk_record
 from systems.arguments import Parser
@@ -53,10 +54,7 @@ _CONCEPTS = (
     "tumpus vumpus worpus wumpus yerpus yimpus yumpus zhorpus zumpus"
 )
 NAMES, CONCEPTS = tuple(_NAMES.split()), tuple(_CONCEPTS.split())
-STREAMS = {
-    "matched": 1,
-    **{shape: number for number, shape in enumerate([*SHAPES, "walk"], start=2)},
-}  # keep their graphs apart from others
+STREAMS = {name: number for number, name in enumerate(["matched", *SHAPES, "walk"], start=1)}  # keep their graphs apart
 MAX_DRAWS = 1000  # of one record, before the vocabulary is judged too small for so many different questions
 
 
@@ -71,15 +69,14 @@ def edge_sentence(symbols: Sequence[str], edge: Edge) -> str:
     return f"{parent} is a {child}." if parent in NAMES else f"Every {parent} is a {child}."
 
 
-def word_record(symbols: list[str], question: Question, order: Sequence[Edge], options: Sequence[int]) -> Record:
-    """The record of a question whose edges and options are written in the order given."""
-    root, target = question.path[0], question.path[-1]
+def word_record(symbols: list[str], path: Sequence[int], order: Sequence[Edge], options: Sequence[int]) -> Record:
+    """The record of a question with this path whose edges and options are written in the order given."""
+    person = symbols[path[0]]
     sentences = [edge_sentence(symbols, edge) for edge in order]
-    asked = f"Is {symbols[root]} a {symbols[options[0]]} or {symbols[options[1]]}?"
     return {
-        "question": " ".join([*sentences, asked]),
-        "answer": f"{symbols[root]} is a {symbols[target]}.",
-        "steps": [edge_sentence(symbols, edge) for edge in itertools.pairwise(question.path)],
+        "question": " ".join([*sentences, f"Is {person} a {symbols[options[0]]} or {symbols[options[1]]}?"]),
+        "answer": f"{person} is a {symbols[path[-1]]}.",
+        "steps": [edge_sentence(symbols, edge) for edge in itertools.pairwise(path)],
     }
 
 
@@ -87,7 +84,7 @@ def render_records(
     rng: np.random.Generator,
     symbols: list[str],
     questions: Sequence[Question],
-    render: Callable[[list[str], Question, Sequence[Edge], Sequence[int]], Record] = word_record,
+    render: Callable[[list[str], Sequence[int], Sequence[Edge], Sequence[int]], Record] = word_record,
 ) -> list[Record]:
     """The records of questions over one graph; edges and options stand in one random order, the same in all of them."""
     edges, path, neg_target = questions[0]
@@ -97,7 +94,7 @@ def render_records(
         options.reverse()
     return [
         {
-            **render(symbols, question, order, options),
+            **render(symbols, question.path, order, options),
             "idx_to_symbol": symbols,
             "edges": [list(edge) for edge in edges],
             "root": question.path[0],
@@ -142,10 +139,11 @@ def chain_record(
 def draw_records(
     draw: Callable[[np.random.Generator], list[Record]],
     count: int,
-    rngs: Callable[[int], np.random.Generator],
+    seed: int,
     split: str,
     exclude: Collection[Hashable] = (),
     key: Callable[[Record], Hashable] = operator.itemgetter("question"),
+    stream: Sequence[int] = (),
 ) -> list[Record]:
     """The records of `count` draws by `draw`, no question twice and none whose `key` is in `exclude`.
 
@@ -154,13 +152,12 @@ def draw_records(
     records: list[Record] = []
     taken: set[str] = set()
     for index in tqdm(range(count), desc=split, disable=None):
-        rng = rngs(index)
-        drawn = (draw(rng) for _ in range(MAX_DRAWS))
-        fresh = (
-            group for group in drawn if not any(one["question"] in taken or (exclude and key(one) in exclude) for one in group)
-        )
-        group = next(fresh, None)
-        if group is None:
+        rng = record_rng(seed, split, index, *stream)
+        for _ in range(MAX_DRAWS):
+            group = draw(rng)
+            if not any(one["question"] in taken or (exclude and key(one) in exclude) for one in group):
+                break
+        else:
             raise UserError(f"only {index} different questions found for {split}, {count} asked for")
         taken.update(record["question"] for record in group)
         records += group
@@ -168,16 +165,11 @@ def draw_records(
 
 
 def chain_pair(record: Record) -> frozenset[tuple[str, ...]]:
-    """The concepts of both chains, each from its end upwards; the persons, the branches and every order are left out."""
-    parents = {child: parent for parent, child in record["edges"]}
-    chains = []
-    for node in (record["target"], record["neg_target"]):
-        chain = []
-        while node in parents:
-            chain.append(record["idx_to_symbol"][node])
-            node = parents[node]
-        chains.append(tuple(chain))
-    return frozenset(chains)
+    """The concepts of both chains, each from its head to its end; the persons, the branches and every order are left out."""
+    graph = nx.DiGraph(record["edges"])
+    ends = ((record["root"], record["target"]), (1 - record["root"], record["neg_target"]))
+    paths = (nx.shortest_path(graph, person, end) for person, end in ends)
+    return frozenset(tuple(record["idx_to_symbol"][node] for node in path[1:]) for path in paths)
 
 
 def chain_records(
@@ -191,11 +183,9 @@ def chain_records(
     exclude: Collection[Hashable] = (),
 ) -> list[Record]:
     """`count` different records by `chain_record`; `exclude`: pairs of chains (see chain_pair) that must not occur."""
-
-    def draw(rng: np.random.Generator) -> list[Record]:
-        return [chain_record(rng, hops, branches, concepts, names)]
-
-    return draw_records(draw, count, functools.partial(record_rng, seed, split), split, exclude, chain_pair)
+    return draw_records(
+        lambda rng: [chain_record(rng, hops, branches, concepts, names)], count, seed, split, exclude, chain_pair
+    )
 
 
 def draw_names(rng: np.random.Generator, edges: Sequence[Edge]) -> list[str]:
@@ -241,11 +231,7 @@ def prosqa_records(
     draw = functools.partial(draw_group, symbolic=symbolic, matched=matched, shape=shape, training=split == "train")
     paired = matched or shape in SHAPES
     stream = (STREAMS["matched" if matched else shape],) if paired or shape == "walk" else ()
-
-    def rngs(index: int) -> np.random.Generator:
-        return record_rng(seed, split, index, *stream)
-
-    return draw_records(draw, count // 2 if paired else count, rngs, split, exclude)
+    return draw_records(draw, count // 2 if paired else count, seed, split, exclude, stream=stream)
 
 
 def parse_arguments(given: list[str]) -> argparse.Namespace:
@@ -257,16 +243,17 @@ def parse_arguments(given: list[str]) -> argparse.Namespace:
     parser.add_argument("--depth-matched", action="store_true", help="options of equal depth, each graph asked about twice")
     parser.add_argument("--symbolic", action="store_true", help="symbols in place of sentences, 3 and 4 hops")
     defaults = "default " + ", ".join(f"{name} {sizes}" for name, sizes in SIZES.items())
-    parser.add_argument("--train", type=int, metavar="N", help=f"records; 0 writes no such file ({defaults})")
-    parser.add_argument("--valid", type=int, metavar="N")
-    parser.add_argument("--test", type=int, metavar="N")
+    parser.add_argument("--train", type=natural, metavar="N", help=f"records; 0 writes no such file ({defaults})")
+    parser.add_argument("--valid", type=natural, metavar="N")
+    parser.add_argument("--test", type=natural, metavar="N")
     parser.add_argument("--out-prefix", type=Path, help="files are PREFIX_train.json, ... (default data/NAME)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--hops", type=int, nargs="+", metavar="H", help="chains: lengths to draw from (default 2 3)")
-    parser.add_argument("--train-hops", type=int, nargs="+", metavar="H", help="chains: lengths in train, if different")
-    parser.add_argument("--branches", type=int, metavar="N", help="chains: up to N further leaves (default 0)")
-    parser.add_argument("--concepts", type=int, metavar="K", help="use the first K concepts only")
-    parser.add_argument("--names", type=int, metavar="M", help="use the first M names only")
+    parser.add_argument("--seed", type=natural, default=0)
+    lengths = range(1, len(CONCEPTS) // 2 + 1)
+    parser.add_argument("--hops", type=int, nargs="+", choices=lengths, metavar="H", help="lengths of chains (default 2 3)")
+    parser.add_argument("--train-hops", type=int, nargs="+", choices=lengths, metavar="H", help="those in train, if different")
+    parser.add_argument("--branches", type=natural, metavar="N", help="chains: up to N further leaves (default 0)")
+    parser.add_argument("--concepts", type=int, choices=range(2, len(CONCEPTS) + 1), metavar="K", help="use the first K only")
+    parser.add_argument("--names", type=int, choices=range(2, len(NAMES) + 1), metavar="M", help="use the first M only")
     args = parser.parse_args(given)
     if problem := find_problem(args):
         parser.error(problem)
@@ -275,33 +262,19 @@ def parse_arguments(given: list[str]) -> argparse.Namespace:
 
 def find_problem(args: argparse.Namespace) -> str | None:
     """What contradicts itself on the command line, or None."""
-    given = {key: value for key, value in vars(args).items() if value is not None}
-    if args.shape != "chains":
-        only_chains = [key for key in ("hops", "train_hops", "branches", "concepts", "names") if key in given]
-        if only_chains:
-            return f"--{only_chains[0].replace('_', '-')} needs --shape chains"
+    only_chains = [key for key in ("hops", "train_hops", "branches", "concepts", "names") if getattr(args, key) is not None]
+    if only_chains and args.shape != "chains":
+        return f"--{only_chains[0].replace('_', '-')} needs --shape chains"
     if args.depth_matched and args.shape != "graph":
         return "--depth-matched needs --shape graph"
     if args.shape == "walk" and not args.symbolic:
         return "--shape walk needs --symbolic"
     if args.symbolic and args.shape == "chains":
         return "--symbolic needs graphs, not --shape chains"
-    for key in ("train", "valid", "test", "branches", "seed"):
-        if given.get(key, 0) < 0:
-            return f"--{key} must be at least 0, is {given[key]}"
-        paired = "--depth-matched" if args.depth_matched else f"--shape {args.shape}" if args.shape in SHAPES else None
-        if paired and key in SPLITS and given.get(key, 0) % 2:
-            return f"--{key} must be even with {paired} (two questions over each graph), is {given[key]}"
-    for key, least, words in (("names", 2, NAMES), ("concepts", 2, CONCEPTS)):
-        if not least <= given.get(key, least) <= len(words):
-            return f"--{key} must be {least}..{len(words)}, is {given[key]}"
-    longest, shortest = (pick(given.get("hops", [2, 3]) + given.get("train_hops", [])) for pick in (max, min))
-    if shortest < 1:
-        return f"--hops must be at least 1, is {shortest}"
-    branches, available = given.get("branches", 0), given.get("concepts", len(CONCEPTS))
-    if args.shape == "chains" and 2 * longest + branches > available:
-        needed = f"two chains of {longest} hops with {branches} branches need {2 * longest + branches} concepts"
-        return f"{needed}, {available} available"
+    paired = "--depth-matched" if args.depth_matched else f"--shape {args.shape}" if args.shape in SHAPES else None
+    for split in SPLITS:
+        if paired and (size := getattr(args, split) or 0) % 2:
+            return f"--{split} must be even with {paired} (two questions over each graph), is {size}"
     return None
 
 
@@ -346,7 +319,7 @@ def main(given: list[str]) -> None:
     if args.shape == "walk":
         return  # without options there are no shortcuts to count
     columns = {split: statistics(records) for split, records in splits.items()}
-    print_table(columns | (PUBLISHED if args.shape != "chains" and not args.symbolic else {}))
+    print_statistics(columns | (PUBLISHED if args.shape != "chains" and not args.symbolic else {}))
 
 
 if __name__ == "__main__":

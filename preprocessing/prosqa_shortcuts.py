@@ -7,7 +7,7 @@ from typing import Any
 import networkx as nx
 import numpy as np
 
-from preprocessing.common import Record
+from preprocessing.common import Record, print_table
 from preprocessing.prosqa_graphs import HOP_COUNTS, farthest_ancestor
 
 MEANS = ("nodes", "edges", "shortest path", "shortest paths")
@@ -24,42 +24,30 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 }
 
 
-def upward_features(graph: nx.DiGraph, node: int) -> dict[str, int]:
-    """What one can count on the way up from an option; the person asked about plays no part."""
+def features(record: Record, node: int) -> dict[str, int]:
+    """What one can count of an option. All but the last two leave out the person asked about."""
+    graph, root = nx.DiGraph(record["edges"]), record["root"]
     above = nx.ancestors(graph, node)
+    upward = graph.subgraph(above | {node})
     paths: dict[int, int] = {}
-    longest: dict[int, int] = {}
-    for one in nx.topological_sort(graph):
-        if one in above or one == node:
-            parents = list(graph.predecessors(one))
-            paths[one] = sum(paths[parent] for parent in parents) or 1
-            longest[one] = max((longest[parent] + 1 for parent in parents), default=0)
+    for one in nx.topological_sort(upward):
+        paths[one] = sum(paths[parent] for parent in upward.predecessors(one)) or 1
+    words = record["question"].replace(".", " ").replace("?", " ").split()
+    name = record["idx_to_symbol"][node]
+    distances = nx.single_source_shortest_path_length(graph.to_undirected(as_view=True), root)
+    children = [graph.out_degree(one) for one in graph if graph.in_degree(one) == 0]
     return {
         "depth": farthest_ancestor(graph, node),
-        "longest path": longest[node],
+        "longest path": nx.dag_longest_path_length(upward),
         "paths": paths[node],
         "ancestors": len(above),
         "persons above": sum(graph.in_degree(one) == 0 for one in above),
         "parents": graph.in_degree(node),
         "siblings": sum(graph.out_degree(parent) for parent in graph.predecessors(node)),
-    }
-
-
-def text_features(record: Record, node: int) -> dict[str, int]:
-    """Where the option's name stands in the question; the earlier the larger."""
-    words = record["question"].replace(".", " ").replace("?", " ").split()
-    name = record["idx_to_symbol"][node]
-    return {"mentioned first": -words.index(name), "first option": words[::-1].index(name)}
-
-
-def person_features(graph: nx.DiGraph, root: int, node: int) -> dict[str, int]:
-    """Two that look at the person asked about, though not along the edges' direction."""
-    distances = nx.single_source_shortest_path_length(graph.to_undirected(as_view=True), root)
-    children = [graph.out_degree(one) for one in graph if graph.in_degree(one) == 0]
-    sign = 1 if graph.out_degree(root) == max(children) else -1
-    return {
+        "mentioned first": -words.index(name),
+        "first option": words[::-1].index(name),  # counted from the end of the question, where the options stand
         "distance without direction": -distances.get(node, len(graph)),
-        "children and ancestors": sign * len(nx.ancestors(graph, node)),
+        "children and ancestors": len(above) * (1 if graph.out_degree(root) == max(children) else -1),
     }
 
 
@@ -70,19 +58,13 @@ def shortcuts(record: Record) -> dict[str, float]:
     search. "depth" is the distance to the farthest ancestor; "children and ancestors" takes the option with more
     ancestors if no person has more children than the one asked about, else the other.
     """
-    graph = nx.DiGraph(record["edges"])
-    right, wrong = (
-        upward_features(graph, node) | text_features(record, node) | person_features(graph, record["root"], node)
-        for node in (record["target"], record["neg_target"])
-    )
+    right, wrong = (features(record, node) for node in (record["target"], record["neg_target"]))
     return {name: (1 + int(np.sign(right[name] - wrong[name]))) / 2 for name in right}
 
 
 def depth_shortcut(record: Record) -> float:
     """The shortcut that is known to work on ProsQA, alone."""
-    graph = nx.DiGraph(record["edges"])
-    difference = farthest_ancestor(graph, record["target"]) - farthest_ancestor(graph, record["neg_target"])
-    return (1 + int(np.sign(difference))) / 2
+    return shortcuts(record)["depth"]
 
 
 def statistics(records: Sequence[Record]) -> dict[str, Any]:
@@ -101,20 +83,15 @@ def statistics(records: Sequence[Record]) -> dict[str, Any]:
     }
 
 
-def print_table(columns: dict[str, dict[str, Any]]) -> None:
+def print_statistics(columns: dict[str, dict[str, Any]]) -> None:
     """Statistics side by side, one column per data set; hop counts as shares, shortcuts as accuracies."""
-    print_row("", list(columns))
-    print_row("records", [f"{column['records']:,}" for column in columns.values()])
-    for row in MEANS:
-        print_row(row, [f"{column[row]:.2f}" for column in columns.values()])
+    rows = {"records": [f"{column['records']:,}" for column in columns.values()]}
+    rows |= {row: [f"{column[row]:.2f}" for column in columns.values()] for row in MEANS}
     for hop in sorted({hop for column in columns.values() for hop in column["hops"]}):
         counts = [(column["hops"].get(hop, 0), column["records"]) for column in columns.values()]
-        print_row(f"{hop} hops", [f"{count:,} ({count / records:.1%})" for count, records in counts])
-    print_row("shortcuts", [])
+        rows[f"{hop} hops"] = [f"{count:,} ({count / records:.1%})" for count, records in counts]
+    rows["shortcuts"] = []
     for name in dict.fromkeys(name for column in columns.values() for name in column["shortcuts"]):
         scores = [column["shortcuts"].get(name) for column in columns.values()]
-        print_row(f"  {name}", ["" if score is None else f"{score:.1%}" for score in scores])
-
-
-def print_row(name: str, cells: Sequence[str]) -> None:
-    print(f"{name:30}" + "".join(f"{cell:>16}" for cell in cells))
+        rows[f"  {name}"] = ["" if score is None else f"{score:.1%}" for score in scores]
+    print_table(columns, rows)

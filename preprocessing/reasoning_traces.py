@@ -15,10 +15,10 @@ import argparse
 import bisect
 import itertools
 import json
-import math
 import re
 import statistics
 import sys
+import textwrap
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -31,10 +31,10 @@ from spacy.tokens import Doc, Token
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from preprocessing.common import Record, keep_inputs, prepare_directory, write_records
+from preprocessing.common import Record, keep_inputs, natural, prepare_directory, read_rows, text_field, write_records
 from systems.arguments import Parser
 from systems.writing import write_text
-from utils import UserError, entry_point, printable, read_text
+from utils import UserError, entry_point, printable
 
 EXAMPLES = ("TRACES.jsonl data/own.json", "TRACES.jsonl data/own.json --trace-field reasoning --answer-field answer")
 MARKER = "In summary:"
@@ -43,13 +43,11 @@ ABBREVIATIONS = "al. approx. cf. eds. eq. eqs. etc. fig. figs. pp. resp. viz. vo
 TRAINED_PIPES = {"parser", "senter"}
 UNUSED_PIPES = ("ner", "lemmatizer", "attribute_ruler", "tagger")
 LISTED = 10  # rejected traces named on the screen; the file has all
-HISTOGRAM_BINS = 12
 SENTENCE_ENDS = (".", "?", "!")
 
 Span = tuple[int, int]
 _TAG = re.compile(r"<(?P<closing>/?)(?P<name>[A-Za-z][\w.:-]*)(?:\s+[\w.:-]+\s*=\s*(?:\"[^\"]*\"|'[^']*'))*\s*>")
-_VISIBLE = re.compile(r"\S")
-_CLOSING_TAGS = re.compile(r"\s*(?:>[^<>]*/<\s*)*")  # of a text read backwards: from the end it takes linear time
+_CLOSING_TAGS = re.compile(r"(?:</[^<>]*>\s*)+$")
 
 
 # --- sentences ---
@@ -57,7 +55,10 @@ _CLOSING_TAGS = re.compile(r"\s*(?:>[^<>]*/<\s*)*")  # of a text read backwards:
 
 def load_pipeline(name: str | None = None) -> Language:
     """A spaCy pipeline that finds sentences: by rules, or as the installed pipeline `name` does. UserError: not installed."""
-    nlp = spacy.blank("en") if name is None else load_installed(name)
+    try:
+        nlp = spacy.blank("en") if name is None else spacy.load(name, exclude=UNUSED_PIPES)
+    except OSError:
+        raise UserError(f"--pipeline: {name!r} is not installed; `python -m spacy download {name}` installs it") from None
     keep_abbreviations(nlp.tokenizer)
     if not TRAINED_PIPES & set(nlp.pipe_names):  # what the trained ones set must not be changed afterwards
         nlp.max_length = sys.maxsize  # the limit guards the memory of a parser, and there is none
@@ -65,15 +66,6 @@ def load_pipeline(name: str | None = None) -> Language:
             if not nlp.has_pipe(rule):
                 nlp.add_pipe(rule)
     return nlp
-
-
-def load_installed(name: str) -> Language:
-    try:
-        return spacy.load(name, exclude=UNUSED_PIPES)
-    except OSError:
-        raise UserError(f"--pipeline: {name!r} is not installed; `python -m spacy download {name}` installs it") from None
-    except (ValueError, ImportError) as error:
-        raise UserError(f"--pipeline: {name!r} cannot be loaded: {' '.join(str(error).split())}") from None
 
 
 def keep_abbreviations(tokenizer: Any) -> None:
@@ -121,18 +113,14 @@ def opening(token: Token) -> Token:
 def tagged_spans(text: str) -> tuple[list[Span], list[str]]:
     """(character spans of the outermost matched tags, tags without a counterpart) of a text."""
     stack: list[re.Match[str]] = []
-    names: Counter[str] = Counter()  # of the tags on the stack
     spans: list[Span] = []
     unmatched: list[str] = []
     for tag in _TAG.finditer(text):
         if not tag["closing"]:
             stack.append(tag)
-            names[tag["name"]] += 1
-        elif names[tag["name"]]:
+        elif any(opened["name"] == tag["name"] for opened in stack):
             while (opened := stack.pop())["name"] != tag["name"]:
                 unmatched.append(opened[0])
-                names[opened["name"]] -= 1
-            names[tag["name"]] -= 1
             while spans and spans[-1][0] > opened.start():
                 spans.pop()
             spans.append((opened.start(), tag.end()))
@@ -141,23 +129,15 @@ def tagged_spans(text: str) -> tuple[list[Span], list[str]]:
     return spans, unmatched + [opened[0] for opened in stack]
 
 
-def inside(spans: Sequence[Span], position: int) -> bool:
-    """Whether one of the spans (in order, apart) holds the position."""
-    at = bisect.bisect(spans, position, key=lambda span: span[0]) - 1
-    return at >= 0 and position < spans[at][1]
-
-
 def stand_in(text: str, span: Span) -> str:
     """The word that takes a tagged span's place while sentences are sought.
 
     It ends a sentence where the span or what it hangs on does ("He won.<citation>A. B.</citation> She lost.") and the next
     word does not go on with it ("<citation>A. B.</citation> found it.").
     """
-    backwards = text[slice(*span)][::-1]
-    closing = _CLOSING_TAGS.match(backwards)
-    visible = _VISIBLE.search(text, span[1])
-    follows = visible[0] if visible else ""
-    ends = backwards.startswith(SENTENCE_ENDS, closing.end() if closing else 0) or text.endswith(SENTENCE_ENDS, 0, span[0])
+    inner = _CLOSING_TAGS.sub("", text[slice(*span)]).rstrip()
+    follows = text[span[1] :].lstrip()[:1]
+    ends = inner.endswith(SENTENCE_ENDS) or text.endswith(SENTENCE_ENDS, 0, span[0])
     return "tagged." if ends and (not follows or follows.isupper() or follows.isdigit() or follows == "<") else "tagged"
 
 
@@ -227,50 +207,21 @@ class Result:
     unmatched: dict[int, list[str]] = field(default_factory=dict)
 
 
-def read_traces(path: Path) -> list[Any]:
-    """The objects of a JSON list or of the lines of a JSONL file. UserError: no such file, or the line that is no JSON."""
-    text = read_text(path).removeprefix("\ufeff")
-    if text.lstrip().startswith("["):
-        return parse_json(text, str(path))
-    lines = enumerate(text.split("\n"), start=1)
-    return [parse_json(line, f"{path}: line {number}") for number, line in lines if line.strip()]
-
-
-def parse_json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{where}: not valid JSON ({error}); expected one object per line, or one JSON list") from None
-
-
-def field_text(trace: Any, name: str, option: str) -> str:
-    """A field's text. ValueError: it is missing, blank or no string; `option` is what names another field."""
-    if not isinstance(trace, dict):
-        raise ValueError(f"expected an object with the field {name!r}")
-    if not isinstance(trace.get(name), str) or not trace[name].strip():
-        raise ValueError(f"field {name!r} is missing, blank or no string; {option} names another field")
-    return trace[name]
-
-
-def find_marker(text: str, marker: str, spans: Sequence[Span]) -> int | None:
-    """Position of the last marker outside of `spans`."""
-    found = [match.start() for match in re.finditer(re.escape(marker), text) if not inside(spans, match.start())]
-    return found[-1] if found else None
-
-
 def convert_trace(trace: Any, nlp: Language, options: Options) -> tuple[Record | str, list[str]]:
     """(the record, or why there is none; tags without a counterpart). ValueError: a field is missing or wrong."""
-    question = field_text(trace, options.question_field, "--question-field")
-    text = field_text(trace, options.trace_field, "--trace-field")
+    question = text_field(trace, options.question_field)
+    text = text_field(trace, options.trace_field)
     spans, unmatched = tagged_spans(text)
-    at = find_marker(text, options.marker, spans)
-    if at is None:
-        where = " outside of its tags" if options.marker in text else ""
+    markers = [match.start() for match in re.finditer(re.escape(options.marker), text)]
+    outside = [at for at in markers if not any(start <= at < end for start, end in spans)]
+    if not outside:
+        where = " outside of its tags" if markers else ""
         return f"no {options.marker!r}{where}", unmatched
+    at = outside[-1]
     summary = text[at + len(options.marker) :].strip()
     record = {"question": question.strip(), "answer": summary}
     if options.answer_field is not None:
-        record = {**record, "answer": field_text(trace, options.answer_field, "--answer-field").strip(), "summary": summary}
+        record = {**record, "answer": text_field(trace, options.answer_field).strip(), "summary": summary}
     if not record["answer"]:
         return f"nothing after {options.marker!r}", unmatched
     steps = split_steps(text[:at], nlp, [span for span in spans if span[1] <= at])
@@ -297,21 +248,14 @@ def convert(traces: Sequence[Any], nlp: Language, options: Options) -> Result:
 # --- report ---
 
 
-def histogram(counts: Sequence[int]) -> str:
-    """`0-1: 3  2-3: 8`: how many traces have so many steps, in at most 12 bins of equal width."""
-    width = math.ceil((max(counts) + 1) / HISTOGRAM_BINS)
-    bins = Counter(count // width for count in counts)
-    names = {i: f"{i * width}" if width == 1 else f"{i * width}-{i * width + width - 1}" for i in bins}
-    return "  ".join(f"{names[i]}: {bins[i]}" for i in sorted(bins))
-
-
 def report_lines(result: Result, options: Options, rejected_path: Path) -> Iterator[str]:
     """What became of the traces."""
     counts = [len(record["steps"]) for record in result.records]
     yield f"records    {len(counts):,}, {counts.count(0):,} of them without steps"
     middle = f"median {statistics.median(counts):g}, mean {statistics.mean(counts):.1f}"
     yield f"steps      min {min(counts)}, {middle}, max {max(counts)}"
-    yield f"traces by steps   {histogram(counts)}"
+    by_steps = sorted(Counter(counts).items())
+    yield "traces by steps   " + "  ".join(f"{steps}: {traces}" for steps, traces in by_steps)
     unscored = sum("#" in record["answer"] for record in result.records)
     if unscored:
         yield f"answers with '#'   {unscored:,}; evaluation reads what follows the last '#', so they count as wrong"
@@ -320,14 +264,10 @@ def report_lines(result: Result, options: Options, rejected_path: Path) -> Itera
         yield f"tags without a counterpart, read as text   {len(result.unmatched):,} traces: {'; '.join(tags)}"
     yield f"rejected   {len(result.rejected):,}" + (f", all in {rejected_path}:" if result.rejected else "")
     for row in result.rejected[:LISTED]:
-        yield f"  trace {row['index']}: {row['reason']}: {first_words(row['trace'][options.trace_field])}"
+        beginning = textwrap.shorten(row["trace"][options.trace_field], 60, placeholder=" ...")
+        yield f"  trace {row['index']}: {row['reason']}: {beginning}"
     if len(result.rejected) > LISTED:
         yield f"  and {len(result.rejected) - LISTED:,} more"
-
-
-def first_words(text: str) -> str:
-    words = text.split()
-    return " ".join(words[:8]) + (" ..." if len(words) > 8 else "")
 
 
 # --- command line ---
@@ -343,13 +283,11 @@ def parse_arguments(given: list[str]) -> argparse.Namespace:
     parser.add_argument("--answer-field", metavar="NAME", help="takes the answer from here; the summary becomes a field")
     parser.add_argument("--marker", default=MARKER, help=f"ends the steps (default {MARKER!r})")
     parser.add_argument("--pipeline", metavar="NAME", help="an installed spaCy pipeline, such as en_core_web_sm")
-    parser.add_argument("--merge-short", type=int, default=0, metavar="N", help="join steps shorter than N characters")
+    parser.add_argument("--merge-short", type=natural, default=0, metavar="N", help="join steps shorter than N characters")
     parser.add_argument("--strict", action="store_true", help="a trace that would be rejected is an error")
     args = parser.parse_args(given)
     if not args.marker.strip():
         parser.error("--marker is blank")
-    if args.merge_short < 0:
-        parser.error(f"--merge-short must be at least 0, is {args.merge_short}")
     args.rejected = args.out.with_suffix(".rejected.jsonl")
     keep_inputs([args.traces], (args.out, args.rejected))
     return args
@@ -366,22 +304,17 @@ def check(result: Result, strict: bool, path: Path) -> None:
         raise UserError(f"{path}: no traces in it")
 
 
-def write_rejected(path: Path, rejected: Sequence[Record]) -> None:
-    """One object per line; no file where nothing was rejected, not even an earlier run's."""
-    if rejected:
-        write_text(path, "".join(json.dumps(row) + "\n" for row in rejected))
-    else:
-        path.unlink(missing_ok=True)
-
-
 @entry_point
 def main(given: list[str]) -> None:
     args = parse_arguments(given)
     options = Options(args.question_field, args.trace_field, args.answer_field, args.marker, args.merge_short)
-    result = convert(read_traces(args.traces), load_pipeline(args.pipeline), options)
+    result = convert(read_rows(args.traces), load_pipeline(args.pipeline), options)
     check(result, args.strict, args.traces)
     prepare_directory(args.out.parent)
-    write_rejected(args.rejected, result.rejected)
+    if result.rejected:
+        write_text(args.rejected, "".join(json.dumps(row) + "\n" for row in result.rejected))
+    else:
+        args.rejected.unlink(missing_ok=True)  # an earlier run's
     write_records(args.out, result.records)
     print("\n".join(map(printable, report_lines(result, options, args.rejected))))
 

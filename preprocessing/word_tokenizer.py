@@ -16,10 +16,11 @@ from transformers import PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from preprocessing.common import prepare_directory
 from preprocessing.prosqa import CONCEPTS, NAMES
 from preprocessing.prosqa_symbolic import EDGE, NODES, OPTIONS, ROOT
 from systems.arguments import Parser
-from systems.writing import write_text, writing
+from systems.writing import write_text
 from utils import entry_point
 
 EXAMPLES = ("", "--out my_configs")
@@ -29,6 +30,13 @@ SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # what Metaspace writes for the space befo
 PUNCTUATION = (".", "?")  # stand right after a word, so without the space
 FIXED_WORDS = ("\n", "###", *"0123456789", "Every", "is", "a", "Is", "or")
 POSITIONS = 1024
+SETTINGS = {
+    "unk_token": UNK,
+    "eos_token": EOS,
+    "pad_token": EOS,
+    "model_max_length": POSITIONS,
+    "clean_up_tokenization_spaces": False,
+}
 
 COMMON = {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 1, "tie_word_embeddings": True}
 # No dropout: the latent passes of one question would each draw another mask.
@@ -74,12 +82,6 @@ PHRASES = ("Every {}", "is a {}.", "a {}", "or {}?")
 PHRASE_PATTERN = r"Every \w+|is a \w+\.|a \w+|or \w+\?|\n|[^\s]+"
 
 
-def build_vocabulary(words: Iterable[str]) -> dict[str, int]:
-    """Token -> id, in a fixed order: <unk>, <eos>, punctuation, fixed words, then `words` as given."""
-    spaced = [SPACE + word for word in dict.fromkeys([*FIXED_WORDS, *words])]
-    return {token: index for index, token in enumerate([UNK, EOS, *PUNCTUATION, *spaced])}
-
-
 def build_word_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
     """One token per word, the same one wherever the word stands; newline, `###`, `.` and `?` are tokens as well.
 
@@ -92,11 +94,12 @@ def build_word_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
         pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="always"),
         pre_tokenizers.Split(Regex("[.?]"), "isolated"),
     ]
-    return wrap_tokenizer(build_vocabulary(words), pieces)
+    return wrap_tokenizer([*PUNCTUATION, *(SPACE + word for word in dict.fromkeys([*FIXED_WORDS, *words]))], pieces)
 
 
-def wrap_tokenizer(vocabulary: dict[str, int], pieces: list[Any], decoded: Sequence[Any] = ()) -> PreTrainedTokenizerFast:
-    """A word-level tokenizer over the pieces that the pre-tokenizers make, in Hugging Face form."""
+def wrap_tokenizer(tokens: Iterable[str], pieces: list[Any], decoded: Sequence[Any] = ()) -> PreTrainedTokenizerFast:
+    """A tokenizer over the pieces that the pre-tokenizers make. tokens: in the order of their ids, after <unk> and <eos>."""
+    vocabulary = {token: index for index, token in enumerate([UNK, EOS, *tokens])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNK))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(pieces)
     unspace = [
@@ -106,14 +109,7 @@ def wrap_tokenizer(vocabulary: dict[str, int], pieces: list[Any], decoded: Seque
     # Not decoders.Metaspace: it drops every space of the first token, those inside a phrase too.
     spaces = [decoders.Replace(SPACE, " "), decoders.Fuse(), decoders.Replace(Regex("^ "), "")]
     tokenizer.decoder = decoders.Sequence([*spaces, *unspace, *decoded])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        unk_token=UNK,
-        eos_token=EOS,
-        pad_token=EOS,
-        model_max_length=POSITIONS,
-        clean_up_tokenization_spaces=False,
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SETTINGS)
 
 
 def build_phrase_tokenizer(names: Iterable[str], concepts: Iterable[str]) -> PreTrainedTokenizerFast:
@@ -123,14 +119,12 @@ def build_phrase_tokenizer(names: Iterable[str], concepts: Iterable[str]) -> Pre
     token before, which small models learn soon. Text decodes to itself as with `build_word_tokenizer`.
     """
     words = ["\n", "###", "Is", *names, *(phrase.format(concept) for phrase in PHRASES for concept in concepts)]
-    spaced = [SPACE + word.replace(" ", SPACE) for word in words]
-    vocabulary = {token: index for index, token in enumerate([UNK, EOS, *spaced])}
     pieces = [
         pre_tokenizers.Split(Regex(PHRASE_PATTERN), "isolated"),
         pre_tokenizers.Split(Regex("^ +$"), "removed"),
         pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="always", split=False),
     ]
-    return wrap_tokenizer(vocabulary, pieces)
+    return wrap_tokenizer((SPACE + word.replace(" ", SPACE) for word in words), pieces)
 
 
 def build_symbol_tokenizer() -> PreTrainedTokenizerFast:
@@ -140,37 +134,24 @@ def build_symbol_tokenizer() -> PreTrainedTokenizerFast:
     step is one token, as in arXiv 2505.12514, and each is predicted at the one before; decoding puts the breaks in again,
     before steps and `###`.
     """
-    spaced = [SPACE + symbol for symbol in ("\n", "###", EDGE, OPTIONS, ROOT, *NODES)]
-    vocabulary = {token: index for index, token in enumerate([UNK, EOS, *spaced])}
+    tokens = [SPACE + symbol for symbol in ("\n", "###", EDGE, OPTIONS, ROOT, *NODES)]
     pieces = [
         pre_tokenizers.Split(Regex(r"\s+"), "removed"),
         pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="always"),
     ]
     step_or_answer = Regex(r"(?<=\d) (?=n\d+( n|$| #)|###)")
-    return wrap_tokenizer(vocabulary, pieces, [decoders.Replace(step_or_answer, "\n")])
-
-
-def tokenizer_config() -> dict[str, Any]:
-    """Written by hand: the class name that transformers 5 saves is unknown to transformers 4."""
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "unk_token": UNK,
-        "eos_token": EOS,
-        "pad_token": EOS,
-        "model_max_length": POSITIONS,
-        "clean_up_tokenization_spaces": False,
-        "model_input_names": ["input_ids", "attention_mask"],
-    }
+    return wrap_tokenizer(tokens, pieces, [decoders.Replace(step_or_answer, "\n")])
 
 
 def write_model_directory(directory: Path, model: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> None:
     """config.json, tokenizer.json and tokenizer_config.json. UserError: they cannot be written."""
-    with writing(directory):
-        directory.mkdir(parents=True, exist_ok=True)
+    prepare_directory(directory)
+    # By hand: the class name that transformers 5 saves is unknown to transformers 4.
+    named = {"tokenizer_class": "PreTrainedTokenizerFast", **SETTINGS, "model_input_names": ["input_ids", "attention_mask"]}
     files = {
         "config.json": json.dumps(model | {"vocab_size": len(tokenizer)}, indent=2),
         "tokenizer.json": tokenizer.backend_tokenizer.to_str(pretty=True),
-        "tokenizer_config.json": json.dumps(tokenizer_config(), indent=2),
+        "tokenizer_config.json": json.dumps(named, indent=2),
     }
     for name, text in files.items():
         write_text(directory / name, text + "\n")

@@ -16,7 +16,7 @@ import tokenizers
 from datasets import Dataset, disable_progress_bars
 from transformers import PreTrainedTokenizerBase
 
-from dataset import DataError, machine_cpus, parse_records, row_of
+from dataset import machine_cpus, parse_records, row_of
 from systems.files import first_line
 from utils import UserError, get_logger, is_main_process, read_text
 
@@ -37,10 +37,10 @@ def get_dataset(
     The tokens of a large file are kept on disk (`datasets`' cache, HF_DATASETS_CACHE) and mapped into memory, for a restart and
     for the other processes of the machine: let one come first (`distributed.first_on_each_node`).
 
-    Raises DataError naming file, record and field, or that the tokenizer has no chat template.
+    Raises UserError naming file, record and field, or that the tokenizer has no chat template.
     """
     if chat_template and not tokenizer.chat_template:
-        raise DataError("chat_template: True, but the tokenizer of this model has no chat template; set chat_template: False")
+        raise UserError("chat_template: True, but the tokenizer of this model has no chat template; set chat_template: False")
     if not is_main_process():
         disable_progress_bars()
     tokenize = _Tokenize(tokenizer, chat_template)
@@ -63,7 +63,7 @@ def _tokenised(records: list[dict[str, Any]], tokenize: _Tokenize, path: str | P
     tokens = dataset.map(tokenize, batched=True, num_proc=workers if workers > 1 else None, desc=title)
     nothing = pyarrow.compute.index(pyarrow.compute.list_value_length(tokens.data.column("question_tokenized")), 0).as_py()
     if nothing >= 0:
-        raise DataError(f"{path}: record {nothing}: field 'question': the tokenizer makes no token of it")
+        raise UserError(f"{path}: record {nothing}: field 'question': the tokenizer makes no token of it")
     if hashes := [index for index, record in enumerate(records) if "#" in record["answer"]]:
         get_logger().warning(
             f"{path}: {len(hashes)} answers hold '#', first that of record {hashes[0]}; they cannot be judged right, as what "
@@ -120,7 +120,7 @@ def _save_tokens(dataset: Dataset, directory: Path | None) -> Dataset:
 def check_known(rows: list[list[int]], tokenizer: PreTrainedTokenizerBase, of: str) -> None:
     """Warn where a tokenizer does not know what stands in a text, so that a model cannot read it.
 
-    rows: tokens. Raises DataError where it knows less than half of them. GPT-2 and others know everything.
+    rows: tokens. Raises UserError where it knows less than half of them. GPT-2 and others know everything.
     """
     unknown = tokenizer.unk_token_id
     tokens = [token for row in rows for token in row]
@@ -129,7 +129,7 @@ def check_known(rows: list[list[int]], tokenizer: PreTrainedTokenizerBase, of: s
     share = tokens.count(unknown) / len(tokens)
     said = f"{of}: {share:.0%} of the tokens are {tokenizer.unk_token}: the tokenizer was made for other words (docs/DATA.md)"
     if share > 0.5:
-        raise DataError(said)
+        raise UserError(said)
     if share > 0.01:
         get_logger().warning(said)
 

@@ -98,12 +98,12 @@ def test_a_text_becomes_a_data_set_that_loads(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (b"no bar #### 1", "line 2: no '||' after the question"),
-        (b"q||<<1=1>> 1", "line 2: no '####' before the answer"),
-        (b"  ||<<1=1>> #### 1", "line 2: the question before '||' is empty"),
-        (b"q||<<1=1>> ####  ", "line 2: the answer after '####' is empty"),
+        (b"no bar #### 1", "line 2: expected question||steps #### answer"),
+        (b"q||<<1=1>> 1", "line 2: expected question||steps #### answer"),
+        (b"  ||<<1=1>> #### 1", "line 2: expected question||steps #### answer"),
+        (b"q||<<1=1>> ####  ", "line 2: expected question||steps #### answer"),
         (b"q\xff||<<1=1>> #### 1", "line 2: cannot be read: not UTF-8 (byte 0xff)"),
-        (b"", "line 2: no '||' after the question"),
+        (b"", "line 2: expected question||steps #### answer"),
     ],
 )
 def test_a_bad_line_is_named_and_nothing_is_written(bad, message, tmp_path, capsys):
@@ -203,14 +203,13 @@ def test_no_valid_file_if_none_is_wanted(tmp_path):
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ("{", "line 2: not JSON"),
-        ("[]", "line 2: expected an object"),
-        ('{"question": "q"}', "line 2: field 'answer': expected a text"),
-        ('{"question": 3, "answer": "#### 1"}', "line 2: field 'question': expected a text"),
-        ('{"question": " ", "answer": "#### 1"}', "line 2: field 'question': expected a text"),
-        ('{"question": "q", "answer": "It is 1."}', "line 2: field 'answer': expected '####'"),
-        ('{"question": "q", "answer": "It is 1.\\n#### "}', "line 2: field 'answer': expected '####'"),
-        ("", "line 2: not JSON"),
+        ("{", "line 2: not valid JSON"),
+        ("[]", "row 2: expected an object"),
+        ('{"question": "q"}', "row 2: field 'answer' is missing, blank or no string"),
+        ('{"question": 3, "answer": "#### 1"}', "row 2: field 'question' is missing, blank or no string"),
+        ('{"question": " ", "answer": "#### 1"}', "row 2: field 'question' is missing, blank or no string"),
+        ('{"question": "q", "answer": "It is 1."}', "row 2: field 'answer': expected '####'"),
+        ('{"question": "q", "answer": "It is 1.\\n#### "}', "row 2: field 'answer': expected '####'"),
     ],
 )
 def test_a_bad_row_is_named_and_nothing_is_written(bad, message, tmp_path, capsys):
@@ -226,7 +225,7 @@ def test_a_bad_row_is_named_and_nothing_is_written(bad, message, tmp_path, capsy
     [
         ([], "give --train and --test (or one of them), or else --hub"),
         (["--hub", "--train", "TRAIN"], "give --train and --test (or one of them), or else --hub"),
-        (["--train", "TRAIN", "--valid", "-1"], "--valid must be at least 0, is -1"),
+        (["--train", "TRAIN", "--valid", "-1"], "argument --valid: must be at least 0, is -1"),
         (["--train", "TRAIN", "--valid", "4"], "--valid 4 would leave nothing of the 4 training questions"),
         (["--train", "TRAIN"], "--valid 500 would leave nothing of the 4 training questions"),
         (["--train", "TRAIN", "--steps", "words"], "invalid choice: 'words'"),

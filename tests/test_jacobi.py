@@ -124,5 +124,5 @@ def test_two_processes_agree_with_one(run_arguments: list[str], tmp_path: Path) 
 
 
 def test_a_method_without_latents_has_no_mode(run_arguments: list[str]) -> None:
-    with pytest.raises(UserError, match="latent_mode: method cot feeds no state back"):
+    with pytest.raises(UserError, match="latent_mode: jacobi has no effect with method cot"):
         start(run_arguments, "latent_mode=jacobi", "method=cot")

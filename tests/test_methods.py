@@ -155,7 +155,7 @@ def test_staged_methods_mix_stages_and_the_seed_repeats_it(method: str) -> None:
 @pytest.mark.parametrize("method", ["cot", "no_cot", "no_curriculum", "pause", "icot"])
 @pytest.mark.parametrize("key", ["uniform_prob", "earlier_stage_prob", "advance_accuracy"])
 def test_methods_without_stages_refuse_what_needs_them(method: str, key: str) -> None:
-    with pytest.raises(UserError, match=f"{key}: method {method} has no stages"):
+    with pytest.raises(UserError, match=f"{key}: 0.5 has no effect with method {method}"):
         configuration(method, f"{key}=0.5")
 
 

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from dataset import load_records
 from preprocessing import reasoning_traces
 from preprocessing.reasoning_traces import Options, convert_trace, load_pipeline, merge_short, split_steps, tagged_spans
-from utils import UserError
 
 NLP = load_pipeline()
 
@@ -232,14 +231,9 @@ def test_many_rejected_traces_are_counted_and_the_first_named(tmp_path, capsys):
     run(write_lines(tmp_path / "traces.jsonl", trace("In summary: 4"), *rows), tmp_path / "own.json")
     report = capsys.readouterr().out
     assert "records    1, 1 of them without steps" in report
-    assert report.count("word word word word word word word word ...") == 10
+    assert report.count("word word word ...") == 10
     assert "and 2 more" in report
     assert len((tmp_path / "own.rejected.jsonl").read_text().splitlines()) == 12
-
-
-def test_histogram_has_bins_of_equal_width():
-    assert reasoning_traces.histogram([0, 1, 1, 3]) == "0: 1  1: 2  3: 1"
-    assert reasoning_traces.histogram([0, 2, 2, 25]) == "0-2: 3  24-26: 1"
 
 
 # --- pipelines ---
@@ -265,15 +259,10 @@ def test_a_pipeline_with_a_parser_loses_nothing(tmp_path):
     assert " ".join(steps).replace(" ", "") == text.replace(" ", "")
 
 
-def test_a_pipeline_that_is_missing_or_broken(tmp_path, capsys):
+def test_a_pipeline_that_is_missing(tmp_path, capsys):
     path = write_lines(tmp_path / "traces.jsonl", trace("A. In summary: 4"))
     message = fails(capsys, path, tmp_path / "own.json", "--pipeline", "en_core_none")
     assert "--pipeline: 'en_core_none' is not installed; `python -m spacy download en_core_none`" in message
-    broken = tmp_path / "broken"
-    spacy.blank("en").to_disk(broken)
-    (broken / "config.cfg").write_text("[nlp]\nlang = 7\n")
-    with pytest.raises(UserError, match=r"broken' cannot be loaded: [^\n]*$"):
-        load_pipeline(str(broken))
 
 
 # --- bad input ---
@@ -283,14 +272,14 @@ def test_a_pipeline_that_is_missing_or_broken(tmp_path, capsys):
     ("rows", "options", "expected"),
     [
         ([trace("A. In summary: 4"), 5], [], "trace 1: expected an object with the field 'question'"),
-        ([{"question": "Q"}], [], "trace 0: field 'trace' is missing, blank or no string; --trace-field names another field"),
-        ([{"question": 3, "trace": "x"}], [], "trace 0: field 'question' is missing, blank or no string; --question-field"),
+        ([{"question": "Q"}], [], "trace 0: field 'trace' is missing, blank or no string"),
+        ([{"question": 3, "trace": "x"}], [], "trace 0: field 'question' is missing, blank or no string"),
         ([trace("In summary: 4")], ["--answer-field", "gold"], "trace 0: field 'gold' is missing, blank or no string"),
         ([trace("A."), trace("B.")], [], "2 of 2 traces rejected; trace 0: no 'In summary:'"),
         ([trace("In summary: 4"), trace("B.")], ["--strict"], "1 of 2 traces rejected; trace 1: no 'In summary:'"),
         ([], [], "no traces in it"),
         ([trace("In summary: 4")], ["--marker", " "], "--marker is blank"),
-        ([trace("In summary: 4")], ["--merge-short", "-1"], "--merge-short must be at least 0"),
+        ([trace("In summary: 4")], ["--merge-short", "-1"], "argument --merge-short: must be at least 0"),
         ([trace("A\ud800. In summary: 4")], [], "trace 0: 'utf-8' codec can't encode"),
     ],
 )
@@ -305,7 +294,6 @@ def test_what_cannot_be_converted_is_named_and_nothing_written(tmp_path, capsys,
     [
         (b'{"question": "Q"}\n{"question": \n', "traces.jsonl: line 2: not valid JSON"),
         (b"[1, 2", "traces.jsonl: not valid JSON"),
-        (b"[" * 100_000, "traces.jsonl: not valid JSON"),
         (b"\xff\xfe", "traces.jsonl: line 1: cannot be read"),
     ],
 )

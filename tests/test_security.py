@@ -258,8 +258,6 @@ OUTSIDE = [
     "a\0b",
     "a\rb",
     "\x1b[2J",
-    "a/" * 2100,
-    "a" * 300,
 ]
 
 
@@ -274,7 +272,7 @@ def test_a_name_is_a_folder_below(kind: str, name: str, tmp_path: Path) -> None:
     model, keys = KINDS[kind]
     path = tmp_path / "x.yaml"
     path.write_text(json.dumps({"name": name}))  # YAML reads what JSON writes
-    with pytest.raises(UserError, match=r"name: .*(must be a folder below|a path cannot hold|longer than a path)") as caught:
+    with pytest.raises(UserError, match=r"name: .*(must be a folder below|a path cannot hold)") as caught:
         load_config(model, [str(path), *keys])
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 500
@@ -290,10 +288,9 @@ def test_ordinary_names_are_folders(kind: str) -> None:
 @pytest.mark.parametrize("key", ["model_id", "load_model_path", "train_path", "val_path", "save_path", "gguf_file"])
 def test_a_path_that_is_none_is_one_line(run_arguments: list[str], tmp_path: Path, key: str) -> None:
     path = tmp_path / "x.yaml"
-    for value in ("a\0b", "x" * 300, "x/" * 3000):
-        path.write_text(json.dumps({key: value}))
-        with pytest.raises(UserError, match=f"x.yaml: {key}: (a path cannot hold|longer than a path)"):
-            start(run_arguments, str(path))
+    path.write_text(json.dumps({key: "a\0b"}))
+    with pytest.raises(UserError, match=f"x.yaml: {key}: a path cannot hold"):
+        start(run_arguments, str(path))
 
 
 # --- shells ---

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from coconut import Coconut
 from dataset import MyCollator, get_cot_latent_dataset
 from experiments.probes.base import Probed
 from experiments.probes.spelled import spelled
-from methods import METHODS, Parts, Totals
+from methods import METHODS, Parts, StageShape, Totals
 from methods.step_supervision import CodiSimcotOptions, SimcotOptions, StepDecoder, steps_of_thoughts
 
 SIMCOT = ["method=simcot", "c_thought=2", "max_latent_stage=2", "epochs_per_stage=1"]
@@ -145,7 +146,8 @@ def test_the_last_thought_has_the_steps_that_are_left_over(
 
 def parts(removed: int, latents: int, steps: int = 3) -> Parts:
     each = [[10 + number] for number in range(steps)]
-    return Parts([1], [1], [], each, [7, EOS], removed, latents, most_latents=6, latents_per_step=2, latent_id=0)
+    curriculum: Any = SimpleNamespace(c_thought=2, max_latent_stage=3)
+    return Parts([1], [1], each, [7, EOS], StageShape(latents, removed), curriculum)
 
 
 def written(method: str, given: Parts) -> list[list[int]]:

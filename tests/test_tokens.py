@@ -13,10 +13,9 @@ from conftest import chain_records, write_json
 from test_dataset import RECORD
 from transformers import PreTrainedTokenizerFast
 
-from dataset import DataError
 from systems import tokens as dataset_module
 from systems.tokens import get_dataset
-from utils import get_logger
+from utils import UserError, get_logger
 
 
 def test_tokens_are_question_steps_and_answer_with_eos(tokenizer: Any, tmp_path: Path) -> None:
@@ -36,7 +35,7 @@ def test_words_that_a_tokenizer_does_not_know(
     assert "<unk>" not in caplog.text
     get_dataset(write_json(tmp_path / "mixed.json", [known] * 9 + [foreign]), tokenizer)
     assert re.search(r"mixed.json: \d+% of the tokens are <unk>: the tokenizer was made for other words", caplog.text)
-    with pytest.raises(DataError, match=r"foreign.json: \d+% of the tokens are <unk>"):
+    with pytest.raises(UserError, match=r"foreign.json: \d+% of the tokens are <unk>"):
         get_dataset(write_json(tmp_path / "foreign.json", [foreign]), tokenizer)
 
 

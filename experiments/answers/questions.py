@@ -6,7 +6,6 @@ A local file takes the place of a data set on the hub: a JSON list or one JSON o
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,8 @@ import numpy as np
 
 from dataset import half_character
 from experiments.answers.benchmarks import Row, canonical_answer, find_benchmark
-from preprocessing.common import parse_rows
-from utils import UserError, read_text
+from preprocessing.common import parse_rows, read_rows
+from utils import UserError
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ def load_questions(
     if path is None:
         source, rows = _hub_rows(benchmark, subset, split)
     else:
-        source, rows = str(path), _file_rows(Path(path))
+        source, rows = str(path), read_rows(Path(path))
     chosen: Sequence[int] = range(len(rows))[:limit]
     if path is None and len(chosen) < len(rows):
         chosen = sorted(np.random.default_rng(seed).choice(len(rows), len(chosen), replace=False).tolist())
@@ -103,23 +102,6 @@ def _hub_problem(hub: str, error: Exception) -> str:
         page = f"https://huggingface.co/datasets/{hub}"
         return f"{hub}: access is gated; accept the terms at {page} and run `hf auth login`, or give a local JSON file"
     return f"cannot load {hub}: {reason or type(error).__name__}; a local JSON file can be given in its place"
-
-
-def _file_rows(path: Path) -> list[Row]:
-    """The rows of a JSON list, or of a file with one JSON object a line. UserError: it is neither."""
-    text = read_text(path).removeprefix("\ufeff").strip()
-    if text.startswith("["):
-        return list(_json(text, str(path)))
-    # Not splitlines: it also cuts at characters that stand inside a question.
-    lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
-    return [_json(line, f"{path}: line {number}") for number, line in lines]
-
-
-def _json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:  # ValueError: also numbers of more than 4,300 digits
-        raise UserError(f"{where}: not JSON ({error}); expected a list of records or one a line") from None
 
 
 # --- rows ---
