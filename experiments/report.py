@@ -29,8 +29,9 @@ from dataset import load_records
 from experiments.chat import How, ask, graph_of
 from experiments.plots import epoch_curves
 from experiments.probes import Probed
-from experiments.probes.frontier import GRAPH
-from experiments.probes.sketches import graph_after, lens
+from experiments.probes.base import GRAPH
+from experiments.probes.decoded import lens
+from experiments.probes.frontier import graph_after
 from experiments.quickstart import read_metrics
 from experiments.tables import markdown
 from systems.arguments import Parser

@@ -18,11 +18,10 @@ from test_run import start
 from experiments import probe
 from experiments.probes import PROBES, Probed
 from experiments.probes.causal import causal, confidence
-from experiments.probes.decoded import decoded
+from experiments.probes.decoded import decoded, final_norm, layers
 from experiments.probes.forced import forced
 from experiments.probes.frontier import KINDS, frontier, height, ranks, tree
 from experiments.probes.geometry import geometry
-from experiments.probes.layers import final_norm, layers
 from experiments.probes.paths import kind_of, paths, stacked
 from experiments.probes.reachable import reachable
 from preprocessing.prosqa import CONCEPTS, chain_records
@@ -94,17 +93,19 @@ def test_frontier_tells_distances_and_the_other_chain_apart(tokenizer: Any, tmp_
     assert flat["thought 1, distance 1"].mean() == pytest.approx(flat["thought 1, unreachable"].mean())  # the null
 
 
-def test_tree_reads_the_state_at_the_end_marker(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tree_reads_the_state_at_the_end_marker(tokenizer: Any, tmp_path: Path) -> None:
     """After k thoughts the next token is the concept at distance k."""
 
-    def ended(probed: Any, thoughts: int) -> Any:
-        states = torch.zeros(len(RECORDS), len(tokenizer))
+    def think(thoughts: int) -> Any:
+        states = torch.zeros(len(RECORDS), 2, len(tokenizer))
         for place, record in enumerate(RECORDS if thoughts else []):
-            states[place, finds(tokenizer, record, thoughts - 1)] = 50
-        return iter([(list(range(len(RECORDS))), states)])
+            states[place, -1, finds(tokenizer, record, thoughts - 1)] = 50
+        return SimpleNamespace(hidden=states)
 
-    monkeypatch.setattr(importlib.import_module("experiments.probes.frontier"), "ended", ended)
-    found = tree(planted(torch.zeros(1, 2, 1), tokenizer, tmp_path))
+    probed = planted(torch.zeros(1, 2, 1), tokenizer, tmp_path)
+    probed.batches = lambda thoughts: iter([(list(range(len(RECORDS))), thoughts, None)])
+    probed.think = think
+    found = tree(probed)
     assert [found[f"after {k}, distance {d}"].mean().round() for k, d in ((1, 1), (1, 2), (2, 1), (2, 2))] == [100, 0, 0, 100]
     assert found["after 0, distance 1"].mean() == pytest.approx(found["after 0, unreachable"].mean())
 
@@ -140,7 +141,9 @@ def test_ranks_and_heights_tell_a_choice_from_an_even_spread(monkeypatch: pytest
     assert found["thought 2, first 2"] == pytest.approx([75, 75])
     assert found["thought 2, the likeliest leads"] == [0, 0]
     assert found["thought 2, a blind choice leads"] == pytest.approx([100 / 3] * 2)
-    monkeypatch.setattr(module, "ended", lambda probed, count: iter([([0, 1], torch.stack([thoughts[count]] * 2))]))
+    monkeypatch.setattr(
+        module, "after", lambda probed, count: iter([(0, thoughts[count].numpy()), (1, thoughts[count].numpy())])
+    )
     heights = {name: values.tolist() for name, values in height(probed).items()}
     assert heights == {  # of step 1: lempus 75, yumpus 25; of step 2: zumpus 25 and terpus 25 lead nowhere, gorpus 50 to bompus
         "height 0, leads to the target": [25, 25],

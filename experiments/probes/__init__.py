@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from experiments.probes.base import Probe, Probed, Series
 from experiments.probes.causal import causal, confidence
-from experiments.probes.decoded import decoded
+from experiments.probes.decoded import decoded, layers, lens
 from experiments.probes.forced import forced
-from experiments.probes.frontier import frontier, height, ranks, tree
+from experiments.probes.frontier import frontier, graph_after, height, ranks, tree
 from experiments.probes.geometry import geometry
-from experiments.probes.layers import layers
 from experiments.probes.paths import paths, stacked
 from experiments.probes.reachable import reachable
-from experiments.probes.sketches import graph_after, lens
 from experiments.probes.spelled import spelled
 
 PROBES: dict[str, Probe] = {

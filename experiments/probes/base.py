@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import networkx as nx
 import numpy as np
 import torch
 from datasets import Dataset
@@ -21,6 +22,7 @@ from states import Thinking
 from systems.tokens import get_dataset
 from utils import UserError
 
+GRAPH = ("edges", "root", "idx_to_symbol")  # fields of records that hold a graph
 Series = dict[str, np.ndarray]  # condition -> one number for each question, NaN where it has none
 Measure = Callable[["Probed"], Series]
 
@@ -124,3 +126,9 @@ class Probed:
 
 def empty(questions: int) -> np.ndarray:
     return np.full(questions, np.nan)
+
+
+def graph_of(record: dict[str, Any]) -> tuple[nx.DiGraph, str]:
+    """The graph of a record with the fields GRAPH, by the names of its nodes, and its root."""
+    names = record["idx_to_symbol"]
+    return nx.DiGraph([(names[parent], names[child]) for parent, child in record["edges"]]), names[record["root"]]
