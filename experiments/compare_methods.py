@@ -19,7 +19,7 @@ import numpy as np
 
 from config import RunConfig
 from dataset import load_records
-from experiments.across_seeds import Numbers, numbers
+from experiments.across_seeds import numbers, with_interval
 from experiments.noise.progress import finished_records
 from experiments.noise.summary import JUDGE
 from experiments.plots import learning_curves, method_bars
@@ -138,8 +138,8 @@ def table(summary: dict[str, Any]) -> str:
     rows = [
         [
             f"{row['label']} (`{method}`)",
-            _with_interval(row["over_seeds"]),
-            _with_interval(row["minus_first"], "+"),
+            with_interval(row["over_seeds"]),
+            with_interval(row["minus_first"], "+") if row["minus_first"] else "",
             ", ".join(f"{100 * accuracy:.1f}" for accuracy in row["accuracies"]),
             *(_mean(row["further"][stem]) for stem in further),
             _mean(row["zero_thoughts"]) + text(row["zero_thoughts_wrote_steps"], " ({:.0%})"),
@@ -158,10 +158,6 @@ def table(summary: dict[str, Any]) -> str:
     for key in ("depth_shortcut", "chance"):
         rows.append([key.replace("_", " "), f"{100 * summary[key]:.1f}", *[""] * (len(columns) - 1)])
     return markdown(["", *columns], rows) + "\n"
-
-
-def _with_interval(row: Numbers | None, sign: str = "") -> str:
-    return "" if row is None else f"{row['mean']:{sign}.1f} ({row['low']:{sign}.1f} to {row['high']:{sign}.1f})"
 
 
 def _mean(accuracies: Sequence[float] | None) -> str:

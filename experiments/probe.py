@@ -20,7 +20,7 @@ import torch
 from matplotlib import pyplot as plt
 from pydantic import BeforeValidator, Field, model_validator
 
-from experiments.across_seeds import Numbers, numbers
+from experiments.across_seeds import Numbers, numbers, with_interval
 from experiments.plots import save_figure, shades
 from experiments.probes import PROBES, Probe, Probed, Series
 from experiments.tables import markdown
@@ -127,10 +127,7 @@ def over_seeds(by_checkpoint: Mapping[str, Sequence[Series]]) -> Found:
 def table(probe: Probe, found: Found, groups: Sequence[str]) -> str:
     rows = []
     for key, by_group in found.items():
-        cells = [by_group.get(group) for group in groups]
-        rows.append(
-            (key, *("" if one is None else f"{one['mean']:.1f} ({one['low']:.1f} to {one['high']:.1f})" for one in cells))
-        )
+        rows.append((key, *(with_interval(by_group[group]) if group in by_group else "" for group in groups)))
     return f"{probe.about} In {probe.unit}.\n\n" + markdown(("", *groups), rows)
 
 
