@@ -9,6 +9,7 @@ python -m experiments.probe args/probe.yaml probes="[forced, decoded]" num_quest
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -131,10 +132,9 @@ def table(probe: Probe, found: Found, groups: Sequence[str]) -> str:
     return f"{probe.about} In {probe.unit}.\n\n" + markdown(("", *groups), rows)
 
 
-def draw(found: Found, groups: Sequence[str], path: Path, title: str, unit: str) -> None:
+def draw(found: Found, groups: Sequence[str], path: Path, unit: str) -> None:
     """A row for each condition, a point with its interval for each group."""
-    keys = list(found)
-    colours = shades(groups)
+    keys, colours = list(found), shades(groups)
     figure, axes = plt.subplots(figsize=(8.5, 1.2 + 0.24 * len(keys)), layout="constrained")
     for number, group in enumerate(groups):
         shown = [(place, found[key][group]) for place, key in enumerate(keys) if group in found[key]]
@@ -145,7 +145,7 @@ def draw(found: Found, groups: Sequence[str], path: Path, title: str, unit: str)
     axes.set_yticks(range(len(keys)), keys, fontsize=7)
     axes.invert_yaxis()
     axes.grid(alpha=0.3)
-    axes.set(title=title, xlabel=f"mean over seeds and questions in {unit}, with its 95% interval")
+    axes.set(title=path.stem, xlabel=f"mean over seeds and questions in {unit}, with its 95% interval")
     axes.legend(fontsize=8)
     save_figure(figure, path)
 
@@ -160,18 +160,15 @@ def run(config: ProbeConfig) -> None:
             get_logger().info(f"{group}: {checkpoint}")
     sections, results = [], {}
     for name in config.probes:
-        found = over_seeds({group: [one[name] for one in series] for group, series in each.items()})
+        probe, found = PROBES[name], over_seeds({group: [one[name] for one in series] for group, series in each.items()})
         if not found:
-            sections.append(f"## {name}\n\n{PROBES[name].about}\n\nNone of these checkpoints has what it looks at.")
+            sections.append(f"## {name}\n\n{probe.about}\n\nNone of these checkpoints has what it looks at.")
             continue
         groups = [group for group in config.groups if any(group in by_group for by_group in found.values())]
         without = [group for group in config.groups if group not in groups]
         said = f"\n\nWithout what it looks at, and so without numbers here: {', '.join(without)}." if without else ""
-        if (own := PROBES[name].draw) is not None:
-            own(found, groups, out / f"{name}.png")
-        else:
-            draw(found, groups, out / f"{name}.png", name, PROBES[name].unit)
-        sections.append(f"## {name}\n\n{table(PROBES[name], found, groups)}{said}")
+        (probe.draw or functools.partial(draw, unit=probe.unit))(found, groups, out / f"{name}.png")
+        sections.append(f"## {name}\n\n{table(probe, found, groups)}{said}")
         results[name] = found
     if not results:
         raise UserError(f"{', '.join(config.probes)}: none of the checkpoints has thoughts to look at")

@@ -34,8 +34,7 @@ PROBES: dict[str, Probe] = {
     ),
     "ranks": Probe("How thought k shares its probability among the concepts k steps away, where it has a choice.", ranks),
     "height": Probe(
-        "Probability of the concepts one step on, among one another, by their steps to an end and whether they lead on.",
-        height,
+        "Probability of the concepts one step on, among one another, by their steps to an end and whether they lead on.", height
     ),
     "reachable": Probe(
         "Linear probes for the concepts within so many steps: area under the ROC curve, chance 50; shuffled is the control.",

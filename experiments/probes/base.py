@@ -20,6 +20,7 @@ from experiments.across_seeds import Numbers
 from methods import EvalLatents, stage_shape
 from states import Thinking
 from systems.tokens import get_dataset
+from thoughts import ThoughtInterventions
 from utils import UserError
 
 GRAPH = ("edges", "root", "idx_to_symbol")  # fields of records that hold a graph
@@ -90,8 +91,8 @@ class Probed:
             batch = {name: value.to(evaluator.device) for name, value in collator([examples[at] for at in places]).items()}
             yield places, batch, batch["input_ids"] == ids.thought
 
-    def think(self, batch: dict[str, Tensor]) -> Thinking:
-        return self.model.think(batch["input_ids"], batch["attention_mask"], batch["position_ids"])
+    def think(self, batch: dict[str, Tensor], changes: ThoughtInterventions | None = None) -> Thinking:
+        return self.model.think(batch["input_ids"], batch["attention_mask"], batch["position_ids"], interventions=changes)
 
     def states(self) -> Iterator[tuple[list[int], Tensor]]:
         """Of each batch: places of its questions, and the last states (B, N, D) at the positions before their N thoughts.

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from experiments.probes.base import Probed, Series
-from thoughts import Noise, gather_thoughts
+from thoughts import Noise, ThoughtInterventions, gather_thoughts
 
 PUSH = 0.1  # norm of the noise in the first thought, by that of the thought
 
@@ -38,13 +38,7 @@ def _growth(probed: Probed) -> Tensor:
     """
     moved = []
     for places, batch, thought in probed.batches():
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
-        clean, pushed = (
-            gather_thoughts(
-                probed.model(**inputs, noise=noise, seed=0, question_index=places).inputs_embeds,  # type: ignore[union-attr]
-                thought,
-            ).float()
-            for noise in (None, Noise(PUSH, "gaussian_scaled"))
-        )
+        push = ThoughtInterventions.of_noise(Noise(PUSH, "gaussian_scaled"), thought, 0, places)
+        clean, pushed = (gather_thoughts(probed.think(batch, change).inputs_embeds, thought).float() for change in (None, push))
         moved.append(((pushed - clean).norm(dim=-1) / clean.norm(dim=-1) / PUSH).cpu())
     return torch.cat(moved)
