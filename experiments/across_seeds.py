@@ -76,11 +76,16 @@ def read_experiment(directory: Path) -> Experiment:
     Of K branches there are also the likeliest one ("CONDITION, best of K") and whether any is right ("CONDITION, any of K").
     UserError: neither is there.
     """
-    if (directory / RIGHT).exists():
-        return _read_ablation(json.loads((directory / RIGHT).read_text()))
-    records = finished_records(directory)
     right: dict[str, dict[int, bool]] = {}
     baselines = {}
+    if (directory / RIGHT).exists():
+        for name, part in json.loads((directory / RIGHT).read_text()).items():
+            for cell in part["cells"]:
+                key = f"{name} {cell['value']}, noise {cell['noise']}"
+                right[key] = {int(index): answer for index, answer in cell["right"].items()}
+                baselines[key] = f"{name} {part['default']}, noise {cell['noise']}"
+        return Experiment(right, baselines, [])
+    records = finished_records(directory)
     for record in records:
         for key, outcome in record["conditions"].items() if record["error"] is None else ():
             told, branches = {key: outcome[JUDGE]["correct"]}, outcome["branches"]
@@ -91,16 +96,6 @@ def read_experiment(directory: Path) -> Experiment:
                 right.setdefault(name, {})[record["index"]] = bool(correct)
                 baselines[name] = counterpart(key)
     return Experiment(right, baselines, records)
-
-
-def _read_ablation(parts: Mapping[str, Any]) -> Experiment:
-    right, baselines = {}, {}
-    for name, part in parts.items():
-        for cell in part["cells"]:
-            key = f"{name} {cell['value']}, noise {cell['noise']}"
-            right[key] = {int(index): answer for index, answer in cell["right"].items()}
-            baselines[key] = f"{name} {part['default']}, noise {cell['noise']}"
-    return Experiment(right, baselines, [])
 
 
 def across_seeds(experiments: Sequence[Experiment]) -> dict[str, Numbers]:

@@ -79,9 +79,10 @@ class ProbeConfig(Config):
 def measured(config: ProbeConfig, checkpoint: str, device: torch.device) -> dict[str, Series]:
     """By probe the numbers of a checkpoint, from the file of an earlier run where there is one of the same questions."""
     directory = Path(config.results_path) / config.name / checkpoint.strip("/.").replace("/", "_")
+    manifest = Path(str(resolved(checkpoint).load_model_path)) / MANIFEST  # with the hash of every file
     asked = {
         "checkpoint": checkpoint,
-        "weights": weights_of(checkpoint),
+        "weights": hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.is_file() else None,
         "questions": config.num_questions,
         "max_new_tokens": config.max_new_tokens,
         "data_sha256": hashlib.sha256(read_text(Path(config.data_path)).encode()).hexdigest(),
@@ -104,12 +105,6 @@ def measured(config: ProbeConfig, checkpoint: str, device: torch.device) -> dict
             probe.sketch(probed, directory / f"{name}.png")
         write_json(path, {"asked": asked, "machine": machine(device), "series": series})
     return found
-
-
-def weights_of(checkpoint: str) -> str | None:
-    """What tells the weights from those of another training: the manifest, which holds the hash of every file; None without."""
-    manifest = Path(str(resolved(checkpoint).load_model_path)) / MANIFEST
-    return hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.is_file() else None
 
 
 def over_seeds(by_checkpoint: Mapping[str, Sequence[Series]]) -> Found:

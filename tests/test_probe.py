@@ -225,7 +225,7 @@ def test_causal_finds_the_thought_that_the_answer_depends_on() -> None:
         dataset={"answer_tokenized": [[token, Tokens.eos_token_id] for token in answers]},
         evaluator=SimpleNamespace(ids=SimpleNamespace(thought=9, latent=9), tokenizer=Tokens()),
         records=lambda *keys: records,
-        think=lambda batch: model.think(**batch),
+        think=lambda batch, changes=None: model.think(**batch, interventions=changes),
     )
     probed.batches = lambda latents="max": iter([([0, 1, 2, 3], batch, ids == 9)])
     probed.once = lambda measure: kept.setdefault("odds", None) or kept.update(odds=measure(probed)) or kept["odds"]

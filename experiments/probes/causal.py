@@ -111,23 +111,20 @@ def _log_odds(
     changes: dict[int, Tensor] | None = None,
 ) -> np.ndarray:
     """(Q,): log-probability of the right answer after so many thoughts minus that of the other one."""
-    model, found = probed.model, empty(len(answers))
+    found = empty(len(answers))
     for places, batch, thought in probed.batches(latents if probed.thoughts else "gold"):
         said = [answers[place][side] for side in (0, 1) for place in places]  # 2 B rows
         longest = max(map(len, said))
         tokens = torch.tensor([[*one, *[0] * (longest - len(one))] for one in said], device=thought.device)
         real = torch.tensor([[1] * len(one) + [0] * (longest - len(one)) for one in said], device=thought.device)
-        prompts = {name: batch[name].repeat(2, 1) for name in ("input_ids", "attention_mask", "position_ids")}
-        after = torch.arange(1, longest + 1, device=thought.device)
-        latent = torch.cat([thought.repeat(2, 1), torch.zeros_like(real, dtype=torch.bool)], dim=1)
+        positions = batch["position_ids"][:, -1:].repeat(2, 1) + torch.arange(1, longest + 1, device=thought.device)
+        after = {"input_ids": tokens, "attention_mask": real, "position_ids": positions}
+        inputs = {name: torch.cat([batch[name].repeat(2, 1), columns], dim=1) for name, columns in after.items()}
+        latent = F.pad(thought.repeat(2, 1), (0, longest))
         rows = [Intervention(replacements={n: stead[place] for n, stead in (changes or {}).items()}) for place in places] * 2
-        thinking = model.think(
-            torch.cat([prompts["input_ids"], tokens], dim=1),
-            torch.cat([prompts["attention_mask"], real], dim=1),
-            torch.cat([prompts["position_ids"], prompts["position_ids"][:, -1:] + after], dim=1),
-            interventions=ThoughtInterventions(latent, rows, places * 2, [0] * len(rows)) if changes else None,
-        )
-        chances = F.log_softmax(model.project(thinking.hidden[:, -longest - 1 : -1]).float(), dim=-1)
+        replaced = ThoughtInterventions(latent, rows, places * 2, [0] * len(rows)) if changes else None
+        hidden = probed.think(inputs, replaced).hidden
+        chances = F.log_softmax(probed.model.project(hidden[:, -longest - 1 : -1]).float(), dim=-1)
         scores = (chances.gather(2, tokens[..., None]).squeeze(2) * real).sum(dim=1)  # (2 B,)
         right, other = scores.cpu().double().chunk(2)
         found[places] = (right - other).numpy()
