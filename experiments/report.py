@@ -177,11 +177,7 @@ def main(given: list[str]) -> None:
     if arguments.wandb:
         mode, directory = os.environ.get("WANDB_MODE", "online"), os.environ.get("WANDB_DIR")
         logged = start_wandb(arguments.wandb, arguments.out.stem, mode, dir=directory, job_type="report")
-    written = (arguments.paths, arguments.out, arguments.questions, logged)
-    if arguments.watch:
-        watch(*written)
-    else:
-        write_page(*written)
+    (watch if arguments.watch else write_page)(arguments.paths, arguments.out, arguments.questions, logged)
 
 
 if __name__ == "__main__":

@@ -95,9 +95,8 @@ def graph_after(probed: Probed, path: Path) -> None:
     true = set(itertools.pairwise(route))
     layers = dict(enumerate(nx.topological_generations(graph)))
     places = nx.multipartite_layout(graph, subset_key=layers, align="horizontal")
-    figure, panels = plt.subplots(
-        1, probed.thoughts + 1, figsize=(3 * (probed.thoughts + 1), 3.4), layout="constrained", squeeze=False
-    )
+    wide = probed.thoughts + 1
+    figure, panels = plt.subplots(1, wide, figsize=(3 * wide, 3.4), layout="constrained", squeeze=False)
     for count, axes in enumerate(panels[0]):
         _, chances = next(after(probed, count))
         nx.draw_networkx(
