@@ -1,4 +1,4 @@
-"""The probes: one row for each, and a module of its own."""
+"""The probes: one row for each. Those that read the same things share a module."""
 
 from __future__ import annotations
 
