@@ -32,18 +32,15 @@ COLUMNS = ("condition", "seeds", "questions", "mean of seeds, 95%", "lowest to h
 Numbers = dict[str, Any]
 
 
-def interval_over_seeds(values: np.ndarray, seed: int = 0, resamples: int = RESAMPLES) -> tuple[float, float]:
+def interval_over_seeds(values: np.ndarray) -> tuple[float, float]:
     """95% percentile bootstrap interval of the mean of `values`, (seeds, questions).
 
     Few seeds make it narrow: where seeds vary more than questions do, five of them give about 85% instead of 95%.
-    ValueError: no values.
     """
-    if not values.size:
-        raise ValueError("an interval needs at least one seed and one question")
     seeds, questions = values.shape
-    generator = np.random.default_rng(seed)
-    of_seeds = generator.multinomial(seeds, [1 / seeds] * seeds, size=resamples)  # how often each is drawn
-    of_questions = generator.multinomial(questions, [1 / questions] * questions, size=resamples)
+    generator = np.random.default_rng(0)
+    of_seeds = generator.multinomial(seeds, [1 / seeds] * seeds, size=RESAMPLES)  # how often each is drawn
+    of_questions = generator.multinomial(questions, [1 / questions] * questions, size=RESAMPLES)
     means = np.einsum("rq,rq->r", of_seeds @ values, of_questions) / values.size
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
@@ -52,14 +49,14 @@ def interval_over_seeds(values: np.ndarray, seed: int = 0, resamples: int = RESA
 def numbers(values: np.ndarray) -> Numbers:
     """In percent: mean, its interval, and each seed's mean. values: (seeds, questions)."""
     low, high = interval_over_seeds(values)
-    by_seed = [100 * float(mean) for mean in values.mean(axis=1)]
-    return {
-        "questions": values.shape[1],
-        "mean": float(np.mean(by_seed)),
-        "low": 100 * low,
-        "high": 100 * high,
-        "seeds": by_seed,
-    }
+    seeds = [100 * float(mean) for mean in values.mean(axis=1)]
+    mean = float(np.mean(seeds))
+    return {"questions": values.shape[1], "mean": mean, "low": 100 * low, "high": 100 * high, "seeds": seeds}
+
+
+def with_interval(one: Numbers, sign: str = "") -> str:
+    """A mean and the bounds of its interval. sign: "+" writes that of positive numbers as well."""
+    return f"{one['mean']:{sign}.1f} ({one['low']:{sign}.1f} to {one['high']:{sign}.1f})"
 
 
 class Experiment(NamedTuple):
@@ -79,11 +76,16 @@ def read_experiment(directory: Path) -> Experiment:
     Of K branches there are also the likeliest one ("CONDITION, best of K") and whether any is right ("CONDITION, any of K").
     UserError: neither is there.
     """
-    if (directory / RIGHT).exists():
-        return _read_ablation(json.loads((directory / RIGHT).read_text()))
-    records = finished_records(directory)
     right: dict[str, dict[int, bool]] = {}
     baselines = {}
+    if (directory / RIGHT).exists():
+        for name, part in json.loads((directory / RIGHT).read_text()).items():
+            for cell in part["cells"]:
+                key = f"{name} {cell['value']}, noise {cell['noise']}"
+                right[key] = {int(index): answer for index, answer in cell["right"].items()}
+                baselines[key] = f"{name} {part['default']}, noise {cell['noise']}"
+        return Experiment(right, baselines, [])
+    records = finished_records(directory)
     for record in records:
         for key, outcome in record["conditions"].items() if record["error"] is None else ():
             told, branches = {key: outcome[JUDGE]["correct"]}, outcome["branches"]
@@ -96,20 +98,11 @@ def read_experiment(directory: Path) -> Experiment:
     return Experiment(right, baselines, records)
 
 
-def _read_ablation(parts: Mapping[str, Any]) -> Experiment:
-    right, baselines = {}, {}
-    for name, part in parts.items():
-        for cell in part["cells"]:
-            key = f"{name} {cell['value']}, noise {cell['noise']}"
-            right[key] = {int(index): answer for index, answer in cell["right"].items()}
-            baselines[key] = f"{name} {part['default']}, noise {cell['noise']}"
-    return Experiment(right, baselines, [])
-
-
 def across_seeds(experiments: Sequence[Experiment]) -> dict[str, Numbers]:
     """Every condition that all experiments have, over the questions that all answered.
 
-    `difference`: to its baseline, over the questions that have both.
+    `difference`: to its baseline, over the questions that have both. With the control `other` there are also the answers of the
+    question whose thoughts stood there.
     """
     result: dict[str, Numbers] = {}
     for key in experiments[0].right:
@@ -120,7 +113,12 @@ def across_seeds(experiments: Sequence[Experiment]) -> dict[str, Numbers]:
         baseline = experiments[0].baselines[key]
         if baseline != key and (both := _table(experiments, [key, baseline])).size:
             result[key]["difference"] = numbers(both[0] - both[1])
-    return result | _transfers([one.records for one in experiments if one.records])
+    each = [transferred(one.records) for one in experiments]
+    for place, told in each[0].items():
+        if told and all(len(one.get(place, ())) == len(told) for one in each):
+            theirs = np.array([[other for other, _ in one[place]] for one in each], float)
+            result[f"{place}, answers of the other"] = numbers(theirs)
+    return result
 
 
 def _table(experiments: Sequence[Experiment], keys: Sequence[str]) -> np.ndarray:
@@ -130,30 +128,12 @@ def _table(experiments: Sequence[Experiment], keys: Sequence[str]) -> np.ndarray
     return np.array([[[one.right[key][index] for index in common] for one in experiments] for key in keys if common], float)
 
 
-def _transfers(experiments: Sequence[list[Record]]) -> dict[str, Numbers]:
-    """Answers of the question whose thoughts stood there."""
-    each = [transferred(records) for records in experiments]
-    places = [place for place in (each or [{}])[0] if len({len(one.get(place, ())) for one in each}) == 1 and each[0][place]]
-    return {
-        f"{place}, answers of the other": numbers(np.array([[theirs for theirs, _ in one[place]] for one in each], float))
-        for place in places
-    }
-
-
 def table(result: Mapping[str, Numbers]) -> str:
     rows = []
     for key, one in result.items():
-        change = one.get("difference")
-        rows.append(
-            (
-                key,
-                str(len(one["seeds"])),
-                str(one["questions"]),
-                f"{one['mean']:.1f} ({one['low']:.1f} to {one['high']:.1f})",
-                f"{min(one['seeds']):.1f} to {max(one['seeds']):.1f}",
-                "" if change is None else f"{change['mean']:+.1f} ({change['low']:+.1f} to {change['high']:+.1f})",
-            )
-        )
+        seeds, change = one["seeds"], with_interval(one["difference"], "+") if "difference" in one else ""
+        spread = f"{min(seeds):.1f} to {max(seeds):.1f}"
+        rows.append((key, str(len(seeds)), str(one["questions"]), with_interval(one), spread, change))
     return markdown(COLUMNS, rows)
 
 

@@ -7,7 +7,6 @@ more steps than it was trained on shows how many it takes.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,10 +14,10 @@ from typing import Any
 
 from dataset import load_records
 from experiments.answers.extraction import last_word
-from experiments.quickstart import evaluation_of
+from experiments.quickstart import read_predictions
 from experiments.tables import markdown
 from systems.arguments import Parser
-from utils import entry_point, get_logger, read_text
+from utils import entry_point, get_logger
 
 OTHER, ELSE = "the other chain", "anything else"
 
@@ -32,8 +31,7 @@ def places(record: dict[str, Any]) -> dict[str, str]:
 
 def shares(records: Sequence[dict[str, Any]], run: Path, data: str, latents: int | str = "gold") -> dict[str, float]:
     """Of the answers of a run's newest evaluation, by the place of what they name."""
-    [file] = evaluation_of(run, latents, data).glob("predictions_*.jsonl")
-    predictions = [json.loads(line) for line in read_text(file).splitlines()]
+    predictions = read_predictions(run, latents, data)
     found = Counter(places(records[one["idx"]]).get(last_word(one["answer"]), ELSE) for one in predictions)
     steps = [str(step) for step in range(1, 1 + max(len(record["steps"]) for record in records))]
     return {place: found[place] / len(predictions) for place in (*steps, OTHER, ELSE)}

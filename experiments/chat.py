@@ -13,6 +13,7 @@ Ctrl-C ends it.
 
 from __future__ import annotations
 
+import contextlib
 import random
 import re
 import sys
@@ -139,25 +140,17 @@ def show(console: Console, question: str, answers: dict[str, Answer], gold: str 
         if answer.thoughts:
             table = Table("thought", *(["says", "p"] * TOP), box=None)
             for number, likeliest in enumerate(answer.thoughts, start=1):
-                table.add_row(
-                    str(number), *(cell for token, chance in likeliest for cell in (escape(repr(token)), f"{chance:.2f}"))
-                )
+                cells = [cell for token, chance in likeliest for cell in (escape(repr(token)), f"{chance:.2f}")]
+                table.add_row(str(number), *cells)
             console.print(table)
 
 
 def lines(console: Console) -> Iterator[str]:
     """What is typed, or piped, up to an empty line or the end."""
-    while True:
-        if sys.stdin.isatty():
-            try:
-                line = console.input("[bold]>[/] ")
-            except (EOFError, KeyboardInterrupt):
-                return
-        else:
-            line = sys.stdin.readline()
-        if not line.strip():
-            return
-        yield line.strip()
+    prompt = "[bold]>[/] " if sys.stdin.isatty() else ""
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        while line := console.input(prompt).strip():
+            yield line
 
 
 def converse(model: Coconut, records: list[dict[str, Any]], seed: int, max_new_tokens: int, console: Console) -> None:
@@ -172,9 +165,8 @@ def converse(model: Coconut, records: list[dict[str, Any]], seed: int, max_new_t
                 record = draws.choice(records)
                 question, gold = record["question"], record["answer"]
             if not question:
-                console.print(
-                    f"k={'max' if how.k is None else how.k} noise={how.noise:g} compare={'on' if how.compare else 'off'}"
-                )
+                k, compare = "max" if how.k is None else how.k, "on" if how.compare else "off"
+                console.print(f"k={k} noise={how.noise:g} compare={compare}")
                 continue
             answers = {"with thoughts": ask(model, question, how, max_new_tokens)}
             if how.compare:

@@ -9,7 +9,6 @@ metrics/RUN.jsonl.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,18 +19,18 @@ import numpy as np
 
 from config import RunConfig
 from dataset import load_records
-from experiments.across_seeds import Numbers, numbers
+from experiments.across_seeds import numbers, with_interval
 from experiments.noise.progress import finished_records
 from experiments.noise.summary import JUDGE
 from experiments.plots import learning_curves, method_bars
-from experiments.quickstart import CHANCE, evaluation_of, read_evaluation, read_metrics
+from experiments.quickstart import CHANCE, evaluation_of, read_evaluation, read_metrics, read_predictions
 from experiments.tables import markdown, text
 from methods import LATENT, METHODS, scheduled_stage, stage_shape
 from preprocessing.prosqa_shortcuts import depth_shortcut
 from systems.arguments import Parser
 from systems.metrics import METRICS
 from systems.writing import write_json, write_text
-from utils import entry_point, get_logger, load_config, read_text
+from utils import entry_point, get_logger, load_config
 
 TIMED = "-single"  # suffix of the runs that answer one question at a time
 
@@ -48,14 +47,16 @@ def summarise(
     questions, at the end of training (`thoughts.thought_health`).
     """
     records, stem = load_records(test_file), test_file.stem
-    runs = {method: [save_path / f"{method}-seed{seed}" for seed in seeds] for method in methods}
-    right = {method: right_answers(runs[method], stem) for method in methods}
-    found = {method: summarise_method(runs[method], out, records, stem) for method in methods}
-    for method, row in found.items():
-        row["further"] = {file.stem: [read_evaluation(run, file.stem)["accuracy"] for run in runs[method]] for file in further}
-    for method, row in found.items():
-        row["over_seeds"] = numbers(right[method])
-        row["minus_first"] = None if method == methods[0] else numbers(right[method] - right[methods[0]])
+    found, right = {}, {}
+    for method in methods:
+        runs = [save_path / f"{method}-seed{seed}" for seed in seeds]
+        right[method] = np.array([[one["correct"] for one in read_predictions(run, data=stem)] for run in runs], float)
+        found[method] = {
+            **summarise_method(runs, out, records, stem),
+            "further": {file.stem: [read_evaluation(run, data=file.stem)["accuracy"] for run in runs] for file in further},
+            "over_seeds": numbers(right[method]),
+            "minus_first": None if method == methods[0] else numbers(right[method] - right[methods[0]]),
+        }
     return {
         "methods": found,
         "seeds": list(seeds),
@@ -65,20 +66,14 @@ def summarise(
     }
 
 
-def right_answers(runs: Sequence[Path], data: str) -> np.ndarray:
-    """(seeds, questions): 1 where a run's answer is right, as its newest evaluation on that file says, else 0."""
-    files = [next(evaluation_of(run, data=data).glob("predictions_*.jsonl")) for run in runs]
-    return np.array([[json.loads(line)["correct"] for line in read_text(file).splitlines()] for file in files], float)
-
-
 def summarise_method(runs: Sequence[Path], out: Path, records: list[dict[str, Any]], data: str) -> dict[str, Any]:
-    results = [read_evaluation(run, data) for run in runs]
+    results = [read_evaluation(run, data=data) for run in runs]
     epochs = [read_metrics(run, "epoch") for run in runs]
     timed = next((run for run in (one.with_name(one.name + TIMED) for one in runs) if run.is_dir()), None)
     accuracies = [result["accuracy"] for result in results]
     config = load_config(RunConfig, [str(runs[0] / "config.yaml")])
     method = METHODS[str(config.method)]
-    without = [read_metrics(evaluation_of(run, 0, data), "evaluation")[-1] for run in runs] if method.markers else []
+    without = [read_evaluation(run, 0, data) for run in runs] if method.markers else []
     new_tokens = mean(result["new_tokens"] for result in results)
     own_thoughts = thoughts(config, records)
     alike = [rows[-1]["question_cosine"] for rows in epochs if "question_cosine" in rows[-1]]
@@ -95,7 +90,7 @@ def summarise_method(runs: Sequence[Path], out: Path, records: list[dict[str, An
         "thoughts": own_thoughts,
         "passes": passes(config, own_thoughts) + new_tokens - 1,
         "question_cosine": mean(alike) if alike else None,
-        "seconds_per_question": read_metrics(evaluation_of(timed), "evaluation")[-1]["seconds_per_question"] if timed else None,
+        "seconds_per_question": read_evaluation(timed)["seconds_per_question"] if timed else None,
         "training_minutes": mean(sum(row["seconds"] for row in rows) for rows in epochs) / 60,
         "examples": [rows[-1]["examples"] for rows in epochs],
         "machine": results[0].get("machine"),
@@ -143,11 +138,11 @@ def table(summary: dict[str, Any]) -> str:
     rows = [
         [
             f"{row['label']} (`{method}`)",
-            _with_interval(row["over_seeds"]),
-            _with_interval(row["minus_first"], "+"),
+            with_interval(row["over_seeds"]),
+            with_interval(row["minus_first"], "+") if row["minus_first"] else "",
             ", ".join(f"{100 * accuracy:.1f}" for accuracy in row["accuracies"]),
             *(_mean(row["further"][stem]) for stem in further),
-            _mean(row["zero_thoughts"]) + text(_percent(row["zero_thoughts_wrote_steps"]), " ({:.0f}%)"),
+            _mean(row["zero_thoughts"]) + text(row["zero_thoughts_wrote_steps"], " ({:.0%})"),
             _mean(row["others_thoughts"]),
             f"{100 * row['wrote_steps']:.1f}%",
             f"{row['new_tokens']:.1f}",
@@ -165,16 +160,8 @@ def table(summary: dict[str, Any]) -> str:
     return markdown(["", *columns], rows) + "\n"
 
 
-def _with_interval(row: Numbers | None, sign: str = "") -> str:
-    return "" if row is None else f"{row['mean']:{sign}.1f} ({row['low']:{sign}.1f} to {row['high']:{sign}.1f})"
-
-
 def _mean(accuracies: Sequence[float] | None) -> str:
     return f"{100 * mean(accuracies):.1f}" if accuracies else ""
-
-
-def _percent(share: float | None) -> float | None:
-    return None if share is None else 100 * share
 
 
 def write_results(summary: dict[str, Any], save_path: Path, out: Path, title: str, data: str) -> None:
@@ -207,11 +194,10 @@ def main(given: list[str]) -> None:
     parser.add_argument("--further", type=Path, nargs="+", default=[], help="other test files that the runs were evaluated on")
     parser.add_argument("--title", default="Small ProsQA from scratch", help="of the figures")
     arguments = parser.parse_args(given)
-    given_files = (arguments.save_path, arguments.out, arguments.test_file)
-    summary = summarise(*given_files, arguments.seeds, arguments.methods, arguments.further)
-    write_results(summary, arguments.save_path, arguments.out, arguments.title, arguments.test_file.stem)
-    get_logger().info(table(summary))
-    get_logger().info(f"table, figure and metrics: {arguments.out}")
+    save_path, test_file, out = arguments.save_path, arguments.test_file, arguments.out
+    summary = summarise(save_path, out, test_file, arguments.seeds, arguments.methods, arguments.further)
+    write_results(summary, save_path, out, arguments.title, test_file.stem)
+    get_logger().info(f"{table(summary)}\ntable, figure and metrics: {out}")
 
 
 if __name__ == "__main__":

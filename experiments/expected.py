@@ -12,7 +12,6 @@ is lower, or its loss or its epochs are more, than the range of the seeds and ha
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,7 +35,6 @@ FREE = ("seed", "save_path", "load_model_path", "keep_last", "log_every", "num_w
 SCRIPTS = {"checkpoints/compare": "scripts/compare_methods.sh", "checkpoints/search": "scripts/search.sh"}  # by save_path
 SIGNS = {"accuracy": -1, "val_loss": 1, "epochs": 1}  # in which direction a number is worse
 LEAST = {"accuracy": 0.01, "val_loss": 0.005, "epochs": 1}  # no range is narrower than this
-Stages = dict[str, dict[str, list[float]]]  # stage -> number -> one value for each seed
 HEADING = """# Numbers you should see
 
 Made by `python -m experiments.expected --make RUN ...`, and for a further machine `--add`, from
@@ -59,9 +57,8 @@ Not run here: these need a GPU. The accuracy is the paper's (arXiv 2412.06769, o
 
 def stages_of(run: Path) -> dict[str, dict[str, float]]:
     """Of each stage: its last epoch's numbers, its epochs, its seconds."""
-    rows = read_metrics(run, "epoch")
     found = {}
-    for stage, part in itertools.groupby(rows, key=lambda row: row["stage"]):
+    for stage, part in itertools.groupby(read_metrics(run, "epoch"), key=lambda row: row["stage"]):
         epochs = list(part)
         last = {key: epochs[-1][key] for key in ("val_loss", "accuracy")}
         found[str(stage)] = {**last, "epochs": len(epochs), "seconds": sum(row["seconds"] for row in epochs)}
@@ -80,16 +77,18 @@ def owner_of(run: Path) -> str:
     return f"args/{files[0].name}"
 
 
-def collect(runs: Sequence[Path]) -> dict[str, Any]:
-    """The entry of several seeds' runs of one file."""
-    stages: Stages = {}
+def collect(runs: Sequence[Path], before: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The entry of several seeds' runs of one file, added to that of earlier ones, say on another machine."""
+    stages = before["stages"] if before else {}
     for run in runs:
         for stage, numbers in stages_of(run).items():
             for name, value in numbers.items():
                 stages.setdefault(stage, {}).setdefault(name, []).append(value)
-    last = read_metrics(runs[0], "epoch")[-1]
     seeds = [load_config(RunConfig, [str(run / "config.yaml")]).seed for run in runs]
-    return {"seeds": seeds, "machine": described(last["machine"]), "stages": stages}
+    machine = described(read_metrics(runs[0], "epoch")[-1]["machine"])
+    if before:
+        seeds, machine = before["seeds"] + seeds, f"{before['machine']}; and {machine}"
+    return {"seeds": seeds, "machine": machine, "stages": stages}
 
 
 def limit(name: str, values: Sequence[float]) -> float:
@@ -101,20 +100,21 @@ def limit(name: str, values: Sequence[float]) -> float:
 
 def compare(run: Path, expected: Mapping[str, Any]) -> list[str]:
     """One line for each stage, and a last one with the verdict."""
-    lines, left = [], None
-    for stage, numbers in stages_of(run).items():
+    lines, left, found = [], None, stages_of(run)
+    for stage, numbers in found.items():
         if stage not in expected["stages"]:
             lines.append(f"stage {stage}: not among the expected ones")
             continue
         wanted = expected["stages"][stage]
-        problems = []
-        for name, sign in SIGNS.items():
-            if sign * (numbers[name] - limit(name, wanted[name])) > 1e-9:
-                problems.append(f"{name} {_shown(name, numbers[name])}, expected {_range(name, wanted[name])}")
-        told = ", ".join(f"{name} {_shown(name, numbers[name])}" for name in SIGNS)
-        lines.append(f"stage {stage}: {told}: {'; '.join(problems) or 'as expected'}")
+        told = {name: f"{name} {_shown(name, numbers[name])}" for name in SIGNS}
+        problems = [
+            f"{told[name]}, expected {_range(name, wanted[name])}"
+            for name, sign in SIGNS.items()
+            if sign * (numbers[name] - limit(name, wanted[name])) > 1e-9
+        ]
+        lines.append(f"stage {stage}: {', '.join(told.values())}: {'; '.join(problems) or 'as expected'}")
         left = left or (stage if problems else None)
-    missing = [stage for stage in expected["stages"] if stage not in stages_of(run)]
+    missing = [stage for stage in expected["stages"] if stage not in found]
     verdict = "as expected" if left is None else f"leaves the expected range at stage {left}"
     return [*lines, verdict + (f"; not there yet: stages {', '.join(missing)}" if missing else "")]
 
@@ -147,26 +147,12 @@ def page(data: Mapping[str, Any]) -> str:
             for stage in sorted(map(int, entry["stages"]))
         ]
         parts.append(markdown(("stage", "validation loss", "accuracy", "epochs", "seconds"), rows) + "\n")
-    parts.append(PUBLISHED)
-    rows = []
-    for path in sorted((ROOT / "args").glob("*.yaml")):
-        found = re.search(r"^# Expected: the paper reports (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
-        if found:
-            rows.append((f"args/{path.name}", found[1]))
-    return "".join(parts) + "\n" + markdown(("file", "published"), rows) + "\n"
-
-
-def together(before: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
-    """One entry of the seeds of both, as of two machines."""
-    stages: Stages = {}
-    for stage, numbers in [*before["stages"].items(), *more["stages"].items()]:
-        for name, values in numbers.items():
-            stages.setdefault(stage, {}).setdefault(name, []).extend(values)
-    return {
-        "seeds": before["seeds"] + more["seeds"],
-        "machine": f"{before['machine']}; and {more['machine']}",
-        "stages": stages,
-    }
+    published = [
+        (f"args/{path.name}", found[1])
+        for path in sorted((ROOT / "args").glob("*.yaml"))
+        if (found := re.search(r"^# Expected: the paper reports (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE))
+    ]
+    return "".join(parts) + f"{PUBLISHED}\n{markdown(('file', 'published'), published)}\n"
 
 
 def make(runs: Sequence[Path], add: bool = False) -> None:
@@ -175,9 +161,10 @@ def make(runs: Sequence[Path], add: bool = False) -> None:
     for run in runs:
         by_file.setdefault(owner_of(run), []).append(run)
     for file, group in by_file.items():
-        data[file] = together(data[file], collect(group)) if add and file in data else collect(group)
-    write_json(DATA, dict(sorted(data.items())))
-    write_text(PAGE, page(json.loads(DATA.read_text(encoding="utf-8"))))
+        data[file] = collect(group, data.get(file) if add else None)
+    data = dict(sorted(data.items()))
+    write_json(DATA, data)
+    write_text(PAGE, page(data))
 
 
 @entry_point

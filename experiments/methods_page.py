@@ -9,9 +9,6 @@ import json
 import tempfile
 from pathlib import Path
 
-from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
-
 from config import RunConfig
 from dataset import IGNORE_INDEX, get_cot_latent_dataset
 from methods import ALL_TOKENS, MAIN, METHODS, TokenRemoval, scheduled_stage, sequence_name
@@ -43,29 +40,25 @@ def stages(config: RunConfig) -> list[int]:
     schedule = METHODS[str(config.method)].schedule
     if isinstance(schedule, TokenRemoval):
         return list(REMOVED)
-    first, last = scheduled_stage(config.curriculum, 0), schedule.last(config.curriculum)
-    return list(range(first, last + 1))
+    return list(range(scheduled_stage(config.curriculum, 0), schedule.last(config.curriculum) + 1))
 
 
-def tokenised(tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / "example.json"
-        path.write_text(json.dumps([RECORD]), encoding="utf-8")
-        return get_dataset(path, tokenizer)
-
-
-def example(config: RunConfig, stage: int) -> dict[str, tuple[list[str], list[str]]]:
+def example(config: RunConfig, stage: int) -> dict[str, tuple[str, str]]:
     """(tokens without loss, tokens with loss) of each sequence of the example at a stage, the main one first."""
     tokenizer = load_tokenizer(str(ROOT / TOKENIZER))
     ids = latent_ids(tokenizer, config.method)
-    row = get_cot_latent_dataset(stage, tokenised(tokenizer), config.curriculum, ids.start, ids.thought, ids.end)[0]
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "example.json"
+        path.write_text(json.dumps([RECORD]), encoding="utf-8")
+        dataset = get_dataset(path, tokenizer)
+    row = get_cot_latent_dataset(stage, dataset, config.curriculum, ids.start, ids.thought, ids.end)[0]
     sequences = {}
     for key in row:
         if key.endswith("input_ids") and row[key]:
             labels = row[key.replace("input_ids", "labels")]
             tokens = [token.replace("\n", "⏎").lstrip("▁") for token in tokenizer.convert_ids_to_tokens(row[key])]
             without = [token for token, label in zip(tokens, labels, strict=True) if label == IGNORE_INDEX]
-            sequences[sequence_name(key)] = (without, tokens[len(without) :])
+            sequences[sequence_name(key)] = (" ".join(without), " ".join(tokens[len(without) :]))
     return sequences
 
 
@@ -75,20 +68,18 @@ def section(method: str) -> str:
     lines = [f"## {method}", "", METHODS[method].about.strip(), "", f"New tokens: {added}.", ""]
     question = example(configuration("no_cot"), 0)[MAIN][0]
     for stage in stages(config):
-        (prompt, target), *further = example(config, stage).values()
+        shown = [(prompt.replace(question, "[question]"), target) for prompt, target in example(config, stage).values()]
+        (prompt, target), *further = shown
         name = "all" if stage == ALL_TOKENS else stage
         title = f"Stage {name}" if len(stages(config)) > 1 else "All epochs"
-        shown = ["[question]", *prompt[len(question) :]]
-        lines += [f"{title}:", "", f"    without loss: {' '.join(shown)}", f"    with loss:    {' '.join(target)}"]
-        for prompt, target in further:
-            begun = ["[question]", *prompt[len(question) :]] if prompt[: len(question)] == question else prompt
-            lines.append(f"    and:          {' '.join(begun)} | {' '.join(target)}")
+        lines += [f"{title}:", "", f"    without loss: {prompt}", f"    with loss:    {target}"]
+        lines += [f"    and:          {prompt} | {target}" for prompt, target in further]
         lines.append("")
     return "\n".join(lines)
 
 
 def page() -> str:
-    question = " ".join(example(configuration("no_cot"), 0)[MAIN][0])
+    question = example(configuration("no_cot"), 0)[MAIN][0]
     staged = [name for name, method in METHODS.items() if method.has_stages]
     heading = f"""# Methods
 

@@ -6,6 +6,7 @@ Text becomes text, each command a cell of its own, and after some commands a cel
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,22 +32,15 @@ SHOWN = {  # after a command that holds this: what it made
 
 
 def cells() -> Iterator[dict[str, Any]]:
-    text: list[str] = []
-    for line in (ROOT / "docs" / "TUTORIAL.md").read_text(encoding="utf-8").splitlines():
-        if not line.startswith("    "):
-            text.append(line)
-            continue
-        yield from _text(text)
-        text = []
-        yield from _command(line.strip())
-    yield from _text(text)
-
-
-def _text(lines: list[str]) -> Iterator[dict[str, Any]]:
-    if said := "\n".join(lines).strip():
-        yield {"cell_type": "markdown", "metadata": {}, "source": said}
-        if said.startswith("# "):  # the title
-            yield from (_code(source, "setup") for source in SETUP)
+    lines = (ROOT / "docs" / "TUTORIAL.md").read_text(encoding="utf-8").splitlines()
+    for is_command, group in itertools.groupby(lines, key=lambda line: line.startswith("    ")):
+        if is_command:
+            for line in group:
+                yield from _command(line.strip())
+        elif said := "\n".join(group).strip():
+            yield {"cell_type": "markdown", "metadata": {}, "source": said}
+            if said.startswith("# "):  # the title
+                yield from (_code(source, "setup") for source in SETUP)
 
 
 def _command(command: str) -> Iterator[dict[str, Any]]:

@@ -11,44 +11,32 @@ from pathlib import Path
 from typing import Any
 
 from dataset import load_records
-from experiments.quickstart import evaluation_of, read_metrics
-from experiments.tables import markdown
+from experiments.quickstart import read_evaluation, read_predictions
+from experiments.tables import markdown, text
 from systems.arguments import Parser
-from systems.files import read_typed_lines
 from utils import entry_point, get_logger
 
 COLUMNS = ("test file", "questions", "gold thoughts, 95%", "fixed thoughts, 95%", "at once", "both of a graph, gold thoughts")
 
 
-def pairs_right(place: Path, file: Path) -> float | None:
-    """The share of graphs for which both questions are answered right; None if the file does not ask in pairs."""
-    records = load_records(file)
+def pairs_right(records: list[dict[str, Any]], predictions: list[dict[str, Any]]) -> float | None:
+    """The share of graphs for which both questions are answered right; None if the records do not ask in pairs."""
     graphs = [(record.get("idx_to_symbol"), record.get("edges")) for record in records]
     if graphs[0] == (None, None) or graphs[::2] != graphs[1::2]:
         return None
-    rows = read_typed_lines(max(place.glob("predictions_*.jsonl")), dict[str, Any])
-    right = [row["correct"] for row in rows]
+    right = [one["correct"] for one in predictions]
     return sum(one and other for one, other in zip(right[::2], right[1::2], strict=True)) / (len(right) // 2)
 
 
 def table(run: Path, files: Sequence[Path]) -> str:
     rows = []
     for file in files:
-        place = evaluation_of(run, None, file.stem)
-        row = read_metrics(place, "evaluation")[-1]
-        both = pairs_right(place, file)
+        row = read_evaluation(run, None, file.stem)
+        both = pairs_right(load_records(file), read_predictions(run, None, file.stem))
         scores = [
             f"{row[f'accuracy{which}']:.1%} ({row[f'low{which}']:.1%} to {row[f'high{which}']:.1%})" for which in ("", "_fixed")
         ]
-        rows.append(
-            (
-                str(file),
-                f"{row['questions']:,}",
-                *scores,
-                f"{1 - row['wrote_steps']:.1%}",
-                "" if both is None else f"{both:.1%}",
-            )
-        )
+        rows.append((str(file), f"{row['questions']:,}", *scores, f"{1 - row['wrote_steps']:.1%}", text(both, "{:.1%}")))
     return markdown(COLUMNS, rows)
 
 

@@ -9,6 +9,7 @@ python -m experiments.probe args/probe.yaml probes="[forced, decoded]" num_quest
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ import torch
 from matplotlib import pyplot as plt
 from pydantic import BeforeValidator, Field, model_validator
 
-from experiments.across_seeds import Numbers, numbers
+from experiments.across_seeds import Numbers, numbers, with_interval
 from experiments.plots import save_figure, shades
 from experiments.probes import PROBES, Probe, Probed, Series
 from experiments.tables import markdown
@@ -78,9 +79,10 @@ class ProbeConfig(Config):
 def measured(config: ProbeConfig, checkpoint: str, device: torch.device) -> dict[str, Series]:
     """By probe the numbers of a checkpoint, from the file of an earlier run where there is one of the same questions."""
     directory = Path(config.results_path) / config.name / checkpoint.strip("/.").replace("/", "_")
+    manifest = Path(str(resolved(checkpoint).load_model_path)) / MANIFEST  # with the hash of every file
     asked = {
         "checkpoint": checkpoint,
-        "weights": weights_of(checkpoint),
+        "weights": hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.is_file() else None,
         "questions": config.num_questions,
         "max_new_tokens": config.max_new_tokens,
         "data_sha256": hashlib.sha256(read_text(Path(config.data_path)).encode()).hexdigest(),
@@ -105,12 +107,6 @@ def measured(config: ProbeConfig, checkpoint: str, device: torch.device) -> dict
     return found
 
 
-def weights_of(checkpoint: str) -> str | None:
-    """What tells the weights from those of another training: the manifest, which holds the hash of every file; None without."""
-    manifest = Path(str(resolved(checkpoint).load_model_path)) / MANIFEST
-    return hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.is_file() else None
-
-
 def over_seeds(by_checkpoint: Mapping[str, Sequence[Series]]) -> Found:
     """For each condition and group its numbers over the group's checkpoints and the questions that have one in all of them."""
     found: Found = {}
@@ -127,17 +123,13 @@ def over_seeds(by_checkpoint: Mapping[str, Sequence[Series]]) -> Found:
 def table(probe: Probe, found: Found, groups: Sequence[str]) -> str:
     rows = []
     for key, by_group in found.items():
-        cells = [by_group.get(group) for group in groups]
-        rows.append(
-            (key, *("" if one is None else f"{one['mean']:.1f} ({one['low']:.1f} to {one['high']:.1f})" for one in cells))
-        )
+        rows.append((key, *(with_interval(by_group[group]) if group in by_group else "" for group in groups)))
     return f"{probe.about} In {probe.unit}.\n\n" + markdown(("", *groups), rows)
 
 
-def draw(found: Found, groups: Sequence[str], path: Path, title: str, unit: str) -> None:
+def draw(found: Found, groups: Sequence[str], path: Path, unit: str) -> None:
     """A row for each condition, a point with its interval for each group."""
-    keys = list(found)
-    colours = shades(groups)
+    keys, colours = list(found), shades(groups)
     figure, axes = plt.subplots(figsize=(8.5, 1.2 + 0.24 * len(keys)), layout="constrained")
     for number, group in enumerate(groups):
         shown = [(place, found[key][group]) for place, key in enumerate(keys) if group in found[key]]
@@ -148,7 +140,7 @@ def draw(found: Found, groups: Sequence[str], path: Path, title: str, unit: str)
     axes.set_yticks(range(len(keys)), keys, fontsize=7)
     axes.invert_yaxis()
     axes.grid(alpha=0.3)
-    axes.set(title=title, xlabel=f"mean over seeds and questions in {unit}, with its 95% interval")
+    axes.set(title=path.stem, xlabel=f"mean over seeds and questions in {unit}, with its 95% interval")
     axes.legend(fontsize=8)
     save_figure(figure, path)
 
@@ -163,18 +155,15 @@ def run(config: ProbeConfig) -> None:
             get_logger().info(f"{group}: {checkpoint}")
     sections, results = [], {}
     for name in config.probes:
-        found = over_seeds({group: [one[name] for one in series] for group, series in each.items()})
+        probe, found = PROBES[name], over_seeds({group: [one[name] for one in series] for group, series in each.items()})
         if not found:
-            sections.append(f"## {name}\n\n{PROBES[name].about}\n\nNone of these checkpoints has what it looks at.")
+            sections.append(f"## {name}\n\n{probe.about}\n\nNone of these checkpoints has what it looks at.")
             continue
         groups = [group for group in config.groups if any(group in by_group for by_group in found.values())]
         without = [group for group in config.groups if group not in groups]
         said = f"\n\nWithout what it looks at, and so without numbers here: {', '.join(without)}." if without else ""
-        if (own := PROBES[name].draw) is not None:
-            own(found, groups, out / f"{name}.png")
-        else:
-            draw(found, groups, out / f"{name}.png", name, PROBES[name].unit)
-        sections.append(f"## {name}\n\n{table(PROBES[name], found, groups)}{said}")
+        (probe.draw or functools.partial(draw, unit=probe.unit))(found, groups, out / f"{name}.png")
+        sections.append(f"## {name}\n\n{table(probe, found, groups)}{said}")
         results[name] = found
     if not results:
         raise UserError(f"{', '.join(config.probes)}: none of the checkpoints has thoughts to look at")

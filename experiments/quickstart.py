@@ -70,13 +70,15 @@ def _is_of(row: dict[str, Any], run: Path) -> bool:
     return model.resolve() == run.resolve() or (model.name == run.name and not model.exists())  # else it was moved
 
 
-def read_evaluation(run: Path, data: str = "*") -> dict[str, Any]:
-    """A run's newest evaluation on a file of this stem. Raises UserError if there is none, or one of an earlier version."""
-    directory = evaluation_of(run, data=data)
-    row = read_metrics(directory, "evaluation")[-1]
-    if "accuracy_fixed" not in row:
-        raise UserError(f"{directory}: evaluated by an earlier version; remove it and evaluate again")
-    return row
+def read_evaluation(run: Path, latents: int | str | None = "gold", data: str = "*") -> dict[str, Any]:
+    """The numbers of an evaluation; see `evaluation_of`."""
+    return read_metrics(evaluation_of(run, latents, data), "evaluation")[-1]
+
+
+def read_predictions(run: Path, latents: int | str | None = "gold", data: str = "*") -> list[dict[str, Any]]:
+    """The answers of an evaluation, in the order of the questions; see `evaluation_of`."""
+    files = evaluation_of(run, latents, data).glob("predictions_*.jsonl")
+    return read_typed_lines(max(files, key=lambda path: path.stat().st_mtime), dict[str, Any])
 
 
 def summarise(save_path: Path, test_file: Path, seconds_total: float) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -29,8 +29,9 @@ from dataset import load_records
 from experiments.chat import How, ask, graph_of
 from experiments.plots import epoch_curves
 from experiments.probes import Probed
-from experiments.probes.frontier import GRAPH
-from experiments.probes.sketches import graph_after, lens
+from experiments.probes.base import GRAPH
+from experiments.probes.decoded import lens
+from experiments.probes.frontier import graph_after
 from experiments.quickstart import read_metrics
 from experiments.tables import markdown
 from systems.arguments import Parser
@@ -40,9 +41,7 @@ from systems.metrics import METRICS, start_wandb
 from systems.writing import write_text
 from utils import UserError, entry_point, get_logger, parse_yaml, read_text
 
-TEMPLATE = "report.html.j2"
 CONFIG = "config.yaml"
-TABLES = ("*.md", "table.txt")
 EPOCH = ("epoch", "stage", "latents", "train_loss", "val_loss", "accuracy", "wrote_steps", "seconds", "effective_rank")
 SECONDS = 5.0  # between two looks at a run that is watched
 
@@ -54,33 +53,22 @@ class Block:
     kind: str
     content: str
     about: str = ""
-    format: str = "png"
 
 
-@dataclass(frozen=True)
-class Part:
-    title: str
-    blocks: list[Block]
-
-
-def part_of(path: Path, questions: int) -> Part:
+def blocks_of(path: Path, questions: int) -> list[Block]:
     """What the page says of one argument. Raises UserError if it is neither a run nor results."""
-    if (path / METRICS).is_file() and (path / CONFIG).is_file():
-        return Part(str(path), list(run_blocks(path, questions)))
-    if path.is_dir() and (blocks := list(result_blocks(path))):
-        return Part(str(path), blocks)
+    is_run = (path / METRICS).is_file() and (path / CONFIG).is_file()
+    if blocks := list(run_blocks(path, questions) if is_run else result_blocks(path)):
+        return blocks
     raise UserError(f"{path}: neither a run ({METRICS}, {CONFIG}) nor results with tables or figures")
 
 
 def run_blocks(run: Path, questions: int) -> Iterator[Block]:
     rows = read_metrics(run, "epoch")
-    last = rows[-1]
-    if "machine" in last:
-        yield Block("plain", described(last["machine"]))
-    with tempfile.TemporaryDirectory() as folder:
-        epoch_curves({run.name: rows}, Path(folder) / "curves.png", str(run))
-        about = f"Loss, validation accuracy and health of the thoughts of {run} by epoch; stages are shaded."
-        yield _figure(Path(folder) / "curves.png", about)
+    if "machine" in rows[-1]:
+        yield Block("plain", described(rows[-1]["machine"]))
+    about = f"Loss, validation accuracy and health of the thoughts of {run} by epoch; stages are shaded."
+    yield _drawn(lambda path: epoch_curves({run.name: rows}, path, str(run)), about)
     yield Block("text", _html(markdown(EPOCH, [[_cell(row.get(key)) for key in EPOCH] for row in rows])))
     config = parse_yaml(read_text(run / CONFIG), str(run / CONFIG))
     if questions and any(run.glob("checkpoint_*")):
@@ -108,23 +96,16 @@ def sketch_blocks(run: Path, data: Path) -> Iterator[Block]:
     probed = Probed.load(str(run), data, 1, {}, torch.device("cpu"))
     if not probed.thoughts:
         return
-    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        lens(probed, Path(folder) / "lens.png")
-        yield _figure(Path(folder) / "lens.png", "The likeliest token of every layer at each thought of the first question.")
-        if all(key in probed.records()[0] for key in GRAPH):
-            graph_after(probed, Path(folder) / "graph.png")
-            about = (
-                "Graph of the first question after k thoughts: darker is likelier as the next step's start; the path is red."
-            )
-            yield _figure(Path(folder) / "graph.png", about)
+    yield _drawn(lambda path: lens(probed, path), "The likeliest token of every layer at each thought of the first question.")
+    if all(key in probed.records()[0] for key in GRAPH):
+        about = "Graph of the first question after k thoughts: darker is likelier as the next step's start; the path is red."
+        yield _drawn(lambda path: graph_after(probed, path), about)
 
 
 def result_blocks(folder: Path) -> Iterator[Block]:
-    for pattern in TABLES:
-        for path in sorted(folder.glob(pattern)):
-            text = read_text(path)
-            yield Block("text", _html(text)) if path.suffix == ".md" else Block("plain", text)
-    for path in sorted([*folder.glob("*.png"), *folder.glob("*.svg")]):
+    yield from (Block("text", _html(read_text(path))) for path in sorted(folder.glob("*.md")))
+    yield from (Block("plain", read_text(path)) for path in folder.glob("table.txt"))
+    for path in sorted(folder.glob("*.png")):
         yield _figure(path, f"{path.stem.replace('_', ' ')}, of {folder}")
     if (folder / "summary.json").is_file():
         summary = read_typed(folder / "summary.json", dict[str, Any])
@@ -134,8 +115,14 @@ def result_blocks(folder: Path) -> Iterator[Block]:
 
 
 def _figure(path: Path, about: str) -> Block:
-    kind = {"png": "png", "svg": "svg+xml"}[path.suffix[1:]]
-    return Block("figure", base64.b64encode(path.read_bytes()).decode(), about, kind)
+    return Block("figure", base64.b64encode(path.read_bytes()).decode(), about)
+
+
+@torch.no_grad()
+def _drawn(draw: Callable[[Path], None], about: str) -> Block:
+    with tempfile.TemporaryDirectory() as folder:
+        draw(Path(folder) / "figure.png")
+        return _figure(Path(folder) / "figure.png", about)
 
 
 def _html(text: str) -> str:
@@ -149,9 +136,9 @@ def _cell(value: Any) -> str:
 
 def write_page(paths: Sequence[Path], out: Path, questions: int, logged: Any = None) -> None:
     """logged: a run of wandb that gets the page, too. Raises UserError, before it writes, if one of the paths says nothing."""
-    parts = [part_of(path, questions) for path in paths]
+    parts = [(str(path), blocks_of(path, questions)) for path in paths]
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
-    page = environment.get_template(TEMPLATE).render(
+    page = environment.get_template("report.html.j2").render(
         title=", ".join(path.name for path in paths),
         made=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         command=shlex.join(["python", "-m", "experiments.report", *sys.argv[1:]]),
@@ -190,11 +177,7 @@ def main(given: list[str]) -> None:
     if arguments.wandb:
         mode, directory = os.environ.get("WANDB_MODE", "online"), os.environ.get("WANDB_DIR")
         logged = start_wandb(arguments.wandb, arguments.out.stem, mode, dir=directory, job_type="report")
-    written = (arguments.paths, arguments.out, arguments.questions, logged)
-    if arguments.watch:
-        watch(*written)
-    else:
-        write_page(*written)
+    (watch if arguments.watch else write_page)(arguments.paths, arguments.out, arguments.questions, logged)
 
 
 if __name__ == "__main__":

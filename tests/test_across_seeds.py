@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import yaml
 
-from experiments import across_seeds
 from experiments.across_seeds import interval_over_seeds, write_results
 from utils import UserError
 
@@ -22,17 +21,10 @@ def test_seeds_and_questions_both_widen_the_interval() -> None:
     assert low <= 0.26
     assert high == 1.0
     assert interval_over_seeds(np.ones((3, 7))) == (1.0, 1.0)
-    with pytest.raises(ValueError, match="at least one seed"):
-        interval_over_seeds(np.ones((3, 0)))
 
 
 def outcome(answer: str, gold: str, **more: Any) -> dict[str, Any]:
-    return {
-        "branches": [{"answer": answer}],
-        "majority": {"correct": answer == gold},
-        "noise_ratio": None,
-        **more,
-    }
+    return {"branches": [{"answer": answer}], "majority": {"correct": answer == gold}, "noise_ratio": None, **more}
 
 
 def experiment(directory: Path, zeroed: int, failed: int) -> Path:
@@ -55,8 +47,7 @@ def experiment(directory: Path, zeroed: int, failed: int) -> Path:
     return directory
 
 
-def test_table_over_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(across_seeds, "RESAMPLES", 200)
+def test_table_over_checkpoints(tmp_path: Path) -> None:
     directories = [experiment(tmp_path / "a", zeroed=4, failed=9), experiment(tmp_path / "b", zeroed=0, failed=3)]
     found = write_results(directories, tmp_path / "out")
     assert found["clean"]["seeds"] == [100, 100]
@@ -134,7 +125,5 @@ def test_an_ablation_over_checkpoints_compares_with_the_default_value(tmp_path: 
 
 def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
     one = experiment(tmp_path / "a", zeroed=1, failed=9)
-    with pytest.raises(UserError, match="at least two"):
-        write_results([one], tmp_path / "out")
     with pytest.raises(UserError, match="no questions of an experiment there"):
         write_results([one, tmp_path / "none"], tmp_path / "out")

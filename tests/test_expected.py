@@ -86,10 +86,8 @@ def test_runs_of_a_script_belong_to_it_and_their_method(made: dict[str, Any], tm
     assert data["scripts/compare_methods.sh, simcot"]["seeds"] == [3, 4]
     assert FILE in data
     assert "## scripts/compare_methods.sh, simcot" in expected.PAGE.read_text()
-    expected.make(
-        [write_run(tmp_path / "later", [(2, 3, 0.5), (3, 2, 0.7)], 5, "name=simcot-seed5", "save_path=checkpoints/compare")],
-        add=True,
-    )
+    later = write_run(tmp_path / "later", [(2, 3, 0.5), (3, 2, 0.7)], 5, place, "name=simcot-seed5")
+    expected.make([later], add=True)
     entry = json.loads(expected.DATA.read_text())["scripts/compare_methods.sh, simcot"]
     assert (entry["seeds"], entry["machine"].count("; and ")) == ([3, 4, 5], 1)
     assert entry["stages"]["2"]["accuracy"] == [0.5]

@@ -35,11 +35,7 @@ def write_run(directory: Path, accuracies: list[tuple[int, float]], test_accurac
         scores = {"accuracy": accuracy, "low": accuracy - 0.1, "high": accuracy + 0.05}
         scores |= {"wrote_steps": 0.25, "accuracy_at_once": None if accuracy == 0.5 else accuracy - 0.01}
         facts |= {f"{key}{which}": value for key, value in scores.items()}
-    facts |= {
-        "questions": 40,
-        "stage": 3,
-        "new_tokens": 6.5,
-    }
+    facts |= {"questions": 40, "stage": 3, "new_tokens": 6.5}
     append_jsonl(evaluation / "metrics.jsonl", {"kind": "evaluation", **facts})
     for idx in range(40):
         append_jsonl(evaluation / "predictions_4.jsonl", {"idx": idx, "correct": idx < round(40 * test_accuracy)})
@@ -86,13 +82,6 @@ def test_the_summary_says_what_was_measured(
     assert re.search(r"fixed thoughts +70.0% +60.0% to 75.0% +75.0% +69.0%", shown)
     first = f"{summary['first_option']:.1%}"
     assert re.search(rf"always the first option\W+{re.escape(first)}", shown)
-
-
-def test_an_evaluation_of_an_earlier_version_is_named(save_path: Path, test_file: Path) -> None:
-    place = quickstart.evaluation_of(save_path / "quick-no-cot")
-    (place / "metrics.jsonl").write_text('{"kind": "evaluation", "accuracy": 0.5}\n')
-    with pytest.raises(UserError, match=f"{place}: evaluated by an earlier version"):
-        quickstart.summarise(save_path, test_file, 1.0)
 
 
 def test_the_summary_takes_the_evaluation_with_gold_thoughts(save_path: Path) -> None:
@@ -156,14 +145,11 @@ def write_comparison(save_path: Path, accuracies: dict[str, list[float]]) -> Non
 
 def write_others(directory: Path, right: list[bool]) -> None:
     """A noise experiment that gave each question another one's thoughts."""
-    conditions = [{"other/all": {"majority": {"correct": one}}} for one in right]
-    rows = [
-        {"index": index, "error": None, "n_latents": 4, "seconds": 1.0, "conditions": one}
-        for index, one in enumerate(conditions)
-    ]
     (directory / "progress").mkdir(parents=True)
-    for row in rows:
-        append_jsonl(directory / "progress" / "part-0.jsonl", row)
+    for index, one in enumerate(right):
+        row = {"index": index, "error": None, "n_latents": 4, "seconds": 1.0}
+        conditions = {"other/all": {"majority": {"correct": one}}}
+        append_jsonl(directory / "progress" / "part-0.jsonl", {**row, "conditions": conditions})
 
 
 def compare(save_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch, *more: str) -> None:

@@ -1,17 +1,15 @@
-"""The probes: one row for each, and a module of its own."""
+"""The probes: one row for each. Those that read the same things share a module."""
 
 from __future__ import annotations
 
 from experiments.probes.base import Probe, Probed, Series
 from experiments.probes.causal import causal, confidence
-from experiments.probes.decoded import decoded
+from experiments.probes.decoded import decoded, layers, lens
 from experiments.probes.forced import forced
-from experiments.probes.frontier import frontier, height, ranks, tree
+from experiments.probes.frontier import frontier, graph_after, height, ranks, tree
 from experiments.probes.geometry import geometry
-from experiments.probes.layers import layers
 from experiments.probes.paths import paths, stacked
 from experiments.probes.reachable import reachable
-from experiments.probes.sketches import graph_after, lens
 from experiments.probes.spelled import spelled
 
 PROBES: dict[str, Probe] = {
@@ -36,8 +34,7 @@ PROBES: dict[str, Probe] = {
     ),
     "ranks": Probe("How thought k shares its probability among the concepts k steps away, where it has a choice.", ranks),
     "height": Probe(
-        "Probability of the concepts one step on, among one another, by their steps to an end and whether they lead on.",
-        height,
+        "Probability of the concepts one step on, among one another, by their steps to an end and whether they lead on.", height
     ),
     "reachable": Probe(
         "Linear probes for the concepts within so many steps: area under the ROC curve, chance 50; shuffled is the control.",

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import networkx as nx
 import numpy as np
 import torch
 from datasets import Dataset
@@ -19,8 +20,10 @@ from experiments.across_seeds import Numbers
 from methods import EvalLatents, stage_shape
 from states import Thinking
 from systems.tokens import get_dataset
+from thoughts import ThoughtInterventions
 from utils import UserError
 
+GRAPH = ("edges", "root", "idx_to_symbol")  # fields of records that hold a graph
 Series = dict[str, np.ndarray]  # condition -> one number for each question, NaN where it has none
 Measure = Callable[["Probed"], Series]
 
@@ -88,8 +91,8 @@ class Probed:
             batch = {name: value.to(evaluator.device) for name, value in collator([examples[at] for at in places]).items()}
             yield places, batch, batch["input_ids"] == ids.thought
 
-    def think(self, batch: dict[str, Tensor]) -> Thinking:
-        return self.model.think(batch["input_ids"], batch["attention_mask"], batch["position_ids"])
+    def think(self, batch: dict[str, Tensor], changes: ThoughtInterventions | None = None) -> Thinking:
+        return self.model.think(batch["input_ids"], batch["attention_mask"], batch["position_ids"], interventions=changes)
 
     def states(self) -> Iterator[tuple[list[int], Tensor]]:
         """Of each batch: places of its questions, and the last states (B, N, D) at the positions before their N thoughts.
@@ -124,3 +127,9 @@ class Probed:
 
 def empty(questions: int) -> np.ndarray:
     return np.full(questions, np.nan)
+
+
+def graph_of(record: dict[str, Any]) -> tuple[nx.DiGraph, str]:
+    """The graph of a record with the fields GRAPH, by the names of its nodes, and its root."""
+    names = record["idx_to_symbol"]
+    return nx.DiGraph([(names[parent], names[child]) for parent, child in record["edges"]]), names[record["root"]]

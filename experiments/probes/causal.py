@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -17,29 +15,6 @@ from thoughts import Intervention, ThoughtInterventions, gather_thoughts
 
 CLEAN = "as they are"
 SINGLE_THOUGHT = " for thought "
-
-
-@dataclass(frozen=True)
-class Paths:
-    """The thoughts (Q, N, D) of all questions."""
-
-    own: Tensor
-
-    def shuffled(self, question: int) -> Tensor:
-        """A question's thoughts in another order, none in its own place."""
-        count = self.own.shape[1]
-        shift = int(np.random.default_rng(question).integers(1, count)) if count > 1 else 0
-        return self.own[question].roll(shift, dims=0)
-
-
-# What stands in the thoughts' place: of all paths and a question's place, thoughts (N, D).
-STEADS: dict[str, Callable[[Paths, int], Tensor]] = {
-    "zero": lambda paths, place: torch.zeros_like(paths.own[place]),
-    "the mean thought": lambda paths, place: paths.own.mean(dim=(0, 1)).expand_as(paths.own[place]),
-    "the mean of that step": lambda paths, place: paths.own.mean(dim=0),
-    "another question's": lambda paths, place: paths.own[place - 1],
-    "another order": Paths.shuffled,
-}
 SINGLE = ("zero", "another question's")  # also put into the place of single thoughts
 
 
@@ -55,8 +30,8 @@ def log_odds(probed: Probed) -> Series:
         found[f"{count} thoughts"] = _log_odds(probed, answers, count)
     if not probed.thoughts or probed.evaluator.ids.thought != probed.evaluator.ids.latent:
         return found  # pauses are tokens: nothing is fed back that could be replaced
-    paths = _paths(probed)
-    for name, changes in _conditions(paths):
+    own = [gather_thoughts(probed.think(batch).inputs_embeds, thought) for _, batch, thought in probed.batches()]
+    for name, changes in _conditions(torch.cat(own)):
         found[name] = _log_odds(probed, answers, "max", changes)
     return found
 
@@ -83,54 +58,49 @@ def confidence(probed: Probed) -> Series:
     return found
 
 
-def _conditions(paths: Paths) -> Iterator[tuple[str, Callable[[int], Intervention]]]:
-    """By name what is done to the thoughts of the question in a place."""
-
-    def replaced(kind: str, thoughts: Sequence[int], kept: Sequence[int] = ()) -> Callable[[int], Intervention]:
-        def change(place: int) -> Intervention:
-            stead, own = STEADS[kind](paths, place), paths.own[place]
-            changed = {number + 1: stead[number] for number in thoughts}
-            return Intervention(replacements=changed | {number + 1: own[number] for number in kept})
-
-        return change
-
-    count = paths.own.shape[1]
-    for kind in STEADS:
-        yield f"{kind} for all thoughts", replaced(kind, range(count))
+def _conditions(own: Tensor) -> Iterator[tuple[str, dict[int, Tensor]]]:
+    """By name the thoughts that are replaced, under their numbers from 1, each (Q, D). own: the thoughts (Q, N, D)."""
+    steads, count = _steads(own), own.shape[1]
+    for kind, stead in steads.items():
+        yield f"{kind} for all thoughts", {number: stead[:, number - 1] for number in range(1, count + 1)}
     for kind in SINGLE:
-        for number in range(count):
-            yield f"{kind}{SINGLE_THOUGHT}{number + 1}, later ones recomputed", replaced(kind, [number])
-            if number < count - 1:
-                kept = range(number + 1, count)
-                yield f"{kind}{SINGLE_THOUGHT}{number + 1}, later ones as they were", replaced(kind, [number], kept)
+        for number in range(1, count + 1):
+            replaced = {number: steads[kind][:, number - 1]}
+            yield f"{kind}{SINGLE_THOUGHT}{number}, later ones recomputed", replaced
+            if number < count:
+                kept = {later: own[:, later - 1] for later in range(number + 1, count + 1)}
+                yield f"{kind}{SINGLE_THOUGHT}{number}, later ones as they were", replaced | kept
 
 
-def _paths(probed: Probed) -> Paths:
-    own = []
-    for _, batch, thought in probed.batches():
-        own.append(gather_thoughts(probed.think(batch).inputs_embeds, thought))
-    return Paths(torch.cat(own))
+def _steads(own: Tensor) -> dict[str, Tensor]:
+    """By name what stands in the place of the thoughts (Q, N, D), in that shape."""
+    shuffled = []
+    for question, thoughts in enumerate(own):
+        shift = int(np.random.default_rng(question).integers(1, len(thoughts))) if len(thoughts) > 1 else 0
+        shuffled.append(thoughts.roll(shift, dims=0))  # none stays in its own place
+    return {
+        "zero": torch.zeros_like(own),
+        "the mean thought": own.mean(dim=(0, 1)).expand_as(own),
+        "the mean of that step": own.mean(dim=0).expand_as(own),
+        "another question's": own.roll(1, dims=0),
+        "another order": torch.stack(shuffled),
+    }
 
 
 def _answers(probed: Probed) -> list[tuple[list[int], list[int]]]:
     """Of each question the tokens of its answer and of the other one."""
     tokenizer, records = probed.evaluator.tokenizer, probed.records()
-    right = probed.dataset["answer_tokenized"]
-    texts = [_other_option(record) for record in records]
     others = []
-    for place, (record, text) in enumerate(zip(records, texts, strict=True)):
-        if text is None:
-            following = [*range(place + 1, len(records)), *range(place)]
-            text = next((records[one]["answer"] for one in following if records[one]["answer"] != record["answer"]), "")
+    for place, record in enumerate(records):
+        answer = str(record["answer"])
+        if {"target", "neg_target", "idx_to_symbol"} <= record.keys():
+            target, other = (record["idx_to_symbol"][record[key]] for key in ("target", "neg_target"))
+            text = answer.replace(target, other)
+        else:
+            following = [*records[place + 1 :], *records[:place]]
+            text = next((one["answer"] for one in following if one["answer"] != answer), "")
         others.append([*tokenizer("### " + text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id])
-    return list(zip(right, others, strict=True))
-
-
-def _other_option(record: dict[str, Any]) -> str | None:
-    if not {"target", "neg_target", "idx_to_symbol"} <= record.keys():
-        return None
-    target, other = (record["idx_to_symbol"][record[key]] for key in ("target", "neg_target"))
-    return str(record["answer"]).replace(target, other)
+    return list(zip(probed.dataset["answer_tokenized"], others, strict=True))
 
 
 @torch.no_grad()
@@ -138,26 +108,23 @@ def _log_odds(
     probed: Probed,
     answers: Sequence[tuple[list[int], list[int]]],
     latents: EvalLatents,
-    changes: Callable[[int], Intervention] | None = None,
+    changes: dict[int, Tensor] | None = None,
 ) -> np.ndarray:
     """(Q,): log-probability of the right answer after so many thoughts minus that of the other one."""
-    model, found = probed.model, empty(len(answers))
+    found = empty(len(answers))
     for places, batch, thought in probed.batches(latents if probed.thoughts else "gold"):
         said = [answers[place][side] for side in (0, 1) for place in places]  # 2 B rows
         longest = max(map(len, said))
         tokens = torch.tensor([[*one, *[0] * (longest - len(one))] for one in said], device=thought.device)
         real = torch.tensor([[1] * len(one) + [0] * (longest - len(one)) for one in said], device=thought.device)
-        prompts = {name: batch[name].repeat(2, 1) for name in ("input_ids", "attention_mask", "position_ids")}
-        after = torch.arange(1, longest + 1, device=thought.device)
-        latent = torch.cat([thought.repeat(2, 1), torch.zeros_like(real, dtype=torch.bool)], dim=1)
-        rows = [changes(place) for place in places] * 2 if changes is not None else None
-        thinking = model.think(
-            torch.cat([prompts["input_ids"], tokens], dim=1),
-            torch.cat([prompts["attention_mask"], real], dim=1),
-            torch.cat([prompts["position_ids"], prompts["position_ids"][:, -1:] + after], dim=1),
-            interventions=None if rows is None else ThoughtInterventions(latent, rows, places * 2, [0] * len(rows)),
-        )
-        chances = F.log_softmax(model.project(thinking.hidden[:, -longest - 1 : -1]).float(), dim=-1)
+        positions = batch["position_ids"][:, -1:].repeat(2, 1) + torch.arange(1, longest + 1, device=thought.device)
+        after = {"input_ids": tokens, "attention_mask": real, "position_ids": positions}
+        inputs = {name: torch.cat([batch[name].repeat(2, 1), columns], dim=1) for name, columns in after.items()}
+        latent = F.pad(thought.repeat(2, 1), (0, longest))
+        rows = [Intervention(replacements={n: stead[place] for n, stead in (changes or {}).items()}) for place in places] * 2
+        replaced = ThoughtInterventions(latent, rows, places * 2, [0] * len(rows)) if changes else None
+        hidden = probed.think(inputs, replaced).hidden
+        chances = F.log_softmax(probed.model.project(hidden[:, -longest - 1 : -1]).float(), dim=-1)
         scores = (chances.gather(2, tokens[..., None]).squeeze(2) * real).sum(dim=1)  # (2 B,)
         right, other = scores.cpu().double().chunk(2)
         found[places] = (right - other).numpy()

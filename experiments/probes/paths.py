@@ -13,8 +13,7 @@ from matplotlib import pyplot as plt
 
 from experiments.across_seeds import Numbers
 from experiments.plots import save_figure, shades
-from experiments.probes.base import Probed, Series
-from experiments.probes.frontier import GRAPH
+from experiments.probes.base import GRAPH, Probed, Series, graph_of
 
 KINDS = ("correct path", "longer path", "wrong target", "hallucination", "correct label", "incorrect label")
 
@@ -38,9 +37,8 @@ def paths(probed: Probed) -> Series:
 
 def kind_of(record: dict[str, Any], output: str, correct: bool) -> str:
     """One of KINDS. output: what was written after the thoughts."""
-    names = record["idx_to_symbol"]
-    graph = nx.DiGraph([(names[a], names[b]) for a, b in record["edges"]])
-    root, target = names[record["root"]], names[record["target"]]
+    graph, root = graph_of(record)
+    target = record["idx_to_symbol"][record["target"]]
     lines = [line for line in output.split("#")[0].splitlines() if line.strip()]
     if not lines:
         return "correct label" if correct else "incorrect label"

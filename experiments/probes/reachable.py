@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import networkx as nx
 import numpy as np
 
-from experiments.probes.base import Probed, Series, empty
-from experiments.probes.frontier import GRAPH
+from experiments.probes.base import GRAPH, Probed, Series, empty, graph_of
 
 HOPS = 3
 
@@ -21,11 +18,11 @@ def reachable(probed: Probed) -> Series:
     half of the questions and tried on the other, and the other way round. Shuffled: the same where the labels of the
     questions it is fitted on are those of others (selectivity, Hewitt and Liang 2019).
     """
-    records = probed.records(*GRAPH)
-    concepts = sorted({name for record in records for name in _concepts(record)})
-    labels = np.stack([[_labels(record, concepts, hops) for record in records] for hops in range(1, HOPS + 1)])  # (H, Q, C)
+    graphs = [graph_of(record) for record in probed.records(*GRAPH)]
+    concepts = sorted({child for graph, _ in graphs for _, child in graph.edges})
+    labels = np.stack([[_labels(*one, concepts, hops) for one in graphs] for hops in range(1, HOPS + 1)])  # (H, Q, C)
     every = np.concatenate([states.float().cpu().numpy() for _, states in probed.layers()]).astype(float)  # (Q, L + 1, N, D)
-    order = np.random.default_rng(0).permutation(len(records))
+    order = np.random.default_rng(0).permutation(len(graphs))
     found: Series = {}
     for thought in range(every.shape[2]):
         for layer in range(1, every.shape[1]):
@@ -76,12 +73,6 @@ def _area(scores: np.ndarray, labels: np.ndarray) -> float:
     return float(100 * ((difference > 0) + 0.5 * (difference == 0)).mean())
 
 
-def _concepts(record: dict[str, Any]) -> list[str]:
-    return [record["idx_to_symbol"][node] for node in {child for _, child in record["edges"]}]
-
-
-def _labels(record: dict[str, Any], concepts: list[str], hops: int) -> list[float]:
-    graph = nx.DiGraph([tuple(edge) for edge in record["edges"]])
-    near = nx.single_source_shortest_path_length(graph, record["root"], cutoff=hops)
-    reached, own = {record["idx_to_symbol"][node] for node in near}, set(_concepts(record))
-    return [float("nan") if name not in own else 1.0 if name in reached else -1.0 for name in concepts]
+def _labels(graph: nx.DiGraph, root: str, concepts: list[str], hops: int) -> list[float]:
+    near, own = nx.single_source_shortest_path_length(graph, root, cutoff=hops), {child for _, child in graph.edges}
+    return [float("nan") if name not in own else 1.0 if name in near else -1.0 for name in concepts]
