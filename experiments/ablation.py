@@ -26,11 +26,12 @@ import torch
 from pydantic import BeforeValidator, Field, model_validator
 
 from experiments.answers.benchmarks import same_answer
+from experiments.answers.judging import AGGREGATIONS
 from experiments.answers.questions import load_questions
 from experiments.noise.ablation_results import MIXED, NO_NOISE, Cells, Part, judged_by, vote, write_results
 from experiments.noise.settings import BranchConfig, NoiseNames, Setting, Voters, listed
 from experiments.noise.subjects import load_subject
-from experiments.noise.summary import AGGREGATIONS, CLEAN, JUDGE, SELF_CONSISTENCY, Outcome, condition_key, setting_name
+from experiments.noise.summary import CLEAN, JUDGE, SELF_CONSISTENCY, Outcome, condition_key, setting_name
 from experiments.noise.sweep import Sweep, clean_thoughts, run_sweep
 from noise import NOISES, SCHEDULES, find_noise, noise_rows
 from systems import distributed

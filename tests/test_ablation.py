@@ -17,10 +17,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from experiments import ablation
 from experiments.ablation import PARTS, Ablation, AblationConfig, Survey, all_settings, equal_scale
 from experiments.answers.benchmarks import NO_ANSWER, same_answer
+from experiments.answers.judging import AGGREGATIONS
 from experiments.noise import sweep
 from experiments.noise.ablation_results import MIXED, NO_NOISE, Part, judged_by, rows, table, vote
 from experiments.noise.settings import BranchConfig
-from experiments.noise.summary import AGGREGATIONS, setting_name
+from experiments.noise.summary import setting_name
 from experiments.noise.sweep import Sweep, run_sweep
 from noise import SCHEDULES, apply_noise_to_hidden_states
 from utils import UserError

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import operator
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from rich.console import Console
 
 from evaluation import interval
 from experiments.answers.benchmarks import NO_ANSWER
-from experiments.answers.judging import majority_vote, noise_weighted_vote, probability_vote
+from experiments.answers.judging import AGGREGATIONS
 from experiments.noise import summary
 from experiments.significance import EXPONENTIAL, HYPERBOLIC, LINEAR
 from noise import NOISES, noise_types
@@ -27,16 +28,6 @@ RECOMMENDED_SCALES = {(row.noise_type, row.direction): row.scales for row in NOI
 
 def outcome(answers: list[str], ratio: float | None = None, diversity: float | None = None, tokens: int = 10) -> dict[str, Any]:
     """What a condition made of a question whose answer is 18; branch b has tokens + b tokens, the earlier the likelier."""
-    votes = {
-        "majority": majority_vote(answers),
-        "probability": probability_vote(answers, [[-1.0 - number] for number in range(len(answers))]),
-        "probability_sum": probability_vote(answers, [[-9.0 - number] for number in range(len(answers))]),
-        "noise_weighted": noise_weighted_vote(answers, [ratio or 0.0] * len(answers)),
-    }
-    chosen = {
-        name: {"answer": vote.answer, "votes": vote.votes, "confidence": vote.confidence, "correct": vote.answer == GOLD}
-        for name, vote in votes.items()
-    }
     branches = [
         {
             "text": answer,
@@ -51,6 +42,7 @@ def outcome(answers: list[str], ratio: float | None = None, diversity: float | N
     paths = None if diversity is None else {name: diversity * (place + 1) for place, name in enumerate(names)}
     counts = {answer: answers.count(answer) for answer in answers}
     ratios = None if ratio is None else [ratio] * len(answers)
+    chosen = summary.votes(branches, ratios or [0.0] * len(answers), operator.eq)
     return {"branches": branches, "votes": counts, **chosen, "noise_ratio": ratios, "diversity": paths}
 
 
@@ -128,14 +120,14 @@ def test_a_condition_of_five_branches() -> None:
 def test_each_aggregation_is_judged_by_its_own_answers() -> None:
     found = summary.condition_summary(FIVE, "snr@1.0")["aggregation"]
     # Question 1: 7 has the earliest, likeliest branch; two branches for 18 do not outweigh it in any vote.
-    assert found == {name: {"correct": 2, "accuracy": 50.0} for name in summary.AGGREGATIONS}
+    assert found == {name: {"correct": 2, "accuracy": 50.0} for name in AGGREGATIONS}
     records = [record(0, {"clean": outcome(["18", "7", "7"])})]  # the likeliest branch is right, the majority is not
     assert summary.condition_summary(records, "clean")["best_correct"] == 100
     silent = [record(0, {"clean": outcome([NO_ANSWER, "18", "7"])})]  # saying nothing is likelier, but no answer
     assert summary.condition_summary(silent, "clean")["best_correct"] == 100
     found = summary.condition_summary(records, "clean")
     assert found["correct"] == 0
-    assert [found["aggregation"][name]["correct"] for name in summary.AGGREGATIONS] == [0, 1, 1, 0]
+    assert [found["aggregation"][name]["correct"] for name in AGGREGATIONS] == [0, 1, 1, 0]
 
 
 def test_coverage_by_threshold() -> None:

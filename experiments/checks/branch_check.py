@@ -11,12 +11,12 @@ from pydantic import model_validator
 from rich import box
 from rich.table import Table
 
-from experiments.answers.judging import agreement_level
+from experiments.answers.judging import AGGREGATIONS, agreement_level
 from experiments.answers.questions import BenchmarkQuestion
 from experiments.checks.stand_ins import RANDOM, RANDOM_SOURCE, QuickConfig, quick_questions, quick_subject
 from experiments.noise.progress import Record
 from experiments.noise.subjects import Subject
-from experiments.noise.summary import AGGREGATIONS, coverage_table, summarise, summary_table
+from experiments.noise.summary import coverage_table, summarise, summary_table
 from experiments.noise.sweep import Answerer, conditions
 from systems.metrics import show
 from utils import Positive, UserError, get_logger

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.answers.judging import AGGREGATIONS
 from experiments.noise.controls import PLACES
 from experiments.noise.results import chance
 from experiments.noise.settings import FullConfig, Setting
 from experiments.noise.summary import (
-    AGGREGATIONS,
     CLEAN,
     GREEDY,
     MC_DROPOUT,

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from evaluation import interval, wrote_steps
 from experiments.answers.benchmarks import NO_ANSWER, Same
-from experiments.answers.judging import Vote, coverage_curve, majority_vote, noise_weighted_vote, probability_vote
+from experiments.answers.judging import AGGREGATIONS, agreement_level, vote
 from experiments.significance import fit_decays, half_scale, holm, mcnemar, paired_difference, status
 from experiments.tables import probability, terminal, text
 from noise import find_noise, noise_rows
@@ -23,12 +23,6 @@ from noise import find_noise, noise_rows
 NO_LATENTS, GREEDY, CLEAN, SELF_CONSISTENCY = "no_latents", "greedy", "clean", "self_consistency"
 MC_DROPOUT = "mc_dropout "  # and the rate
 JUDGE = "majority"  # whose answers are a condition's accuracy
-AGGREGATIONS: dict[str, Callable[..., Vote]] = {  # of answers, their log-probabilities, a token's mean one, noise, and `same`
-    "majority": lambda answers, sums, means, noise, same: majority_vote(answers, same),
-    "probability": lambda answers, sums, means, noise, same: probability_vote(answers, means, same=same),
-    "probability_sum": lambda answers, sums, means, noise, same: probability_vote(answers, sums, same=same),
-    "noise_weighted": lambda answers, sums, means, noise, same: noise_weighted_vote(answers, noise, same),
-}
 DIVERSITY = ("diversity", "all_steps", "late_half", "normalised")
 
 Record = dict[str, Any]
@@ -98,14 +92,12 @@ def votes(branches: Sequence[dict[str, Any]], noise: Sequence[float], same: Same
     noise: of each branch by the thought's norm. same: when two answers count as one.
     """
     answers = [one["answer"] for one in branches]
-    sums = [[one["log_probability"]] for one in branches]
-    means = [[one["log_probability"] / one["new_tokens"]] for one in branches]
     right = {one["answer"]: one["correct"] for one in branches}
     found = {}
-    for name, aggregate in AGGREGATIONS.items():
-        vote = aggregate(answers, sums, means, noise, same)
-        said = {"answer": vote.answer, "votes": vote.votes, "confidence": vote.confidence}
-        found[name] = {**said, "correct": right.get(vote.answer, False)}
+    for name, log_weight in AGGREGATIONS.items():
+        weights = [log_weight(branch, ratio) for branch, ratio in zip(branches, noise, strict=True)]
+        said = vote(answers, weights, same)
+        found[name] = {**said._asdict(), "correct": right.get(said.answer, False)}
     return found
 
 
@@ -120,8 +112,8 @@ def condition_summary(records: Sequence[Record], key: str) -> dict[str, Any]:
     best_correct: percent whose likeliest branch with an answer is right (best of K by the mean log-probability of a token).
     agreement: mean confidence of the majority, 0..1. perturbed: questions of which a thought got noise. new_tokens and
     noise_ratio (noise norm by thought norm): means over branches. diversity, all_steps, late_half, normalised: means of
-    `noise.PathDiversity` over the questions that have it. coverage: for every threshold 1..K an `answers.Coverage`, judged by
-    the majority; empty for one branch.
+    `noise.PathDiversity` over the questions that have it. coverage: for every threshold 1..K the questions on which so many
+    branches agree, in percent, and the accuracy on them (None if there are none); empty for one branch.
     """
     outcomes = [conditions[key] for conditions in map(_conditions, records) if key in conditions]
     branches = [branch for one in outcomes for branch in one["branches"]]
@@ -172,13 +164,22 @@ def _percent(which: Iterable[bool]) -> float | None:
 
 
 def _coverage(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
-    if not outcomes or len(outcomes[0]["branches"]) < 2:
-        return []
-    judged = [(one[JUDGE], len(one["branches"])) for one in outcomes]
-    votes = [Vote(one["answer"], one["votes"], branches, one["confidence"]) for one, branches in judged]
-    points = [point._asdict() for point in coverage_curve(votes, [one["correct"] for one, _ in judged])]
-    percent = ("coverage", "accuracy")
-    return [{key: 100 * value if key in percent and value else value for key, value in point.items()} for point in points]
+    """Answering only where at least `threshold` branches agree; NO_ANSWER is never an answer."""
+    branches = len(outcomes[0]["branches"]) if outcomes else 0
+    points = []
+    for threshold in range(1, branches + 1) if branches > 1 else ():
+        judged = [one[JUDGE]["correct"] for one in outcomes if one[JUDGE]["votes"] >= threshold]
+        points.append(
+            {
+                "threshold": threshold,
+                "level": agreement_level(threshold, branches),
+                "answered": len(judged),
+                "correct": sum(judged),
+                "coverage": 100 * len(judged) / len(outcomes),
+                "accuracy": _percent(judged),
+            }
+        )
+    return points
 
 
 # --- comparisons ---

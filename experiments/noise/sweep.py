@@ -24,7 +24,6 @@ from tqdm import tqdm
 
 from experiments.answers.benchmarks import extract_answer as extract
 from experiments.answers.benchmarks import same_answer
-from experiments.answers.judging import majority_vote, noise_weighted_vote, probability_vote
 from experiments.answers.questions import BenchmarkQuestion, load_questions, selection
 from experiments.noise.controls import PLACES, Thoughts
 from experiments.noise.progress import Progress, Record, open_progress
@@ -38,6 +37,7 @@ from experiments.noise.summary import (
     SELF_CONSISTENCY,
     condition_key,
     control_key,
+    votes,
 )
 from generation import generate_from
 from noise import find_noise
@@ -247,36 +247,24 @@ class Answerer:
         """What the K branches say, each and together."""
         given = found * condition.branches if len(found) < condition.branches else found
         same = functools.cache(functools.partial(same_answer, question.benchmark))
-        answers = [extract(question.benchmark, answer.text) for answer in given]
-        scores = [[min(score, 0.0) for score in answer.log_probabilities] for answer in given]
         ratios = [0.0 if answer.noise is None else _rounded(float(answer.noise["scale_ratio"])) for answer in given]
-        votes = {
-            "majority": majority_vote(answers, same),
-            "probability": probability_vote(answers, scores, same=same),
-            "probability_sum": probability_vote(answers, scores, length_normalised=False, same=same),
-            "noise_weighted": noise_weighted_vote(answers, ratios, same),
-        }
-        return {
-            "branches": [
+        branches: list[dict[str, Any]] = []
+        for answer in given:
+            said = extract(question.benchmark, answer.text)
+            branches.append(
                 {
                     "text": answer.text,
                     "answer": said,
                     "correct": same(said, question.gold),
-                    "new_tokens": len(score),
-                    "log_probability": _rounded(math.fsum(score)),
+                    "new_tokens": len(answer.log_probabilities),
+                    "log_probability": math.fsum(min(score, 0.0) for score in answer.log_probabilities),
                 }
-                for answer, said, score in zip(given, answers, scores, strict=True)
-            ],
-            "votes": dict(Counter(answers)),
-            **{
-                name: {
-                    "answer": vote.answer,
-                    "votes": vote.votes,
-                    "confidence": _rounded(vote.confidence),
-                    "correct": same(vote.answer, question.gold),
-                }
-                for name, vote in votes.items()
-            },
+            )
+        together = votes(branches, ratios, same)
+        return {
+            "branches": [{**one, "log_probability": _rounded(one["log_probability"])} for one in branches],
+            "votes": dict(Counter(branch["answer"] for branch in branches)),
+            **{name: {**one, "confidence": _rounded(one["confidence"])} for name, one in together.items()},
             "noise_ratio": ratios if given[0].noise is not None else None,
             "diversity": self._diversity(given),
             **self._displaced_by(question, condition),
@@ -303,7 +291,7 @@ def _record(question: BenchmarkQuestion, error: str | None) -> Record:
 
 
 def _rounded(value: float) -> float:
-    return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else 0.0
+    return float(f"{value:.{DIGITS}g}")
 
 
 def _cut(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
