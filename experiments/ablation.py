@@ -14,7 +14,6 @@ it was stopped; the numbers of branches and the aggregations come from the branc
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 from collections.abc import Callable
@@ -27,12 +26,11 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from experiments.answers.benchmarks import same_answer
 from experiments.answers.judging import AGGREGATIONS
-from experiments.answers.questions import load_questions
 from experiments.noise.ablation_results import MIXED, NO_NOISE, Cells, Part, judged_by, vote, write_results
 from experiments.noise.settings import BranchConfig, NoiseNames, Setting, Voters, listed
 from experiments.noise.subjects import load_subject
 from experiments.noise.summary import CLEAN, JUDGE, SELF_CONSISTENCY, Outcome, condition_key, setting_name
-from experiments.noise.sweep import Sweep, clean_thoughts, run_sweep
+from experiments.noise.sweep import Sweep, all_paths, run_sweep
 from noise import NOISES, SCHEDULES, find_noise, noise_rows
 from systems import distributed
 from systems.metrics import print_config
@@ -135,23 +133,18 @@ class Survey(NamedTuple):
 
 def survey(config: AblationConfig, device: torch.device) -> Survey:
     """Count the thoughts of all questions and measure them, where a noise type needs it. UserError: steps that no one has."""
-    subject = load_subject(config, device)
-    questions = load_questions(
-        config.benchmark, config.data_path, config.subset, config.split, config.num_questions, config.seed
-    )
-    most, reached = 0, []
-    for question in questions:
-        with contextlib.suppress(UserError, ValueError):  # said when the question is answered
-            thoughts = subject.prompt(question).count(subject.ids.latent)
-            most = max(most, thoughts)
-            if thoughts >= config.noise_at_step:
-                reached.append(question)
+    subject, questions = load_subject(config, device), config.questions()
+    counts = subject.count_thoughts(questions)
+    most = max(counts.values(), default=0)
     for key, steps in {"noise_at_step": [config.noise_at_step], "injection_steps": config.injection_steps or []}.items():
         if max(steps, default=0) > most > 0:
             raise UserError(f"{key}: {max(steps)} is beyond the thoughts: no question has more than {most}")
-    if not reached or ("noise_type" not in config.parts and find_noise(*config.setting).relative):
+    paths = {}
+    if "noise_type" in config.parts or not find_noise(*config.setting).relative:
+        reached = [question for question in questions if counts.get(question.index, 0) >= config.noise_at_step]
+        paths = all_paths(subject, reached, config.batch_size)
+    if not paths:
         return Survey(subject.source, most, 1.0)
-    paths = clean_thoughts(subject, reached, config.batch_size, config.seed).paths
     perturbed = [path[config.noise_at_step - 1] for path in paths.values()]
     norm = fmean(float(thought.norm()) for thought in perturbed)
     return Survey(subject.source, most, norm / math.sqrt(len(perturbed[0])))

@@ -21,18 +21,18 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from dataset import MyCollator
 from experiments.answers.questions import BenchmarkQuestion, load_questions
 from experiments.checks.noise_laws import SMALLEST_P, measure, measure_below_rounding, measure_zero, recommended_settings
 from experiments.noise.settings import SweepConfig
 from experiments.noise.subjects import Subject, load_subject
+from experiments.noise.sweep import think
 from experiments.tables import terminal, text
 from noise import noise_generator
 from systems.arguments import Parser
 from systems.machine import machine
 from systems.metrics import show
 from systems.writing import write_json
-from thoughts import count_passes, embedding_norm
+from thoughts import embedding_norm
 from utils import UserError, entry_point, load_config
 
 PROGRAM = "noise_check"
@@ -72,32 +72,17 @@ def load(source: Path, data_file: Path, benchmark: str, limit: int) -> tuple[Sub
 
 def clean_thoughts(subject: Subject, questions: Sequence[BenchmarkQuestion]) -> Thoughts:
     """The thoughts of all questions, each as it is fed back. Raises UserError if one is zero or not finite."""
-    parts = [think(subject, questions[at : at + BATCH]) for at in range(0, len(questions), BATCH)]
+    paths: dict[int, Tensor] = {}
+    for at in range(0, len(questions), BATCH):
+        paths |= think(subject, questions[at : at + BATCH])
     thoughts = Thoughts(
-        torch.cat([part.states for part in parts]),
-        [question for part in parts for question in part.questions],
-        [number for part in parts for number in part.passes],
+        torch.cat([*paths.values()]),
+        [index for index, path in paths.items() for _ in path],
+        [number for path in paths.values() for number in range(1, len(path) + 1)],
     )
     if not bool((thoughts.states.norm(dim=-1) > 0).all() and thoughts.states.isfinite().all()):
         raise UserError(f"{subject.source}: a thought is zero or not finite; the weights are damaged")
     return thoughts
-
-
-@torch.no_grad()
-def think(subject: Subject, questions: Sequence[BenchmarkQuestion]) -> Thoughts:
-    """The thoughts of one batch of questions, without noise."""
-    collator = MyCollator(subject.tokenizer, subject.ids.latent)
-    prompts = [subject.prompt(question) for question in questions]
-    batch = collator(
-        [
-            {"input_ids": ids, "attention_mask": [1] * len(ids), "position_ids": range(len(ids)), "idx": question.index}
-            for ids, question in zip(prompts, questions, strict=True)
-        ]
-    )
-    latent, indices = batch["input_ids"] == subject.ids.latent, batch["idx"].tolist()  # (B, T), B
-    states = subject.model.think(batch["input_ids"], batch["attention_mask"]).inputs_embeds[latent]
-    numbers = [indices[row] for row in latent.nonzero()[:, 0].tolist()]
-    return Thoughts(states, numbers, torch.tensor(count_passes(latent))[latent].tolist())
 
 
 def norms(thoughts: Thoughts) -> dict[str, Any]:

@@ -97,20 +97,12 @@ class Bench:
         self.model = self.subject.model
         self.dtype = self.model.embedding.weight.dtype
         self.prompts = [self.subject.prompt(question) for question in self.questions]
-        self.ids, self.mask = self.batch(range(len(self.prompts)))  # (B, T)
-
-    def batch(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Token ids and mask of some prompts."""
-        prompts = [self.prompts[row] for row in rows]
-        padding = [max(map(len, prompts)) - len(prompt) for prompt in prompts]
-        ids = [[self.subject.ids.eos] * count + prompt for count, prompt in zip(padding, prompts, strict=True)]
-        mask = [[0] * count + [1] * len(prompt) for count, prompt in zip(padding, prompts, strict=True)]
-        return torch.tensor(ids, device=self.subject.device), torch.tensor(mask, device=self.subject.device)
+        self.ids, self.mask = self.subject.batch(self.prompts)  # (B, T)
 
     def generate(self, rows: Sequence[int] | None = None, **settings: Any) -> tuple[Tensor, Details]:
         """New tokens (B, new) and details of some prompts, or of all, in one batch."""
         chosen = range(len(self.prompts)) if rows is None else rows
-        ids, mask = self.batch(chosen)
+        ids, mask = self.subject.batch([self.prompts[row] for row in chosen])
         settings = {"max_new_tokens": self.config.max_new_tokens, "question_index": chosen, **settings}
         tokens, details = cast("tuple[Tensor, Details]", self.model.generate(ids, mask, return_details=True, **settings))
         return tokens[:, ids.shape[1] :], details
@@ -255,7 +247,7 @@ def check_cache(bench: Bench) -> Check:
 def recompute(bench: Bench, row: int, new: Tensor) -> tuple[Tensor, Tensor]:
     """Thoughts (N, D), and float32 logits (new, V) that chose the new tokens (1, new): every pass over the whole sequence."""
     base = bench.model.base_causallm
-    prompt, _ = bench.batch([row])
+    prompt, _ = bench.subject.batch([bench.prompts[row]])
     embeds = bench.model.embedding(torch.cat([prompt, new], dim=1))
     thoughts = []
     for column in (prompt[0] == bench.subject.ids.latent).nonzero().flatten().tolist():

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from experiments.answers.benchmarks import canonical_answer
-from experiments.answers.questions import BenchmarkQuestion, load_questions
+from experiments.answers.questions import BenchmarkQuestion
 from experiments.noise.settings import BranchConfig
 from experiments.noise.subjects import Subject, load_subject
 from preprocessing.prosqa import CONCEPTS, NAMES, chain_record, record_rng
@@ -72,7 +72,7 @@ def quick_questions(config: QuickConfig) -> list[BenchmarkQuestion]:
     """Those of the configuration; made ones for prosqa without a file."""
     if config.benchmark == MADE and config.data_path is None:
         return made_questions(config.num_questions or 1, config.seed)
-    return load_questions(config.benchmark, config.data_path, config.subset, config.split, config.num_questions, config.seed)
+    return config.questions()
 
 
 def made_questions(count: int, seed: int) -> list[BenchmarkQuestion]:

@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from config import check_kernel
 from experiments.answers.benchmarks import find_benchmark
+from experiments.answers.questions import BenchmarkQuestion, load_questions
 from experiments.noise.controls import CONTROLS
 from methods import MOST_THOUGHTS, EvalLatents
 from noise import DECAY, SCHEDULES, check_noise, find_noise, noise_rows, noise_types
@@ -168,6 +169,10 @@ class SweepConfig(Config):
     @property
     def directory(self) -> Path:
         return Path(self.results_path) / self.name
+
+    def questions(self) -> list[BenchmarkQuestion]:
+        """Raises UserError as `load_questions`."""
+        return load_questions(self.benchmark, self.data_path, self.subset, self.split, self.num_questions, self.seed)
 
     def settings(self) -> list[Setting]:
         """Noise types with their directions; targeted noise without one goes in both."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from coconut import Coconut
@@ -74,8 +76,16 @@ class Subject:
             )
         return stage_shape(curriculum.curriculum, self.stage, question.steps or 0, self.eval_latents).thoughts
 
-    def branch_point(self, prompts: Sequence[list[int]], noise_at_step: int) -> BranchPoint:
-        """The prompts as one batch, thought through up to where this thought is fed back."""
+    def count_thoughts(self, questions: Sequence[BenchmarkQuestion]) -> dict[int, int]:
+        """How many thoughts each question gets, by its index. One without a prompt is left out: it is said when it is asked."""
+        counts = {}
+        for question in questions:
+            with contextlib.suppress(Exception):
+                counts[question.index] = self.prompt(question).count(self.ids.latent)
+        return counts
+
+    def batch(self, prompts: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
+        """Token ids and mask (B, T) of some prompts, padded on the left."""
         collator = MyCollator(self.tokenizer, self.ids.latent, align_end=True)
         batch = collator(
             [
@@ -83,9 +93,11 @@ class Subject:
                 for row, ids in enumerate(prompts)
             ]
         )
-        return branch_point(
-            self.model, batch["input_ids"].to(self.device), batch["attention_mask"].to(self.device), noise_at_step
-        )
+        return batch["input_ids"].to(self.device), batch["attention_mask"].to(self.device)
+
+    def branch_point(self, prompts: Sequence[list[int]], noise_at_step: int) -> BranchPoint:
+        """The prompts as one batch, thought through up to where this thought is fed back."""
+        return branch_point(self.model, *self.batch(prompts), noise_at_step)
 
     def text(self, tokens: list[int]) -> str:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True))

@@ -8,7 +8,6 @@ so a run that was killed, or is split over other processes, computes every numbe
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import math
@@ -24,7 +23,7 @@ from tqdm import tqdm
 
 from experiments.answers.benchmarks import extract_answer as extract
 from experiments.answers.benchmarks import same_answer
-from experiments.answers.questions import BenchmarkQuestion, load_questions, selection
+from experiments.answers.questions import BenchmarkQuestion, selection
 from experiments.noise.controls import PLACES, Thoughts
 from experiments.noise.progress import Progress, Record, open_progress
 from experiments.noise.settings import WITHOUT_INFLUENCE, SweepConfig
@@ -94,30 +93,39 @@ def conditions(config: SweepConfig) -> list[Condition]:
     return found
 
 
-def _paths(subject: Subject, questions: Sequence[BenchmarkQuestion]) -> dict[int, Tensor]:
-    """The thoughts (N, D) of each question by its index. One that cannot be thought about takes no other with it."""
-    try:
-        point = subject.branch_point([subject.prompt(question) for question in questions], 1)
-    except (UserError, ValueError):  # said when the question itself is answered
-        return {} if len(questions) == 1 else {k: v for one in questions for k, v in _paths(subject, [one]).items()}
+def think(subject: Subject, questions: Sequence[BenchmarkQuestion]) -> dict[int, Tensor]:
+    """The clean thoughts (N, D) of some questions by their indices; float32, on the CPU."""
+    point = subject.branch_point([subject.prompt(question) for question in questions], 1)
     generated = generate_from(subject.model, point, [Branch(row, q.index) for row, q in enumerate(questions)], 1)
     steps = point.prompt.latent.sum(dim=1).tolist()
     thought = zip(questions, generated.thoughts.float().cpu(), steps, strict=True)
     return {question.index: path[:count] for question, path, count in thought}
 
 
-def clean_thoughts(subject: Subject, questions: Sequence[BenchmarkQuestion], batch_size: int, seed: int) -> Thoughts:
-    """Think about all questions, spread over all processes. Questions that cannot be thought about are left out."""
+def _paths(subject: Subject, questions: Sequence[BenchmarkQuestion]) -> dict[int, Tensor]:
+    """As `think`. A question that cannot be thought about is left out, and takes no other with it."""
+    try:
+        return think(subject, questions)
+    except (UserError, ValueError):  # said when the question itself is answered
+        return {} if len(questions) == 1 else {k: v for one in questions for k, v in _paths(subject, [one]).items()}
+
+
+def all_paths(subject: Subject, questions: Sequence[BenchmarkQuestion], batch_size: int) -> dict[int, Tensor]:
+    """As `think`, spread over all processes. Questions that cannot be thought about are left out."""
     mine: dict[int, Tensor] = {}
     for chunk in _cut(questions, batch_size)[distributed.rank() :: distributed.world_size()]:
         mine |= _paths(subject, chunk)
     gathered = {index: path for part in distributed.gather_objects(mine) for index, path in part.items()}
-    paths = {index: gathered[index] for index in sorted(gathered)}  # sums over them do not depend on who thought what
+    return {index: gathered[index] for index in sorted(gathered)}  # sums over them do not depend on who thought what
+
+
+def clean_thoughts(subject: Subject, questions: Sequence[BenchmarkQuestion], batch_size: int, seed: int) -> Thoughts:
+    """What the controls need of all questions, see `all_paths`."""
+    paths = all_paths(subject, questions, batch_size)
     if not paths or not all(len(path) for path in paths.values()):
         raise UserError("the controls displace thoughts, but there are questions without any: set n_latents")
     latent = torch.tensor(subject.ids.latent, device=subject.model.embedding.weight.device)
-    pause = subject.model.embedding(latent).detach().float().cpu()
-    return Thoughts(paths, pause, seed)
+    return Thoughts(paths, subject.model.embedding(latent).detach().float().cpu(), seed)
 
 
 # --- answering ---
@@ -317,9 +325,7 @@ def run_sweep(config: SweepConfig, device: torch.device) -> Sweep | None:
     progress = None
     try:
         with preemptible(), alone(config.directory):
-            questions = load_questions(
-                config.benchmark, config.data_path, config.subset, config.split, config.num_questions, config.seed
-            )
+            questions = config.questions()
             subject = load_subject(config, device)
             _check_step(config, subject, questions)
             texts = question_ids(subject.tokenizer, [one.question for one in questions[:CHECKED]])
@@ -361,10 +367,7 @@ def _run(config: SweepConfig, subject: Subject, questions: list[BenchmarkQuestio
 
 def _check_step(config: SweepConfig, subject: Subject, questions: list[BenchmarkQuestion]) -> None:
     """Raise UserError if no question has so many thoughts as noise_at_step wants; say where only some have."""
-    counts = []
-    for question in questions:
-        with contextlib.suppress(Exception):  # said when the question itself is answered
-            counts.append(subject.prompt(question).count(subject.ids.latent))
+    counts = [*subject.count_thoughts(questions).values()]
     enough = sum(count >= config.noise_at_step for count in counts)
     if counts and not enough:
         raise UserError(f"noise_at_step: {config.noise_at_step}: no question has so many thoughts; the most is {max(counts)}")
