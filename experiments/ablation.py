@@ -27,11 +27,11 @@ from pydantic import BeforeValidator, Field, model_validator
 from experiments.answers.benchmarks import same_answer
 from experiments.answers.judging import AGGREGATIONS
 from experiments.noise.ablation_results import MIXED, NO_NOISE, Cells, Part, judged_by, vote, write_results
-from experiments.noise.settings import BranchConfig, NoiseNames, Setting, Voters, listed
+from experiments.noise.settings import BranchConfig, NoiseNames, Voters, listed
 from experiments.noise.subjects import load_subject
-from experiments.noise.summary import CLEAN, JUDGE, SELF_CONSISTENCY, Outcome, condition_key, setting_name
+from experiments.noise.summary import CLEAN, JUDGE, SELF_CONSISTENCY, Outcome, condition_key
 from experiments.noise.sweep import Sweep, all_paths, run_sweep
-from noise import NOISES, SCHEDULES, find_noise, noise_rows
+from noise import NOISES, SCHEDULES, NoiseType
 from systems import distributed
 from systems.metrics import print_config
 from systems.writing import write_jsonl
@@ -71,40 +71,35 @@ class AblationConfig(BranchConfig):
             if getattr(self, key):
                 raise ValueError(f"{key}: not for an ablation: {hint}")
         if len(self.settings()) > 1:
-            found = ", ".join(setting_name(*one) for one in self.settings())
+            found = ", ".join(kind.name for kind in self.settings())
             raise ValueError(f"noise_type: an ablation varies one noise setting, found {found}; targeted needs noise_direction")
         if not self.scales_by_ratio(self.setting, 1.0):
             raise ValueError(f"noise_ratios: dropout removes at most the whole thought: at most 1, found {self.noise_ratios}")
         return self
 
     @property
-    def setting(self) -> Setting:
-        [setting] = self.settings()
-        return setting
+    def setting(self) -> NoiseType:
+        [kind] = self.settings()
+        return kind
 
     @property
     def baseline(self) -> str:
         """The condition that is self-consistency: K branches without noise that are sampled."""
         return CLEAN if self.temperature else SELF_CONSISTENCY
 
-    def scales_by_ratio(self, setting: Setting, norm_per_entry: float) -> dict[float, float]:
+    def scales_by_ratio(self, kind: NoiseType, norm_per_entry: float) -> dict[float, float]:
         """The scale of a noise setting for each noise ratio that it can have, see `equal_scale`."""
-        found = {ratio: equal_scale(setting[0], ratio, norm_per_entry) for ratio in self.noise_ratios}
+        found = {ratio: equal_scale(kind, ratio, norm_per_entry) for ratio in self.noise_ratios}
         return {ratio: scale for ratio, scale in found.items() if scale is not None}
 
 
-def all_settings() -> list[Setting]:
-    """Every noise type, targeted noise in both directions."""
-    return [(row.noise_type, row.direction) for row in NOISES.values()]
-
-
-def equal_scale(noise_type: str, ratio: float, norm_per_entry: float) -> float | None:
+def equal_scale(kind: NoiseType, ratio: float, norm_per_entry: float) -> float | None:
     """The scale at which the noise's root mean square norm is `ratio` times the norm of a hidden state.
 
     norm_per_entry: the norm of the hidden state by the square root of its width. Rounded to three digits. None: the type cannot
     make so much noise.
     """
-    scale = noise_rows(noise_type)[0].scale_for(ratio, norm_per_entry)
+    scale = kind.scale_for(ratio, norm_per_entry)
     return None if scale is None else float(f"{scale:.3g}")
 
 
@@ -113,8 +108,8 @@ class Run(BranchConfig):
 
     scales_of: dict[str, list[float]]
 
-    def scales(self, noise_type: str, direction: str | None) -> list[float]:
-        return self.scales_of.get(setting_name(noise_type, direction), [])
+    def scales(self, kind: NoiseType) -> list[float]:
+        return self.scales_of.get(kind.name, [])
 
 
 # --- the subject's thoughts ---
@@ -140,7 +135,7 @@ def survey(config: AblationConfig, device: torch.device) -> Survey:
         if max(steps, default=0) > most > 0:
             raise UserError(f"{key}: {max(steps)} is beyond the thoughts: no question has more than {most}")
     paths = {}
-    if "noise_type" in config.parts or not find_noise(*config.setting).relative:
+    if "noise_type" in config.parts or not config.setting.relative:
         reached = [question for question in questions if counts.get(question.index, 0) >= config.noise_at_step]
         paths = all_paths(subject, reached, config.batch_size)
     if not paths:
@@ -161,9 +156,9 @@ class Ablation:
     survey: Survey
     sweeps: dict[str, Sweep]
 
-    def scales(self, setting: Setting) -> dict[float, float]:
+    def scales(self, kind: NoiseType) -> dict[float, float]:
         """Of a noise setting, by noise ratio."""
-        return self.config.scales_by_ratio(setting, self.survey.norm_per_entry)
+        return self.config.scales_by_ratio(kind, self.survey.norm_per_entry)
 
 
 def run_ablation(config: AblationConfig, device: torch.device) -> Ablation | None:
@@ -187,8 +182,8 @@ def plan_runs(ablation: Ablation) -> dict[str, Run]:
     kept = config.model_dump(include=set(BranchConfig.model_fields))
     if config.load_model_path is not None:
         kept["load_model_path"] = ablation.survey.source  # all of one checkpoint, even if a newer one appears meanwhile
-    scales = {setting_name(*one): list(ablation.scales(one).values()) for one in all_settings()}
-    base = {name: scales.pop(name) for name in [setting_name(*config.setting)]}
+    scales = {kind.name: list(ablation.scales(kind).values()) for kind in NOISES.values()}
+    base = {config.setting.name: scales.pop(config.setting.name)}
     changed: dict[str, dict[str, Any]] = {BASE: {}}
     for part in config.parts:
         for value, changes in PARTS[part].runs(config, thoughts).items():
@@ -209,10 +204,10 @@ def run_name(config: AblationConfig, part: str, value: str, changes: dict[str, A
 # --- what the questions got in them ---
 
 
-def outcomes(ablation: Ablation, run: str, setting: Setting) -> dict[str, dict[int, Outcome]]:
+def outcomes(ablation: Ablation, run: str, kind: NoiseType) -> dict[str, dict[int, Outcome]]:
     """By the amount of noise, the least first, what a run made of each question; NO_NOISE is self-consistency."""
     keys = {NO_NOISE: ablation.config.baseline}
-    keys |= {f"{ratio:g}": condition_key(*setting, scale) for ratio, scale in ablation.scales(setting).items()}
+    keys |= {f"{ratio:g}": condition_key(kind, scale) for ratio, scale in ablation.scales(kind).items()}
     answered = [record for record in ablation.sweeps[run].records if record["error"] is None]
     return {noise: {record["index"]: record["conditions"][key] for record in answered} for noise, key in keys.items()}
 
@@ -231,10 +226,9 @@ def run_cells(ablation: Ablation, part: str) -> Cells:
 def type_cells(ablation: Ablation, part: str) -> Cells:
     """Every noise type at scales that add about as much."""
     cells = {}
-    for setting in all_settings():
-        run = BASE if setting == ablation.config.setting else TYPES
-        for noise, cell in outcomes(ablation, run, setting).items():
-            cells[setting_name(*setting), noise] = cell
+    for kind in NOISES.values():
+        for noise, cell in outcomes(ablation, BASE if kind == ablation.config.setting else TYPES, kind).items():
+            cells[kind.name, noise] = cell
     return cells
 
 
@@ -308,7 +302,7 @@ PARTS: dict[str, Varied] = {
         ordered=True,
         of_self_consistency=True,
     ),
-    "noise_type": Varied("noise type", lambda config: setting_name(*config.setting), type_cells),
+    "noise_type": Varied("noise type", lambda config: config.setting.name, type_cells),
     "aggregation": Varied("from branches to an answer", lambda config: JUDGE, aggregation_cells, of_self_consistency=True),
     "shared_noise": Varied(
         "noise vectors of the branches",
@@ -341,9 +335,9 @@ def main(arguments: list[str]) -> None:
         parts = [part_of(ablation, name) for name in config.parts]
         info = {
             **ablation.sweeps[BASE].info,
-            "noise_type": setting_name(*config.setting),
+            "noise_type": config.setting.name,
             "noise_ratios": config.noise_ratios,
-            "scales": {setting_name(*one): [*ablation.scales(one).values()] for one in all_settings()},
+            "scales": {kind.name: [*ablation.scales(kind).values()] for kind in NOISES.values()},
             "runs": {name: str(sweep.config.directory) for name, sweep in ablation.sweeps.items()},
             "self_consistency": config.baseline,
         }

@@ -15,15 +15,14 @@ from conftest import chain_records, write_json
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from experiments import ablation
-from experiments.ablation import PARTS, Ablation, AblationConfig, Survey, all_settings, equal_scale
+from experiments.ablation import PARTS, Ablation, AblationConfig, Survey, equal_scale
 from experiments.answers.benchmarks import NO_ANSWER, same_answer
 from experiments.answers.judging import AGGREGATIONS
 from experiments.noise import sweep
 from experiments.noise.ablation_results import MIXED, NO_NOISE, Part, judged_by, rows, table, vote
 from experiments.noise.settings import BranchConfig
-from experiments.noise.summary import setting_name
 from experiments.noise.sweep import Sweep, run_sweep
-from noise import SCHEDULES, apply_noise_to_hidden_states
+from noise import NOISES, SCHEDULES, apply_noise_to_hidden_states
 from utils import UserError
 
 CPU = torch.device("cpu")
@@ -83,7 +82,7 @@ def test_every_part(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> 
     places = {part: list(dict.fromkeys(row["value"] for row in result)) for part, result in found.items()}
     assert places["injection_step"] == ["1", "2"]
     assert places["branches"] == ["1", "2", "3"]
-    assert places["noise_type"] == [setting_name(*setting) for setting in all_settings()]
+    assert places["noise_type"] == list(NOISES)
     assert all(abs(row["noise_ratio"] / float(row["noise"]) - 1) < 0.25 for row in found["noise_type"] if row["noise_ratio"])
     runs = {path.name: questions(path) for path in directory.iterdir() if path.is_dir()}
     assert {"base", "injection_step_2", "noise_type", "shared_noise_shared", "schedule_linear"} < set(runs)
@@ -177,7 +176,7 @@ def test_wrong_configurations(changes: dict[str, Any], message: str) -> None:
 
 def test_defaults() -> None:
     config = AblationConfig(**NEEDED, parts="all", noise_type="targeted", noise_direction="same")
-    assert (config.parts, config.setting, config.baseline) == (list(PARTS), ("targeted", "same"), "clean")
+    assert (config.parts, config.setting.name, config.baseline) == (list(PARTS), "targeted-same", "clean")
     assert AblationConfig(**NEEDED, temperature=0).baseline == "self_consistency"
     assert (config.results_path, config.num_branches, config.injection_steps) == ("ablation/results", 5, None)
 
@@ -205,14 +204,14 @@ def test_all_noise_types_add_as_much() -> None:
     draws = torch.Generator().manual_seed(0)
     states = 3 * torch.randn(500, 256, generator=draws)
     per_entry = float(states.norm(dim=1).mean()) / math.sqrt(256)
-    for noise_type, direction in all_settings():
+    for kind in NOISES.values():
         for ratio in (0.3, 0.8, 2.0):
-            scale = equal_scale(noise_type, ratio, per_entry)
-            if noise_type == "dropout" and ratio > 1:
+            scale = equal_scale(kind, ratio, per_entry)
+            if kind.name == "dropout" and ratio > 1:
                 assert scale is None
             else:
-                _, info = apply_noise_to_hidden_states(states, scale, noise_type, direction, draws)
-                assert info["scale_ratio"] == pytest.approx(ratio, rel=0.02), noise_type
+                _, info = apply_noise_to_hidden_states(states, scale, kind.noise_type, kind.direction, draws)
+                assert info["scale_ratio"] == pytest.approx(ratio, rel=0.02), kind.name
 
 
 # --- numbers ---

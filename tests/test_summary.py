@@ -19,11 +19,9 @@ from experiments.answers.benchmarks import NO_ANSWER
 from experiments.answers.judging import AGGREGATIONS
 from experiments.noise import summary
 from experiments.significance import EXPONENTIAL, HYPERBOLIC, LINEAR
-from noise import NOISES, noise_types
+from noise import NOISES, find_noise
 
 GOLD = "18"
-
-RECOMMENDED_SCALES = {(row.noise_type, row.direction): row.scales for row in NOISES.values()}
 
 
 def outcome(answers: list[str], ratio: float | None = None, diversity: float | None = None, tokens: int = 10) -> dict[str, Any]:
@@ -76,26 +74,26 @@ FIVE = [
     ],
 )
 def test_keys(key: str, parts: tuple[str, str | None, float]) -> None:
-    assert summary.condition_key(*parts) == key
+    assert summary.condition_key(find_noise(*parts[:2]), parts[2]) == key
 
 
 def test_one_spelling_of_a_key() -> None:
-    assert summary.condition_key("gaussian", "same", 2) == "gaussian@2.0"
-    assert summary.condition_key("gaussian", None, -0.0) == "gaussian@0.0"
+    assert summary.condition_key(NOISES["gaussian"], 2) == "gaussian@2.0"
+    assert summary.condition_key(NOISES["gaussian"], -0.0) == "gaussian@0.0"
 
 
 def test_more_on_the_axis_is_more_noise() -> None:
-    for (noise_type, _), scales in RECOMMENDED_SCALES.items():
-        places = [summary.noise_axis(noise_type, scale) for scale in scales]
+    for kind in NOISES.values():
+        places = [kind.amount(scale) for scale in kind.scales]
         assert places == sorted(places)
-    assert [summary.noise_axis("snr", scale) for scale in (math.inf, 4, 0, -1)] == [0, 0.25, 1000, 1000]
-    assert summary.noise_axis("gaussian", 4) == 4
+    assert [NOISES["snr"].amount(scale) for scale in (math.inf, 4, 0, -1)] == [0, 0.25, 1000, 1000]
+    assert NOISES["gaussian"].amount(4) == 4
 
 
 def test_no_noise_is_the_clean_condition() -> None:
-    assert {summary.measured_key(one, "same", math.inf if one == "snr" else 0) for one in noise_types()} == {"clean"}
-    assert summary.measured_key("snr", None, 0) == "snr@0.0"
-    assert summary.measured_key("targeted", "same", 0.5) == "targeted-same@0.5"
+    assert {summary.measured_key(kind, kind.no_noise) for kind in NOISES.values()} == {"clean"}
+    assert summary.measured_key(NOISES["snr"], 0) == "snr@0.0"
+    assert summary.measured_key(NOISES["targeted-same"], 0.5) == "targeted-same@0.5"
 
 
 # --- one condition ---
@@ -267,9 +265,9 @@ def sweep(noise_type: str, right_by_scale: dict[float, int], clean: int, total: 
     """Questions of one branch; of each condition the first so many are right."""
     right = {
         "clean": clean,
-        **{summary.condition_key(noise_type, None, scale): count for scale, count in right_by_scale.items()},
+        **{summary.condition_key(NOISES[noise_type], scale): count for scale, count in right_by_scale.items()},
     }
-    ratio = {key: None if key == "clean" else summary.noise_axis(noise_type, float(key.partition("@")[2])) for key in right}
+    ratio = {key: None if key == "clean" else NOISES[noise_type].amount(float(key.partition("@")[2])) for key in right}
     return [
         record(number, {key: outcome(["18" if number < count else "7"], ratio=ratio[key]) for key, count in right.items()})
         for number in range(total)
@@ -280,7 +278,7 @@ LINE = np.polyfit([0, 0.5, 1, 2], [80, 60, 50, 10], 1)  # slope and intercept of
 
 
 def test_a_setting_scale_by_scale() -> None:
-    found = summary.setting_result(sweep("gaussian", {0.5: 6, 1.0: 5, 2.0: 1}, clean=8), "gaussian", None, [0, 0.5, 1, 2])
+    found = summary.setting_result(sweep("gaussian", {0.5: 6, 1.0: 5, 2.0: 1}, clean=8), NOISES["gaussian"], [0, 0.5, 1, 2])
     assert list(found) == ["results", "fits", "half_scale"]
     assert list(found["results"]) == ["0.0", "0.5", "1.0", "2.0"]
     assert [one["accuracy"] for one in found["results"].values()] == [80, 60, 50, 10]
@@ -297,11 +295,11 @@ def test_a_setting_scale_by_scale() -> None:
 
 def test_snr_is_fitted_over_its_inverse_and_starts_from_clean() -> None:
     records = sweep("snr", {2.0: 6, 1.0: 5, 0.5: 1}, clean=8)
-    found = summary.setting_result(records, "snr", None, [2.0, 1.0, 0.5])
+    found = summary.setting_result(records, NOISES["snr"], [2.0, 1.0, 0.5])
     assert [one["noise_axis"] for one in found["results"].values()] == [0.5, 1, 2]
     assert found["fits"][LINEAR]["parameters"] == pytest.approx([LINE[1], -LINE[0]], rel=1e-5)
     assert found["half_scale"] == pytest.approx(1 / 1.25)
-    with_infinity = summary.setting_result(records, "snr", None, [math.inf, 2.0, 1.0, 0.5])
+    with_infinity = summary.setting_result(records, NOISES["snr"], [math.inf, 2.0, 1.0, 0.5])
     assert list(with_infinity["results"]) == ["inf", "2.0", "1.0", "0.5"]
     assert with_infinity["results"]["inf"]["accuracy"] == 80
     assert with_infinity["fits"] == found["fits"]
@@ -309,21 +307,21 @@ def test_snr_is_fitted_over_its_inverse_and_starts_from_clean() -> None:
 
 
 def test_decay_over_scales_of_each_kind() -> None:
-    found = summary.decay_fits([math.inf, 2.0, 1.0, 0.5], [80, 60, 50, 10], "snr")
+    found = summary.decay_fits([math.inf, 2.0, 1.0, 0.5], [80, 60, 50, 10], NOISES["snr"])
     assert found["half_scale"] == pytest.approx(1 / 1.25)
-    assert found["fits"] == summary.decay_fits([0, 0.5, 1.0, 2.0], [80, 60, 50, 10], "uniform")["fits"]
-    assert summary.decay_fits([0, 0.5, 1.0, 2.0], [80, 60, 50, 10], "uniform")["half_scale"] == pytest.approx(1.25)
+    assert found["fits"] == summary.decay_fits([0, 0.5, 1.0, 2.0], [80, 60, 50, 10], NOISES["uniform"])["fits"]
+    assert summary.decay_fits([0, 0.5, 1.0, 2.0], [80, 60, 50, 10], NOISES["uniform"])["half_scale"] == pytest.approx(1.25)
 
 
 def test_scales_that_were_not_measured() -> None:
-    found = summary.setting_result(sweep("gaussian", {0.5: 6}, clean=8), "gaussian", None, [0.5, 2])
+    found = summary.setting_result(sweep("gaussian", {0.5: 6}, clean=8), NOISES["gaussian"], [0.5, 2])
     assert found["results"]["2.0"]["accuracy"] is None
     assert found["results"]["2.0"]["versus_clean"]["p_value"] is None
     assert found["fits"][HYPERBOLIC] is None  # two points
     assert found["fits"][LINEAR]["parameters"] == pytest.approx([80, 40], rel=1e-6)
     assert found["half_scale"] is None
     json.dumps(found, allow_nan=False)
-    nothing = summary.setting_result([FAILED], "gaussian", None, [0.5])
+    nothing = summary.setting_result([FAILED], NOISES["gaussian"], [0.5])
     assert nothing["fits"] == {EXPONENTIAL: None, HYPERBOLIC: None, LINEAR: None}
     json.dumps(nothing, allow_nan=False)
 

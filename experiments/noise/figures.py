@@ -16,10 +16,10 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from experiments.noise.controls import PLACES
-from experiments.noise.summary import CLEAN, control_of, noise_axis
+from experiments.noise.summary import CLEAN, control_of
 from experiments.plots import ACCURACY, Numbers, Point, drawing, grouped, references, shades, with_intervals
 from experiments.significance import Decay
-from noise import noise_rows
+from noise import NoiseType
 
 Setting = Mapping[str, Any]  # a `summary.setting_result`
 WIDE_RANGE = 20  # positive values further apart than this are drawn on a logarithmic axis
@@ -33,11 +33,11 @@ NOTE: dict[str, Any] = {"textcoords": "offset points", "xytext": (4, 5), "fontsi
 
 
 def accuracy_by_scale(
-    setting: Setting, noise_type: str, path: Path, title: str, clean: Numbers | None = None, **lines: float | None
+    setting: Setting, kind: NoiseType, path: Path, title: str, clean: Numbers | None = None, **lines: float | None
 ) -> Axes:
     """Accuracy at each scale with its 95% interval, the fitted decays with R², and where half of the clean accuracy is lost."""
     by_norm = "1 / noise scale (norm of the noise by norm of the thought)"
-    xlabel = by_norm if noise_rows(noise_type)[0].reciprocal else "noise scale"
+    xlabel = by_norm if kind.reciprocal else "noise scale"
     with drawing(path, (8, 4.6), xlabel=xlabel, ylabel=ACCURACY, title=title) as axes:
         points = _points(setting["results"], "noise_axis", clean)
         places = [x for x, _ in points]
@@ -53,7 +53,7 @@ def accuracy_by_scale(
             half = points[0][1]["accuracy"] / 2
             axes.axhline(half, color=HALF, linewidth=1, linestyle="-.", label="half of the clean accuracy")
         if (scale := setting["half_scale"]) is not None:
-            place, label = noise_axis(noise_type, scale), f"half is lost at scale {scale:.3g}"
+            place, label = kind.amount(scale), f"half is lost at scale {scale:.3g}"
             axes.axvline(place, color=HALF, linewidth=1, linestyle=":", label=label)
         references(axes, lines)
     return axes

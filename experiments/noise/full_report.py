@@ -9,7 +9,7 @@ from typing import Any
 from experiments.answers.judging import AGGREGATIONS
 from experiments.noise.controls import PLACES
 from experiments.noise.results import chance
-from experiments.noise.settings import FullConfig, Setting
+from experiments.noise.settings import FullConfig
 from experiments.noise.summary import (
     CLEAN,
     GREEDY,
@@ -19,8 +19,6 @@ from experiments.noise.summary import (
     control_key,
     control_of,
     measured_key,
-    noise_axis,
-    setting_name,
     setting_result,
     summarise,
 )
@@ -28,6 +26,7 @@ from experiments.noise.sweep import Sweep
 from experiments.plots import Numbers
 from experiments.significance import least_difference, questions_for_margin
 from experiments.tables import markdown, probability, text, with_interval
+from noise import NoiseType
 from systems.writing import write_json, write_text
 from utils import get_logger
 
@@ -61,10 +60,8 @@ def report_content(config: FullConfig, sweeps: Mapping[str, Sweep]) -> dict[str,
         "clean": summaries["noise"][GREEDY],
         "harmless_margin": config.harmless_margin,
         "noise": {
-            setting_name(*setting): {
-                name: noise_result(sweeps[name], summaries[name], setting, config.harmless_margin) for name in NOISE_PARTS
-            }
-            for setting in noise.config.settings()
+            kind.name: {name: noise_result(sweeps[name], summaries[name], kind, config.harmless_margin) for name in NOISE_PARTS}
+            for kind in noise.config.settings()
         },
         "controls": {key: one for key, one in summaries["noise"].items() if control_of(key)},
         "branching": branching_result(sweeps["branching"], summaries["branching"]),
@@ -72,29 +69,29 @@ def report_content(config: FullConfig, sweeps: Mapping[str, Sweep]) -> dict[str,
     }
 
 
-def noise_result(sweep: Sweep, summary: Mapping[str, Numbers], setting: Setting, margin: float) -> dict[str, Any]:
+def noise_result(sweep: Sweep, summary: Mapping[str, Numbers], kind: NoiseType, margin: float) -> dict[str, Any]:
     """One noise type and direction in one part.
 
     half_scale: where half of the clean accuracy is lost. harmless_scale: see there. most_scale, most_accuracy: the most noise
     that was tried, and the accuracy with it.
     """
-    scales = sorted(sweep.config.scales(*setting), key=lambda scale: noise_axis(setting[0], scale))
+    scales = sorted(sweep.config.scales(kind), key=kind.amount)
     return {
-        "half_scale": setting_result(sweep.records, *setting, scales)["half_scale"],
-        "harmless_scale": harmless_scale(summary, setting, scales, margin),
+        "half_scale": setting_result(sweep.records, kind, scales)["half_scale"],
+        "harmless_scale": harmless_scale(summary, kind, scales, margin),
         "most_scale": scales[-1],
-        "most_accuracy": summary[measured_key(*setting, scales[-1])]["accuracy"],
+        "most_accuracy": summary[measured_key(kind, scales[-1])]["accuracy"],
     }
 
 
-def harmless_scale(summary: Mapping[str, Numbers], setting: Setting, scales: Sequence[float], margin: float) -> float | None:
+def harmless_scale(summary: Mapping[str, Numbers], kind: NoiseType, scales: Sequence[float], margin: float) -> float | None:
     """The most noise such that it and all less are shown to cost less than `margin` points; None: not even the least is.
 
     scales: the least noise first. Shown: the whole 95% interval of the difference from clean lies above -margin. So a large
     loss that few questions cannot prove is not called harmless. Scales without noise say nothing.
     """
-    noisy = [scale for scale in scales if noise_axis(setting[0], scale)]
-    shown = (is_harmless(summary[measured_key(*setting, scale)]["versus_clean"], margin) for scale in noisy)
+    noisy = [scale for scale in scales if kind.amount(scale)]
+    shown = (is_harmless(summary[measured_key(kind, scale)]["versus_clean"], margin) for scale in noisy)
     harmless = next((count for count, one in enumerate(shown) if not one), len(noisy))
     return noisy[harmless - 1] if harmless else None
 
@@ -117,7 +114,7 @@ def figures(directory: Path, sweeps: Iterable[Sweep]) -> list[str]:
     """Those of these experiments, relative to the report; an earlier one may have left others in the same place."""
     found = []
     for sweep in sweeps:
-        settings = [setting_name(*setting) for setting in sweep.config.settings()]
+        settings = [kind.name for kind in sweep.config.settings()]
         names = ["noise_types", "controls", "diversity", *settings, *(f"coverage_{name}" for name in settings)]
         found += [sweep.config.directory / f"{name}.png" for name in names]
     return [path.relative_to(directory).as_posix() for path in found if path.is_file()]

@@ -12,14 +12,13 @@ from experiments.answers.benchmarks import find_benchmark
 from experiments.answers.questions import BenchmarkQuestion, load_questions
 from experiments.noise.controls import CONTROLS
 from methods import MOST_THOUGHTS, EvalLatents
-from noise import DECAY, SCHEDULES, check_noise, find_noise, noise_rows, noise_types
+from noise import DECAY, SCHEDULES, NoiseType, check_noise, noise_rows, noise_types
 from thoughts import Noise, ThoughtMapSetting
 from utils import Config, OptionalPath, OptionalText, PathText, Positive, Seed, check_folder_name, null, one_of
 
 NoiseName = Annotated[str, one_of(noise_types)]
 Schedule = Annotated[str, one_of(lambda: list(SCHEDULES))]
 ControlName = Annotated[str, one_of(CONTROLS)]
-Setting = tuple[str, str | None]  # noise type and direction
 SELF_CONSISTENCY = 0.7  # temperature of the baseline
 # Keys that change no answer, and may differ when a run goes on:
 WITHOUT_INFLUENCE = ("results_path", "fresh", "batch_size", "tokens_per_batch", "trust_remote_code", "device_map")
@@ -140,9 +139,9 @@ class SweepConfig(Config):
             if isinstance(value, list) and len(set(value)) < len(value):
                 raise ValueError(f"{key}: {value} holds something twice")
         self._check_effects()
-        for noise_type, direction in self.settings():
-            for scale in self.scales(noise_type, direction):
-                check_noise(scale, noise_type, direction)
+        for kind in self.settings():
+            for scale in self.scales(kind):
+                check_noise(scale, kind.noise_type, kind.direction)
         return self
 
     def _check_effects(self) -> None:
@@ -150,7 +149,10 @@ class SweepConfig(Config):
         greedy = self.num_branches == 1 and self.temperature == 0
         decays = self.schedule in ("exponential", "adaptive")
         without_effect = {
-            "noise_direction": (self.noise_direction and not self._has_direction(), "noise_type: targeted"),
+            "noise_direction": (
+                self.noise_direction and not any(kind.direction for kind in self.settings()),
+                "noise_type: targeted",
+            ),
             "shared_noise": (self.shared_noise and self.num_branches == 1, "num_branches of at least 2"),
             "top_p": ("top_p" in self.model_fields_set and self.top_p != 1 and greedy, "temperature above 0, or branches"),
             "eval_latents": (self.eval_latents != "gold" and self.n_latents is not None, "n_latents: null"),
@@ -174,22 +176,17 @@ class SweepConfig(Config):
         """Raises UserError as `load_questions`."""
         return load_questions(self.benchmark, self.data_path, self.subset, self.split, self.num_questions, self.seed)
 
-    def settings(self) -> list[Setting]:
-        """Noise types with their directions; targeted noise without one goes in both."""
-        return [(row.noise_type, row.direction) for one in self.noise_type for row in noise_rows(one, self.noise_direction)]
+    def settings(self) -> list[NoiseType]:
+        """The rows of all noise types; targeted noise without a direction goes in both."""
+        return [row for one in self.noise_type for row in noise_rows(one, self.noise_direction)]
 
-    def _has_direction(self) -> bool:
-        return any(direction for _, direction in self.settings())
-
-    def scales(self, noise_type: str, direction: str | None) -> list[float]:
+    def scales(self, kind: NoiseType) -> list[float]:
         """Those of the configuration, or the recommended ones."""
-        if self.noise_scales is not None:
-            return [float(scale) for scale in self.noise_scales]
-        return list(find_noise(noise_type, direction).scales)
+        return [float(scale) for scale in (kind.scales if self.noise_scales is None else self.noise_scales)]
 
-    def noise(self, noise_type: str, direction: str | None, scale: float) -> Noise:
+    def noise(self, kind: NoiseType, scale: float) -> Noise:
         schedule = "constant" if self.apply_noise_to_all_passes else self.schedule
-        return Noise(scale, noise_type, direction, self.noise_at_step, schedule, self.lambda_decay)
+        return Noise(scale, kind.noise_type, kind.direction, self.noise_at_step, schedule, self.lambda_decay)
 
 
 class BranchConfig(SweepConfig):
@@ -222,7 +219,7 @@ class FullConfig(SweepConfig):
     def _parts_possible(self) -> FullConfig:
         if self.apply_noise_to_all_passes:
             raise ValueError("apply_noise_to_all_passes: full_test.py tries noise in one pass and in all of them; leave it out")
-        for setting in self.model_copy(update={"noise_type": [self.branch_noise_type]}).settings():
-            for scale in self.scales(*setting):
-                check_noise(scale, *setting)
+        for kind in self.model_copy(update={"noise_type": [self.branch_noise_type]}).settings():
+            for scale in self.scales(kind):
+                check_noise(scale, kind.noise_type, kind.direction)
         return self

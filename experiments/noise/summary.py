@@ -18,7 +18,7 @@ from experiments.answers.benchmarks import NO_ANSWER, Same
 from experiments.answers.judging import AGGREGATIONS, agreement_level, vote
 from experiments.significance import fit_decays, half_scale, holm, mcnemar, paired_difference, status
 from experiments.tables import probability, terminal, text
-from noise import find_noise, noise_rows
+from noise import NoiseType
 
 NO_LATENTS, GREEDY, CLEAN, SELF_CONSISTENCY = "no_latents", "greedy", "clean", "self_consistency"
 MC_DROPOUT = "mc_dropout "  # and the rate
@@ -32,14 +32,9 @@ Outcome = dict[str, Any]  # what one condition made of one question
 # --- keys of conditions ---
 
 
-def setting_name(noise_type: str, direction: str | None) -> str:
-    """ "targeted-opposite"; for every other type its name, which has no direction."""
-    return find_noise(noise_type, direction).name
-
-
-def condition_key(noise_type: str, direction: str | None, scale: float) -> str:
-    """ "targeted-opposite@0.5": setting and scale."""
-    return f"{setting_name(noise_type, direction)}@{scale_name(scale)}"
+def condition_key(kind: NoiseType, scale: float) -> str:
+    """ "targeted-opposite@0.5": noise type with its direction, and scale."""
+    return f"{kind.name}@{scale_name(scale)}"
 
 
 def scale_name(scale: float) -> str:
@@ -47,14 +42,9 @@ def scale_name(scale: float) -> str:
     return repr(float(scale) + 0.0)  # a negative zero is 0.0
 
 
-def noise_axis(noise_type: str, scale: float) -> float:
-    """The scale on an axis on which more is more noise, for fits and figures: itself; for snr its inverse. 0 is no noise."""
-    return noise_rows(noise_type)[0].amount(float(scale))
-
-
-def measured_key(noise_type: str, direction: str | None, scale: float) -> str:
+def measured_key(kind: NoiseType, scale: float) -> str:
     """The condition that holds a scale's numbers: CLEAN for no noise, which is the same for every type."""
-    return condition_key(noise_type, direction, scale) if noise_axis(noise_type, scale) else CLEAN
+    return condition_key(kind, scale) if kind.amount(float(scale)) else CLEAN
 
 
 def control_key(control: str, place: str) -> str:
@@ -243,39 +233,37 @@ def summarise(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
 # --- one noise setting ---
 
 
-def setting_result(
-    records: Sequence[Record], noise_type: str, direction: str | None, scales: Sequence[float]
-) -> dict[str, Any]:
+def setting_result(records: Sequence[Record], kind: NoiseType, scales: Sequence[float]) -> dict[str, Any]:
     """One noise type and direction: {"results": by scale, "fits": .., "half_scale": ..}, the last two from `decay_fits`.
 
-    A result is a `condition_result` and its place on the `noise_axis`. Fits and half scale start from the clean accuracy,
-    whether or not the scales have the one without noise. Questions with too few thoughts for the noise are left out.
+    A result is a `condition_result` and, as noise_axis, the `NoiseType.amount` of its scale. Fits and half scale start from the
+    clean accuracy, whether or not the scales have the one without noise. Questions with too few thoughts for it are left out.
     """
-    noisy = {condition_key(noise_type, direction, scale) for scale in scales}
+    noisy = {condition_key(kind, scale) for scale in scales}
     records = [one for one in records if all(_reached(_conditions(one), key) for key in noisy & _conditions(one).keys())]
-    results = {}
-    for scale in scales:
-        result = condition_result(records, measured_key(noise_type, direction, scale))
-        results[scale_name(scale)] = {"noise_axis": noise_axis(noise_type, scale), **result}
-    accuracies = {noise_rows(noise_type)[0].no_noise: condition_summary(records, CLEAN)["accuracy"]}
+    results = {
+        scale_name(scale): {"noise_axis": kind.amount(float(scale)), **condition_result(records, measured_key(kind, scale))}
+        for scale in scales
+    }
+    accuracies = {kind.no_noise: condition_summary(records, CLEAN)["accuracy"]}
     accuracies |= {scale: results[scale_name(scale)]["accuracy"] for scale in scales}
     measured = {scale: accuracy for scale, accuracy in accuracies.items() if accuracy is not None}
-    return {"results": results, **decay_fits(list(measured), list(measured.values()), noise_type)}
+    return {"results": results, **decay_fits(list(measured), list(measured.values()), kind)}
 
 
-def decay_fits(scales: Sequence[float], accuracies: Sequence[float], noise_type: str) -> dict[str, Any]:
+def decay_fits(scales: Sequence[float], accuracies: Sequence[float], kind: NoiseType) -> dict[str, Any]:
     """{"fits": {formula: {"parameters": [..], "r_squared": ..} or None}, "half_scale": .. or None} of `significance`.
 
-    The formulas' x is the `noise_axis`, their values are in the accuracies' unit; half_scale is a scale (for snr signal by
-    noise), interpolated along the axis.
+    The formulas' x is the `NoiseType.amount` of a scale, their values are in the accuracies' unit; half_scale is a scale (for
+    snr signal by noise), interpolated along that axis.
     """
-    places = [noise_axis(noise_type, scale) for scale in scales]
+    places = [kind.amount(float(scale)) for scale in scales]
     fits = {
         formula: found and {"parameters": list(found.parameters), "r_squared": found.r_squared}
         for formula, found in fit_decays(places, accuracies).items()
     }
     half = half_scale(places, accuracies)
-    return {"fits": fits, "half_scale": half and noise_axis(noise_type, half)}  # the inverse of an inverse is the scale
+    return {"fits": fits, "half_scale": half and kind.amount(half)}  # the inverse of an inverse is the scale
 
 
 # --- tables ---

@@ -39,7 +39,6 @@ from experiments.noise.summary import (
     votes,
 )
 from generation import generate_from
-from noise import find_noise
 from states import Branch, BranchPoint
 from systems import distributed
 from systems.batches import cut
@@ -76,14 +75,12 @@ def conditions(config: SweepConfig) -> list[Condition]:
     found = [Condition(NO_LATENTS, 1, 0.0), Condition(GREEDY, 1, 0.0), clean]
     if k > 1 and temperature == 0:
         found.append(Condition(SELF_CONSISTENCY, k, config.self_consistency_temperature, distinct=k))
-    for noise_type, direction in config.settings():
-        for scale in config.scales(noise_type, direction):
-            kind = find_noise(noise_type, direction)
+    for kind in config.settings():
+        for scale in config.scales(kind):
             if scale != kind.no_noise:
                 alike = temperature == 0 and (config.shared_noise or kind.draw is None)
-                noise = Intervention(config.noise(noise_type, direction, scale))
-                key = condition_key(noise_type, direction, scale)
-                found.append(Condition(key, k, temperature, noise, distinct=1 if alike else k))
+                noise = Intervention(config.noise(kind, scale))
+                found.append(Condition(condition_key(kind, scale), k, temperature, noise, distinct=1 if alike else k))
     for rate in config.mc_dropout:
         alike = temperature == 0 and config.shared_noise
         intervention = Intervention(dropout=rate)
