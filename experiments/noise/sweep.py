@@ -30,12 +30,14 @@ from experiments.noise.settings import WITHOUT_INFLUENCE, SweepConfig
 from experiments.noise.subjects import Subject, load_subject
 from experiments.noise.summary import (
     CLEAN,
+    DIVERSITY,
     GREEDY,
     MC_DROPOUT,
     NO_LATENTS,
     SELF_CONSISTENCY,
     condition_key,
     control_key,
+    control_of,
     votes,
 )
 from generation import generate_from
@@ -50,21 +52,22 @@ from thoughts import Intervention, path_diversity
 from utils import UserError, get_logger, is_main_process
 
 DIGITS = 6  # significant ones of recorded numbers
+ASKED = ("benchmark", "data_path", "seed", "max_new_tokens", "dtype", "eval_latents")
+BRANCHING = ("num_branches", "temperature", "top_p", "self_consistency_temperature")
+TOLD = (*ASKED, *BRANCHING, "noise_at_step", "lambda_decay", "shared_noise")  # keys that the result files repeat
 
 
 class Condition(NamedTuple):
     """key: its name in the results. branches: K. temperature: of the samples, 0 is greedy.
 
-    noise: what is done to the thoughts; None for a control, which displaces them by `control` at `place`.
+    noise: what is done to the thoughts; of a control, which displaces them, the key says it all.
     distinct: how many branches differ: without noise and samples of their own all K are one, or 0 if that is the greedy one.
     """
 
     key: str
     branches: int
     temperature: float
-    noise: Intervention | None = Intervention()
-    control: str | None = None
-    place: str | None = None
+    noise: Intervention = Intervention()
     distinct: int = 1
 
 
@@ -86,7 +89,7 @@ def conditions(config: SweepConfig) -> list[Condition]:
         intervention = Intervention(dropout=rate)
         found.append(Condition(f"{MC_DROPOUT}{rate}", k, temperature, intervention, distinct=1 if alike else k))
     for control in config.controls:
-        found += [Condition(control_key(control, place), 1, 0.0, None, control, place) for place in PLACES]
+        found += [Condition(control_key(control, place), 1, 0.0) for place in PLACES]
     return found
 
 
@@ -149,12 +152,10 @@ class Answerer:
     def chunks(self, questions: Sequence[BenchmarkQuestion]) -> list[list[BenchmarkQuestion]]:
         """Questions that are answered together: their branches fill a batch."""
         branches, room = sum(condition.distinct for condition in self.conditions), self.config.tokens_per_batch
-        if room is None:
-            return [list(chunk) for chunk in _cut(questions, max(1, self.config.batch_size // branches))]
-        widths = [self._width(question) for question in questions]
-        return [
-            [questions[at] for at in chunk] for chunk in cut(range(len(questions)), widths, len(questions), room // branches)
-        ]
+        rows = max(1, self.config.batch_size // branches) if room is None else len(questions)
+        widths = [0] * len(questions) if room is None else [self._width(question) for question in questions]
+        chunks = cut(range(len(questions)), widths, rows, None if room is None else room // branches)
+        return [[questions[at] for at in chunk] for chunk in chunks]
 
     def _width(self, question: BenchmarkQuestion) -> int:
         try:
@@ -164,12 +165,11 @@ class Answerer:
 
     def questions_at_once(self, questions: Sequence[BenchmarkQuestion]) -> int:
         """Of those that are only thought about."""
-        room = self.config.tokens_per_batch
-        return self.config.batch_size if room is None else max(1, room // max(map(self._width, questions)))
+        return self._at_once(max(map(self._width, questions)))
 
-    def branches_at_once(self, point: BranchPoint) -> int:
+    def _at_once(self, width: int) -> int:
+        """So many rows of this width are a batch."""
         room = self.config.tokens_per_batch
-        width = point.prompt.mask.shape[1] + self.config.max_new_tokens
         return self.config.batch_size if room is None else max(1, room // width)
 
     def answer(self, questions: Sequence[BenchmarkQuestion]) -> list[Record]:
@@ -220,7 +220,7 @@ class Answerer:
             for condition in asked
             for branch in range(condition.distinct)
         ]
-        for part in _cut(wanted, self.branches_at_once(point)):
+        for part in _cut(wanted, self._at_once(point.prompt.mask.shape[1] + self.config.max_new_tokens)):
             rows = [self._row(questions[row], row, condition, branch) for row, condition, branch in part]
             for (row, condition, _), answer in zip(part, self._generate(point, rows), strict=True):
                 answers.setdefault((row, condition.key), []).append(answer)
@@ -229,10 +229,8 @@ class Answerer:
     def _row(self, question: BenchmarkQuestion, row: int, condition: Condition, branch: int) -> Branch:
         noise_branch = 0 if self.config.shared_noise else branch
         intervention = condition.noise
-        if intervention is None:
-            replacements = cast("Thoughts", self.thoughts).replacements(
-                question.index, str(condition.control), str(condition.place)
-            )
+        if displaced := control_of(condition.key):
+            replacements = cast("Thoughts", self.thoughts).replacements(question.index, *displaced)
             intervention = Intervention(replacements=replacements)
         return Branch(row, question.index, branch, noise_branch, intervention, condition.temperature)
 
@@ -266,27 +264,24 @@ class Answerer:
                 }
             )
         together = votes(branches, ratios, same)
-        return {
+        outcome: dict[str, Any] = {
             "branches": [{**one, "log_probability": _rounded(one["log_probability"])} for one in branches],
             "votes": dict(Counter(branch["answer"] for branch in branches)),
             **{name: {**one, "confidence": _rounded(one["confidence"])} for name, one in together.items()},
             "noise_ratio": ratios if given[0].noise is not None else None,
             "diversity": self._diversity(given),
-            **self._displaced_by(question, condition),
         }
-
-    def _displaced_by(self, question: BenchmarkQuestion, condition: Condition) -> dict[str, int]:
-        """The question whose thoughts stand in place of this one's."""
-        return {"displaced_by": cast("Thoughts", self.thoughts).other(question.index)} if condition.control == "other" else {}
+        if condition.key.startswith(control_key("other", "")):
+            outcome["displaced_by"] = cast("Thoughts", self.thoughts).other(question.index)
+        return outcome
 
     def _diversity(self, given: list[Answer]) -> dict[str, float | None] | None:
         """None for one branch; all but all_steps are None where no thought comes after the perturbed one."""
         if len(given) < 2:
             return None
         thoughts, step = torch.stack([answer.thoughts for answer in given]), self.config.noise_at_step
-        measured = path_diversity(thoughts, step)._asdict()
-        defined = [name for name in measured if name != "pairwise" and (thoughts.shape[1] > step or name == "all_steps")]
-        return {name: _rounded(measured[name]) if name in defined else None for name in measured if name != "pairwise"}
+        measured, defined = path_diversity(thoughts, step), DIVERSITY if thoughts.shape[1] > step else ("all_steps",)
+        return {name: _rounded(getattr(measured, name)) if name in defined else None for name in DIVERSITY}
 
 
 def _record(question: BenchmarkQuestion, error: str | None) -> Record:
@@ -376,8 +371,10 @@ def _influences(config: SweepConfig, subject: Subject, questions: list[Benchmark
     """Everything that the answers depend on: settings, weights and questions by their content."""
     values = config.model_dump(mode="json", exclude=set(WITHOUT_INFLUENCE))
     content = hashlib.sha256(repr([(one.index, one.question, one.choices, one.gold) for one in questions]).encode())
+    scales = values["noise_scales"]
     return {
-        **_jsonable(values),
+        **values,
+        "noise_scales": scales and [scale if math.isfinite(scale) else str(scale) for scale in scales],  # JSON has no infinity
         "model": subject.source,
         "weights_sha256": _fingerprint(subject.model),
         "questions_sha256": content.hexdigest(),
@@ -400,37 +397,19 @@ def _fingerprint(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _jsonable(values: dict[str, Any]) -> dict[str, Any]:
-    """Infinite scales, which JSON does not know, as text."""
-    scales = values["noise_scales"]
-    return {**values, "noise_scales": scales and [scale if math.isfinite(scale) else str(scale) for scale in scales]}
-
-
 def _information(config: SweepConfig, subject: Subject, records: list[Record], progress: Progress) -> dict[str, Any]:
     """experiment_info of the result files."""
     return {
         "timestamp": progress.timestamp,
-        "benchmark": config.benchmark,
-        "data_path": config.data_path,
+        **{key: getattr(config, key) for key in TOLD},
         "questions": len(records),
         "selection": selection(config.data_path, config.num_questions, config.seed),
         "errors": sum(record["error"] is not None for record in records),
         **subject.describe(),
         "checkpoint": config.load_model_path,
-        "eval_latents": config.eval_latents,
         "n_latents": sorted({record["n_latents"] for record in records if record["error"] is None}),
-        "num_branches": config.num_branches,
-        "temperature": config.temperature,
-        "top_p": config.top_p,
-        "self_consistency_temperature": config.self_consistency_temperature,
-        "max_new_tokens": config.max_new_tokens,
-        "seed": config.seed,
-        "noise_at_step": config.noise_at_step,
-        "lambda_decay": config.lambda_decay,
         "schedule": "constant" if config.apply_noise_to_all_passes else config.schedule,
-        "shared_noise": config.shared_noise,
         "passes": "all" if config.apply_noise_to_all_passes else config.noise_at_step,
-        "dtype": config.dtype,
         **machine(subject.device),
         "git_commit": progress.commit,
         "git_commits": sorted({str(record.get("git_commit")) for record in records}),  # of the code that answered
