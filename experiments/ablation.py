@@ -17,16 +17,16 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import torch
 from pydantic import BeforeValidator, Field, model_validator
 
 from experiments.answers.benchmarks import same_answer
 from experiments.answers.judging import AGGREGATIONS
-from experiments.noise.ablation_results import MIXED, NO_NOISE, Cells, Part, judged_by, vote, write_results
+from experiments.noise.ablation_results import MIXED, NO_NOISE, Cells, Part, vote, write_results
 from experiments.noise.settings import BranchConfig, NoiseNames, Voters, listed
 from experiments.noise.subjects import load_subject
 from experiments.noise.summary import CLEAN, JUDGE, SELF_CONSISTENCY, Outcome, condition_key
@@ -73,7 +73,7 @@ class AblationConfig(BranchConfig):
         if len(self.settings()) > 1:
             found = ", ".join(kind.name for kind in self.settings())
             raise ValueError(f"noise_type: an ablation varies one noise setting, found {found}; targeted needs noise_direction")
-        if not self.scales_by_ratio(self.setting, 1.0):
+        if all(equal_scale(self.setting, ratio, 1.0) is None for ratio in self.noise_ratios):
             raise ValueError(f"noise_ratios: dropout removes at most the whole thought: at most 1, found {self.noise_ratios}")
         return self
 
@@ -86,11 +86,6 @@ class AblationConfig(BranchConfig):
     def baseline(self) -> str:
         """The condition that is self-consistency: K branches without noise that are sampled."""
         return CLEAN if self.temperature else SELF_CONSISTENCY
-
-    def scales_by_ratio(self, kind: NoiseType, norm_per_entry: float) -> dict[float, float]:
-        """The scale of a noise setting for each noise ratio that it can have, see `equal_scale`."""
-        found = {ratio: equal_scale(kind, ratio, norm_per_entry) for ratio in self.noise_ratios}
-        return {ratio: scale for ratio, scale in found.items() if scale is not None}
 
 
 def equal_scale(kind: NoiseType, ratio: float, norm_per_entry: float) -> float | None:
@@ -112,21 +107,29 @@ class Run(BranchConfig):
         return self.scales_of.get(kind.name, [])
 
 
-# --- the subject's thoughts ---
+# --- the runs ---
 
 
-class Survey(NamedTuple):
-    """source: the checkpoint or the model. thoughts: the most that a question has.
+@dataclass
+class Ablation:
+    """source: the checkpoint or the model. thoughts: the most that a question has. sweeps: what the runs gave, by their names.
 
     norm_per_entry: mean norm of the thoughts that get the noise by the root of their width; 1 if no noise type needs it.
     """
 
+    config: AblationConfig
     source: str
     thoughts: int
     norm_per_entry: float
+    sweeps: dict[str, Sweep] = field(default_factory=dict)
+
+    def scales(self, kind: NoiseType) -> dict[float, float]:
+        """The scale of a noise setting for each noise ratio that it can have, see `equal_scale`."""
+        found = {ratio: equal_scale(kind, ratio, self.norm_per_entry) for ratio in self.config.noise_ratios}
+        return {ratio: scale for ratio, scale in found.items() if scale is not None}
 
 
-def survey(config: AblationConfig, device: torch.device) -> Survey:
+def survey(config: AblationConfig, device: torch.device) -> Ablation:
     """Count the thoughts of all questions and measure them, where a noise type needs it. UserError: steps that no one has."""
     subject, questions = load_subject(config, device), config.questions()
     counts = subject.count_thoughts(questions)
@@ -139,31 +142,15 @@ def survey(config: AblationConfig, device: torch.device) -> Survey:
         reached = [question for question in questions if counts.get(question.index, 0) >= config.noise_at_step]
         paths = all_paths(subject, reached, config.batch_size)
     if not paths:
-        return Survey(subject.source, most, 1.0)
+        return Ablation(config, subject.source, most, 1.0)
     perturbed = [path[config.noise_at_step - 1] for path in paths.values()]
     norm = fmean(float(thought.norm()) for thought in perturbed)
-    return Survey(subject.source, most, norm / math.sqrt(len(perturbed[0])))
-
-
-# --- the runs ---
-
-
-@dataclass
-class Ablation:
-    """What all runs gave; sweeps: by the name of the run."""
-
-    config: AblationConfig
-    survey: Survey
-    sweeps: dict[str, Sweep]
-
-    def scales(self, kind: NoiseType) -> dict[float, float]:
-        """Of a noise setting, by noise ratio."""
-        return self.config.scales_by_ratio(kind, self.survey.norm_per_entry)
+    return Ablation(config, subject.source, most, norm / math.sqrt(len(perturbed[0])))
 
 
 def run_ablation(config: AblationConfig, device: torch.device) -> Ablation | None:
     """All runs, each going on where it was stopped; None if a signal stopped one. Called by all processes."""
-    ablation = Ablation(config, survey(config, device), {})
+    ablation = survey(config, device)
     runs = plan_runs(ablation)
     for number, (name, run) in enumerate(runs.items(), start=1):
         get_logger().info(f"run {number} of {len(runs)}: {run.directory}")
@@ -178,15 +165,15 @@ def run_ablation(config: AblationConfig, device: torch.device) -> Ablation | Non
 
 def plan_runs(ablation: Ablation) -> dict[str, Run]:
     """The runs that the chosen parts need, the shared one first."""
-    config, thoughts = ablation.config, ablation.survey.thoughts
+    config = ablation.config
     kept = config.model_dump(include=set(BranchConfig.model_fields))
     if config.load_model_path is not None:
-        kept["load_model_path"] = ablation.survey.source  # all of one checkpoint, even if a newer one appears meanwhile
+        kept["load_model_path"] = ablation.source  # all of one checkpoint, even if a newer one appears meanwhile
     scales = {kind.name: list(ablation.scales(kind).values()) for kind in NOISES.values()}
     base = {config.setting.name: scales.pop(config.setting.name)}
     changed: dict[str, dict[str, Any]] = {BASE: {}}
     for part in config.parts:
-        for value, changes in PARTS[part].runs(config, thoughts).items():
+        for value, changes in PARTS[part].runs(config, ablation.thoughts).items():
             changed.setdefault(run_name(config, part, value, changes), changes)
     if "noise_type" in config.parts:
         changed[TYPES] = {"noise_type": "all", "noise_direction": None, "scales_of": scales}
@@ -215,7 +202,7 @@ def outcomes(ablation: Ablation, run: str, kind: NoiseType) -> dict[str, dict[in
 def run_cells(ablation: Ablation, part: str) -> Cells:
     """One run for each value. Questions that have fewer thoughts than the noisy one are left out: they got no noise."""
     config, cells = ablation.config, {}
-    for value, changes in PARTS[part].runs(config, ablation.survey.thoughts).items():
+    for value, changes in PARTS[part].runs(config, ablation.thoughts).items():
         found = outcomes(ablation, run_name(config, part, value, changes), config.setting)
         reached = {index for noise, cell in found.items() if noise != NO_NOISE for index in cell if cell[index]["noise_ratio"]}
         for noise, cell in found.items():
@@ -253,11 +240,12 @@ def aggregation_cells(ablation: Ablation, part: str) -> Cells:
     if len(base) > 2:  # more than self-consistency and one ratio
         base[MIXED] = mixed_branches(ablation, [cell for noise, cell in base.items() if noise != NO_NOISE])
     k = ablation.config.num_branches
-    return {
-        # Voted again with the noise as it was recorded: rounding must not decide between branches with as much noise.
-        (name, noise): {index: judged_by(first_branches(ablation, one, k), name) for index, one in cell.items()}
+    # All vote again: recorded votes of earlier versions used the noise before it was rounded, and of mixed ones there are none.
+    voted = {noise: {index: first_branches(ablation, one, k) for index, one in cell.items()} for noise, cell in base.items()}
+    return {  # what is counted is the answer where the majority's stands
+        (name, noise): {index: {**one, JUDGE: one[name]} for index, one in cell.items()}
         for name in AGGREGATIONS
-        for noise, cell in base.items()
+        for noise, cell in voted.items()
     }
 
 

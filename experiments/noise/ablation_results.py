@@ -56,11 +56,6 @@ def vote(branches: Sequence[dict[str, Any]], ratios: Sequence[float] | None, sam
     }
 
 
-def judged_by(outcome: Outcome, aggregation: str) -> Outcome:
-    """The outcome with the answer of another aggregation where the majority's stands, which is what is counted."""
-    return {**outcome, JUDGE: outcome[aggregation]}
-
-
 def rows(part: Part, seed: int = 0) -> list[dict[str, Any]]:
     """One row for each value and amount of noise that any question has, in the order of the cells.
 
