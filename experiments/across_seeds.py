@@ -20,7 +20,7 @@ from experiments.noise.progress import Record, finished_records
 from experiments.noise.settings import WITHOUT_INFLUENCE
 from experiments.noise.summary import CLEAN, JUDGE, counterpart, likeliest
 from experiments.plots import ACCURACY, drawing
-from experiments.tables import markdown
+from experiments.tables import markdown, with_interval
 from experiments.transfer import transferred
 from systems.arguments import Parser
 from systems.writing import write_json, write_text
@@ -141,19 +141,17 @@ def _transfers(experiments: Sequence[list[Record]]) -> dict[str, Numbers]:
 
 
 def table(result: Mapping[str, Numbers]) -> str:
-    rows = []
-    for key, one in result.items():
-        change = one.get("difference")
-        rows.append(
-            (
-                key,
-                str(len(one["seeds"])),
-                str(one["questions"]),
-                f"{one['mean']:.1f} ({one['low']:.1f} to {one['high']:.1f})",
-                f"{min(one['seeds']):.1f} to {max(one['seeds']):.1f}",
-                "" if change is None else f"{change['mean']:+.1f} ({change['low']:+.1f} to {change['high']:+.1f})",
-            )
+    rows = [
+        (
+            key,
+            str(len(one["seeds"])),
+            str(one["questions"]),
+            with_interval(one),
+            f"{min(one['seeds']):.1f} to {max(one['seeds']):.1f}",
+            with_interval(one.get("difference"), sign="+"),
         )
+        for key, one in result.items()
+    ]
     return markdown(COLUMNS, rows)
 
 

@@ -20,12 +20,12 @@ import numpy as np
 
 from config import RunConfig
 from dataset import load_records
-from experiments.across_seeds import Numbers, numbers
+from experiments.across_seeds import numbers
 from experiments.noise.progress import finished_records
 from experiments.noise.summary import JUDGE
 from experiments.plots import learning_curves, method_bars
 from experiments.quickstart import CHANCE, evaluation_of, read_evaluation, read_metrics
-from experiments.tables import markdown, text
+from experiments.tables import markdown, text, with_interval
 from methods import LATENT, METHODS, scheduled_stage, stage_shape
 from preprocessing.prosqa_shortcuts import depth_shortcut
 from systems.arguments import Parser
@@ -143,8 +143,8 @@ def table(summary: dict[str, Any]) -> str:
     rows = [
         [
             f"{row['label']} (`{method}`)",
-            _with_interval(row["over_seeds"]),
-            _with_interval(row["minus_first"], "+"),
+            with_interval(row["over_seeds"]),
+            with_interval(row["minus_first"], sign="+"),
             ", ".join(f"{100 * accuracy:.1f}" for accuracy in row["accuracies"]),
             *(_mean(row["further"][stem]) for stem in further),
             _mean(row["zero_thoughts"]) + text(_percent(row["zero_thoughts_wrote_steps"]), " ({:.0f}%)"),
@@ -163,10 +163,6 @@ def table(summary: dict[str, Any]) -> str:
     for key in ("depth_shortcut", "chance"):
         rows.append([key.replace("_", " "), f"{100 * summary[key]:.1f}", *[""] * (len(columns) - 1)])
     return markdown(["", *columns], rows) + "\n"
-
-
-def _with_interval(row: Numbers | None, sign: str = "") -> str:
-    return "" if row is None else f"{row['mean']:{sign}.1f} ({row['low']:{sign}.1f} to {row['high']:{sign}.1f})"
 
 
 def _mean(accuracies: Sequence[float] | None) -> str:

@@ -23,7 +23,7 @@ from coconut import Coconut
 from dataset import load_records
 from experiments.across_seeds import Numbers, numbers
 from experiments.answers.extraction import last_word
-from experiments.tables import markdown
+from experiments.tables import markdown, with_interval
 from methods import METHODS, stage_shape
 from systems.arguments import Parser
 from systems.tokens import question_ids
@@ -196,9 +196,8 @@ def patch_checkpoints(checkpoints: Sequence[str], data: Path, questions: int) ->
 def table(found: dict[str, dict[str, Numbers]]) -> str:
     rows = []
     for about, one in found.items():
-        shares = [f"{share['mean']:.1f} ({share['low']:.1f} to {share['high']:.1f})" for share in one.values()]
         seeds = ", ".join(f"{value:.0f}" for value in one["other"]["seeds"])
-        rows.append((about, str(one["other"]["questions"]), *shares, seeds))
+        rows.append((about, str(one["other"]["questions"]), *map(with_interval, one.values()), seeds))
     return markdown(COLUMNS, rows)
 
 

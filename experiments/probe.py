@@ -23,7 +23,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from experiments.across_seeds import Numbers, numbers
 from experiments.plots import save_figure, shades
 from experiments.probes import PROBES, Probe, Probed, Series
-from experiments.tables import markdown
+from experiments.tables import markdown, with_interval
 from systems.files import MANIFEST, read_typed
 from systems.machine import described, machine
 from systems.pretrained import resolved
@@ -128,9 +128,7 @@ def table(probe: Probe, found: Found, groups: Sequence[str]) -> str:
     rows = []
     for key, by_group in found.items():
         cells = [by_group.get(group) for group in groups]
-        rows.append(
-            (key, *("" if one is None else f"{one['mean']:.1f} ({one['low']:.1f} to {one['high']:.1f})" for one in cells))
-        )
+        rows.append((key, *map(with_interval, cells)))
     return f"{probe.about} In {probe.unit}.\n\n" + markdown(("", *groups), rows)
 
 

@@ -58,7 +58,7 @@ def report(directory: Path) -> str:
     lines = []
     for place, one in found.items():
         shares = {name.replace("_", " "): one[name] for name in ("answer_of_the_other", "own_answer")}
-        said = [f"{name} {with_interval(share, 'percent') if share else '-'}" for name, share in shares.items()]
+        said = [f"{name} {with_interval(share, 'percent', unit='%') or '-'}" for name, share in shares.items()]
         lines.append(f"{place}: {one['questions']} questions, {', '.join(said)}")
     return "\n".join(lines)
 

@@ -14,7 +14,7 @@ from experiments.noise.results import chance
 from experiments.noise.settings import BranchConfig
 from experiments.noise.summary import GREEDY, JUDGE, Outcome, Record, compare, condition_summary, correct, votes
 from experiments.plots import Numbers, grouped, shades
-from experiments.tables import markdown, text
+from experiments.tables import markdown, text, with_interval
 from systems.writing import save_config, write_json, write_text
 from utils import get_logger
 
@@ -157,7 +157,7 @@ def _row_cells(part: Part, row: Numbers) -> list[str]:
         "self-consistency" if clean else row["noise"],
         text(row["noise_ratio"], "{:.2f}"),
         str(row["total"]),
-        f"{row['accuracy']:.1f} ({row['low']:.1f} to {row['high']:.1f})",
+        with_interval(row, "accuracy"),
         f"{row['any_correct']:.1f}",
         f"{row['agreement']:.2f}",
     ]
@@ -165,7 +165,7 @@ def _row_cells(part: Part, row: Numbers) -> list[str]:
         if comparison is None or comparison["p_value"] is None:
             cells += [""] * 3
         else:
-            points = "{difference:+.1f} ({low:+.1f} to {high:+.1f})".format(**comparison)
+            points = with_interval(comparison, "difference", "+")
             cells += [points, f"{comparison['p_value']:.2g}", f"{comparison['p_holm']:.2g}"]
     return cells
 

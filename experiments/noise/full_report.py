@@ -166,7 +166,8 @@ def tested_table(content: Mapping[str, Any]) -> str:
 
 def clean_line(content: Mapping[str, Any]) -> str:
     clean, guess = content["clean"], content["chance"]
-    said = f"**Clean accuracy: {with_interval(clean)}** ({clean['correct']} of {clean['total']}, greedy; {clean['status']})."
+    accuracy = with_interval(clean, "accuracy", unit="%")
+    said = f"**Clean accuracy: {accuracy}** ({clean['correct']} of {clean['total']}, greedy; {clean['status']})."
     return said + (f" A guess among the options: {guess:.0f}%." if guess is not None else "")
 
 
@@ -255,7 +256,7 @@ def branching_cells(branching: Mapping[str, Any], one: Numbers) -> list[str]:
     versus, diversity = one["versus_self_consistency"], one["normalised"]
     others = [f"{one['aggregation'][name]['accuracy']:.1f}%" for name in [*AGGREGATIONS][1:]]
     return [
-        with_interval(one),
+        with_interval(one, "accuracy", unit="%"),
         *others,
         f"{one['best_correct']:.1f}%",
         f"{one['branch_accuracy']:.1f}%",
