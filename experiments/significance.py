@@ -18,6 +18,7 @@ from scipy.stats import binomtest
 from statsmodels.stats.multitest import multipletests
 
 GOOD, DEGRADED = 0.6, 0.2
+RESAMPLES = 10_000  # of a bootstrap
 Z_95 = 1.959964  # of the normal distribution, both sides
 
 
@@ -53,30 +54,19 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return multipletests(p_values, method="holm")[1].tolist() if p_values else []
 
 
-class Difference(NamedTuple):
-    """Accuracy of the second minus that of the first, with the bounds of its interval."""
+def paired_difference(first: Sequence[bool], second: Sequence[bool], seed: int = 0) -> tuple[float, float, float]:
+    """Accuracy of the second minus that of the first, and the bounds of its 95% interval.
 
-    difference: float
-    low: float
-    high: float
-
-
-def paired_difference(
-    first: Sequence[bool], second: Sequence[bool], seed: int = 0, resamples: int = 10_000, confidence: float = 0.95
-) -> Difference:
-    """Percentile bootstrap over questions (Efron 1979), both systems drawn together.
-
-    A question's difference is -1, 0 or 1, so how often each is drawn, from a multinomial, says all about a resample.
-    ValueError: no questions, or different numbers of them.
+    Percentile bootstrap over questions (Efron 1979), both systems drawn together. A question's difference is -1, 0 or 1, so how
+    often each is drawn, from a multinomial, says all about a resample. ValueError: no questions, or different numbers of them.
     """
     differences = np.array([int(other) - int(one) for one, other in zip(first, second, strict=True)])
     if not differences.size:
         raise ValueError("a difference needs at least one question")
     shares = [np.mean(differences == value) for value in (-1, 0, 1)]
-    counts = np.random.default_rng(seed).multinomial(differences.size, shares, size=resamples)  # (resamples, 3)
-    means = (counts[:, 2] - counts[:, 0]) / differences.size
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Difference(float(differences.mean()), float(low), float(high))
+    counts = np.random.default_rng(seed).multinomial(differences.size, shares, size=RESAMPLES)  # (resamples, 3)
+    low, high = np.quantile((counts[:, 2] - counts[:, 0]) / differences.size, [0.025, 0.975])
+    return float(differences.mean()), float(low), float(high)
 
 
 def least_difference(only_first: float, only_second: float, questions: int) -> float:
@@ -103,18 +93,6 @@ def questions_for_margin(margin: float, differing: float) -> int:
 # --- decay with noise ---
 
 
-class Decay(NamedTuple):
-    """A fitted curve: its parameters in the order of the formula; R² is None where all accuracies are equal."""
-
-    formula: str
-    parameters: tuple[float, ...]
-    r_squared: float | None
-
-    def at(self, scales: Sequence[float]) -> list[float]:
-        """Accuracies that the curve gives at these scales."""
-        return CURVES[self.formula].values(np.asarray(scales, dtype=float), *self.parameters).tolist()
-
-
 @dataclass(frozen=True)
 class Curve:
     """values: accuracies at scales x. start: parameters from the highest accuracy and the scale where half is lost."""
@@ -136,14 +114,10 @@ CURVES = {
 }
 
 
-def fit_decays(scales: Sequence[float], accuracies: Sequence[float]) -> dict[str, Decay | None]:
-    """The three decays by least squares, under their formulas; see `fit_decay`."""
-    return {formula: fit_decay(formula, scales, accuracies) for formula in CURVES}
+def fit_decay(formula: str, scales: Sequence[float], accuracies: Sequence[float]) -> dict[str, Any] | None:
+    """One of CURVES by least squares: parameters, in the order of the formula, and r_squared (None: all accuracies are equal).
 
-
-def fit_decay(formula: str, scales: Sequence[float], accuracies: Sequence[float]) -> Decay | None:
-    """One of CURVES by least squares. None: fewer different scales than parameters, a value that is not finite, or no fit.
-
+    None: fewer different scales than parameters, a value that is not finite, or no fit.
     scales: at least 0; larger ones must mean more noise: for `snr` give 1 / scale. ValueError: not one accuracy for each scale.
     """
     half = half_scale(scales, accuracies) or max(scales, default=0)
@@ -162,7 +136,7 @@ def fit_decay(formula: str, scales: Sequence[float], accuracies: Sequence[float]
         return None
     total = float(((y - y.mean()) ** 2).sum())
     r_squared = 1 - float(((y - curve.values(x, *found)) ** 2).sum()) / total if total > 1e-15 else None
-    return Decay(formula, tuple(found.tolist()), r_squared)
+    return {"parameters": found.tolist(), "r_squared": r_squared}
 
 
 def half_scale(scales: Sequence[float], accuracies: Sequence[float]) -> float | None:

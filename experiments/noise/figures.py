@@ -18,7 +18,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from experiments.noise.controls import PLACES
 from experiments.noise.summary import CLEAN, control_of
 from experiments.plots import ACCURACY, Numbers, Point, drawing, grouped, references, shades, with_intervals
-from experiments.significance import Decay
+from experiments.significance import CURVES
 from noise import NoiseType
 
 Setting = Mapping[str, Any]  # a `summary.setting_result`
@@ -47,8 +47,9 @@ def accuracy_by_scale(
         for number, (formula, fit) in enumerate(setting["fits"].items()):
             if fit is not None:
                 quality = "" if fit["r_squared"] is None else f", R² = {fit['r_squared']:.2f}"
-                curve = Decay(formula, fit["parameters"], None).at(_grid(places))
-                axes.plot(_grid(places), curve, FIT_STYLES[number % 3], color=f"C{number}", label=f"{formula}{quality}")
+                grid = _grid(places)
+                curve = CURVES[formula].values(grid, *fit["parameters"])
+                axes.plot(grid, curve, FIT_STYLES[number % 3], color=f"C{number}", label=f"{formula}{quality}")
         if points and points[0][0] == 0:
             half = points[0][1]["accuracy"] / 2
             axes.axhline(half, color=HALF, linewidth=1, linestyle="-.", label="half of the clean accuracy")
@@ -99,13 +100,13 @@ def _style(number: int) -> dict[str, Any]:
     return {"marker": MARKERS[number % len(MARKERS)], "color": f"C{number % 10}"}
 
 
-def _grid(places: Sequence[float]) -> list[float]:
+def _grid(places: Sequence[float]) -> np.ndarray:
     """Values dense enough for a smooth curve on a linear axis as on a logarithmic one."""
     positive = [place for place in places if place > 0]
     if not positive:
-        return list(places)
+        return np.array(places)
     even, near_zero = np.linspace(min(places), max(places), 150), np.linspace(min(places), min(positive), 20)
-    return np.unique([*even, *near_zero, *np.geomspace(min(positive), max(positive), 150)]).tolist()
+    return np.unique([*even, *near_zero, *np.geomspace(min(positive), max(positive), 150)])
 
 
 # --- branches ---

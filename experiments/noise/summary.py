@@ -16,7 +16,7 @@ from rich.table import Table
 from evaluation import interval, wrote_steps
 from experiments.answers.benchmarks import NO_ANSWER, Same
 from experiments.answers.judging import AGGREGATIONS, agreement_level, vote
-from experiments.significance import fit_decays, half_scale, holm, mcnemar, paired_difference, status
+from experiments.significance import CURVES, fit_decay, half_scale, holm, mcnemar, paired_difference, status
 from experiments.tables import probability, terminal, text
 from noise import NoiseType
 
@@ -258,10 +258,7 @@ def decay_fits(scales: Sequence[float], accuracies: Sequence[float], kind: Noise
     snr signal by noise), interpolated along that axis.
     """
     places = [kind.amount(float(scale)) for scale in scales]
-    fits = {
-        formula: found and {"parameters": list(found.parameters), "r_squared": found.r_squared}
-        for formula, found in fit_decays(places, accuracies).items()
-    }
+    fits = {formula: fit_decay(formula, places, accuracies) for formula in CURVES}
     half = half_scale(places, accuracies)
     return {"fits": fits, "half_scale": half and kind.amount(half)}  # the inverse of an inverse is the scale
 
