@@ -90,15 +90,13 @@ def harmless_scale(summary: Mapping[str, Numbers], kind: NoiseType, scales: Sequ
     scales: the least noise first. Shown: the whole 95% interval of the difference from clean lies above -margin. So a large
     loss that few questions cannot prove is not called harmless. Scales without noise say nothing.
     """
-    noisy = [scale for scale in scales if kind.amount(scale)]
-    shown = (is_harmless(summary[measured_key(kind, scale)]["versus_clean"], margin) for scale in noisy)
-    harmless = next((count for count, one in enumerate(shown) if not one), len(noisy))
-    return noisy[harmless - 1] if harmless else None
-
-
-def is_harmless(versus: Numbers, margin: float) -> bool:
-    """Whether a comparison with clean excludes a loss of `margin` points."""
-    return 100 * least_difference(versus["only_first"], versus["only_second"], versus["questions"]) > -margin
+    harmless = None
+    for scale in filter(kind.amount, scales):
+        lost = summary[measured_key(kind, scale)]["versus_clean"]
+        if 100 * least_difference(lost["only_first"], lost["only_second"], lost["questions"]) <= -margin:
+            break
+        harmless = scale
+    return harmless
 
 
 def branching_result(sweep: Sweep, summary: Mapping[str, Numbers]) -> dict[str, Any]:
@@ -129,15 +127,14 @@ def page(content: Mapping[str, Any]) -> str:
         tested_table(content),
         clean_line(content),
         "## Noise in the thoughts",
-        noise_table(content),
+        noise_table(content["noise"]),
         noise_notes(content),
-        *(["## Thoughts displaced", controls_table(content)] if content["controls"] else []),
+        *(["## Thoughts displaced", controls_table(content["controls"])] if content["controls"] else []),
         "## Branches that vote",
-        branching_table(content["branching"]),
-        "Answered only where at least so many branches agree: accuracy of the answered (share of questions answered).",
-        coverage_table(content["branching"]),
+        *branching_tables(content["branching"]),
         "## Figures",
-        figure_links(content["figures"]),
+        *(f"![{path}]({path})" for path in content["figures"] if path in SHOWN or path.startswith("branching/coverage")),
+        ", ".join(f"[{path.removesuffix('.png')}]({path})" for path in content["figures"]),
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -171,22 +168,21 @@ def clean_line(content: Mapping[str, Any]) -> str:
     return said + (f" A guess among the options: {guess:.0f}%." if guess is not None else "")
 
 
-def noise_table(content: Mapping[str, Any]) -> str:
+def noise_table(noise: Mapping[str, Mapping[str, Numbers]]) -> str:
     columns = ["noise"]
     for where in NOISE_PARTS.values():
         columns += [f"{where}: half is lost at", "harmless up to", "accuracy at the most noise"]
-    return markdown(columns, ([name, *noise_cells(parts)] for name, parts in content["noise"].items()))
-
-
-def noise_cells(parts: Mapping[str, Numbers]) -> list[str]:
-    cells = []
-    for name in NOISE_PARTS:
-        one = parts[name]
-        half, harmless, most = one["half_scale"], one["harmless_scale"], one["most_scale"]
-        cells.append("never" if half is None else f"{half:.3g}")
-        cells.append("not shown" if harmless is None else f"{harmless:g}{' (the most tried)' if harmless == most else ''}")
-        cells.append(f"{one['most_accuracy']:.1f}% at {most:g}")
-    return cells
+    rows = []
+    for kind, parts in noise.items():
+        cells = [kind]
+        for part in NOISE_PARTS:
+            one = parts[part]
+            half, harmless, most = one["half_scale"], one["harmless_scale"], one["most_scale"]
+            cells.append("never" if half is None else f"{half:.3g}")
+            cells.append("not shown" if harmless is None else f"{harmless:g}{' (the most tried)' if harmless == most else ''}")
+            cells.append(f"{one['most_accuracy']:.1f}% at {most:g}")
+        rows.append(cells)
+    return markdown(columns, rows)
 
 
 def noise_notes(content: Mapping[str, Any]) -> str:
@@ -207,10 +203,9 @@ def noise_notes(content: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def controls_table(content: Mapping[str, Any]) -> str:
-    controls = content["controls"]
-    kinds = dict.fromkeys(found[0] for found in map(control_of, controls) if found)
-    columns = ["in their stead", *(PLACES[place].replace("\n", " ") for place in PLACES)]
+def controls_table(controls: Mapping[str, Numbers]) -> str:
+    kinds = dict.fromkeys(key.partition("/")[0] for key in controls)
+    columns = ["in their stead", *(place.replace("\n", " ") for place in PLACES.values())]
     rows = ([kind, *(control_cell(controls[control_key(kind, place)]) for place in PLACES)] for kind in kinds)
     said = "Accuracy, and questions lost and gained against clean; p after Holm's correction."
     return f"{markdown(columns, rows)}\n\n{said}"
@@ -222,7 +217,9 @@ def control_cell(condition: Numbers) -> str:
     return f"{condition['accuracy']:.1f}%, {changes}, p {probability(versus['p_holm'])}"
 
 
-def branching_table(branching: Mapping[str, Any]) -> str:
+def branching_tables(branching: Mapping[str, Any]) -> list[str]:
+    """By how the branches are counted, and by how many must agree, with what the columns mean."""
+    shown = shown_conditions(branching)
     columns = [
         "",
         *(name.replace("_", " ") for name in AGGREGATIONS),
@@ -233,7 +230,22 @@ def branching_table(branching: Mapping[str, Any]) -> str:
         "diversity",
         "difference",
     ]
-    rows = ([name, *branching_cells(branching, one)] for name, one in shown_conditions(branching).items())
+    rows = []
+    for name, one in shown.items():
+        versus = one["versus_self_consistency"]
+        rows.append(
+            [
+                name,
+                with_interval(one, "accuracy", unit="%"),
+                *(f"{one['aggregation'][other]['accuracy']:.1f}%" for other in [*AGGREGATIONS][1:]),
+                f"{one['best_correct']:.1f}%",
+                f"{one['branch_accuracy']:.1f}%",
+                f"{one['any_correct']:.1f}%",
+                f"{one['agreement']:.2f}",
+                text(one["normalised"], "{:.3g}"),
+                "" if versus is None else f"{versus['difference']:+.1f}, p {probability(versus['p_holm'])}",
+            ]
+        )
     said = (
         f"{branching['num_branches']} branches, temperature {branching['temperature']:g}, top_p {branching['top_p']:g}. "
         "Accuracy by how the branches are counted, the majority's with its 95% interval; any branch: questions of which one "
@@ -241,7 +253,17 @@ def branching_table(branching: Mapping[str, Any]) -> str:
         "branches' later thoughts by their norm. Difference of the majority's accuracy from self-consistency, p after Holm's "
         "correction."
     )
-    return f"{markdown(columns, rows)}\n\n{said}"
+    agreeing = [
+        [name, *(f"{text(one['accuracy'], '{:.1f}%') or 'none'} ({one['coverage']:.1f}%)" for one in condition["coverage"])]
+        for name, condition in shown.items()
+        if condition["coverage"]
+    ]
+    return [
+        markdown(columns, rows),
+        said,
+        "Answered only where at least so many branches agree: accuracy of the answered (share of questions answered).",
+        markdown(["branches", *map(str, range(1, branching["num_branches"] + 1))], agreeing),
+    ]
 
 
 def shown_conditions(branching: Mapping[str, Any]) -> dict[str, Numbers]:
@@ -250,38 +272,3 @@ def shown_conditions(branching: Mapping[str, Any]) -> dict[str, Numbers]:
     names = {GREEDY: "greedy, one answer", baseline: "self-consistency, no noise"}
     order = [GREEDY, baseline, *(key for key in conditions if "@" in key or key.startswith(MC_DROPOUT))]
     return {names.get(key, key): conditions[key] for key in order}
-
-
-def branching_cells(branching: Mapping[str, Any], one: Numbers) -> list[str]:
-    versus, diversity = one["versus_self_consistency"], one["normalised"]
-    others = [f"{one['aggregation'][name]['accuracy']:.1f}%" for name in [*AGGREGATIONS][1:]]
-    return [
-        with_interval(one, "accuracy", unit="%"),
-        *others,
-        f"{one['best_correct']:.1f}%",
-        f"{one['branch_accuracy']:.1f}%",
-        f"{one['any_correct']:.1f}%",
-        f"{one['agreement']:.2f}",
-        text(diversity, "{:.3g}"),
-        "" if versus is None else f"{versus['difference']:+.1f}, p {probability(versus['p_holm'])}",
-    ]
-
-
-def coverage_table(branching: Mapping[str, Any]) -> str:
-    columns = ["branches", *map(str, range(1, branching["num_branches"] + 1))]
-    rows = [
-        [name, *(f"{share(point['accuracy'])} ({share(point['coverage'])})" for point in one["coverage"])]
-        for name, one in shown_conditions(branching).items()
-        if one["coverage"]
-    ]
-    return markdown(columns, rows)
-
-
-def share(value: float | None) -> str:
-    return "none" if value is None else f"{value:.1f}%"
-
-
-def figure_links(paths: Sequence[str]) -> str:
-    pictures = [f"![{path}]({path})" for path in paths if path in SHOWN or path.startswith("branching/coverage")]
-    links = ", ".join(f"[{path.removesuffix('.png')}]({path})" for path in paths)
-    return "\n\n".join([*pictures, links])
