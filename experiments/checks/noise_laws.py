@@ -255,6 +255,7 @@ def compass(width: int) -> np.ndarray:
     return torch.randn(width, generator=derived_generator("compass", width), dtype=torch.float64).numpy()
 
 
+@np.errstate(all="ignore")  # noise that is wrong may divide by zero
 def measure(
     hidden: Tensor, setting: NoiseSetting, source: Source, noise: Noise = apply_noise_to_hidden_states
 ) -> dict[str, Any]:
@@ -264,11 +265,6 @@ def measure(
     and h', None where h' is zero. In 16 bits the noise must be what float32 gives on the same thoughts, rounded, and no
     distribution is tested.
     """
-    with np.errstate(all="ignore"):  # noise that is wrong may divide by zero
-        return _measure(hidden, setting, source, noise)
-
-
-def _measure(hidden: Tensor, setting: NoiseSetting, source: Source, noise: Noise) -> dict[str, Any]:
     perturbed, info = noise(hidden, setting.scale, setting.noise_type, setting.direction, source())
     epsilon = torch.finfo(hidden.dtype).eps
     sample = Sample(setting, _array(hidden), _array(perturbed), epsilon, compass(hidden.shape[-1]))
@@ -307,8 +303,7 @@ def _row(sample: Sample, checks: dict[str, Check]) -> dict[str, Any]:
     lowest = min(tested, key=lambda name: tested[name].p_value or 0.0, default=None)
     alive = sample.perturbed_size > 0
     return {
-        "name": setting.name,
-        **setting._asdict(),
+        **_judged(setting, checks),
         "ratio": float(np.sqrt((sample.ratio**2).mean())),
         "expected_ratio": ratio,
         "cosine": float(cosines(sample.perturbed[alive], sample.hidden[alive]).mean()) if alive.any() else None,
@@ -318,13 +313,13 @@ def _row(sample: Sample, checks: dict[str, Check]) -> dict[str, Any]:
         "test": lowest,
         "statistic": tested[lowest].statistic if lowest else None,
         "p_value": tested[lowest].p_value if lowest else None,
-        "checks": _listed(checks),
-        "passed": all(check.passed for check in checks.values()),
     }
 
 
-def _listed(checks: dict[str, Check]) -> dict[str, Any]:
-    return {name: {**asdict(check), "passed": check.passed} for name, check in checks.items()}
+def _judged(setting: NoiseSetting, checks: dict[str, Check]) -> dict[str, Any]:
+    listed = {name: {**asdict(check), "passed": check.passed} for name, check in checks.items()}
+    passed = all(check.passed for check in checks.values())
+    return {"name": setting.name, **setting._asdict(), "checks": listed, "passed": passed}
 
 
 def measure_below_rounding(hidden: Tensor, source: Source, noise: Noise = apply_noise_to_hidden_states) -> dict[str, Any]:
@@ -346,9 +341,4 @@ def measure_zero(
     checks = {"finite": none_of(~np.isfinite([*_array(perturbed).ravel(), *numbers]))}
     if setting.kind.relative:
         checks["still zero"] = none_of(_array(perturbed))
-    return {
-        "name": setting.name,
-        **setting._asdict(),
-        "checks": _listed(checks),
-        "passed": all(check.passed for check in checks.values()),
-    }
+    return _judged(setting, checks)

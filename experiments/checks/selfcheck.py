@@ -139,11 +139,8 @@ def differing(first: Tensor, second: Tensor) -> int:
 
 def same_tokens(first: Tensor, second: Tensor, eos: int) -> bool:
     """Whether two rows of new tokens are the same up to the end of the sequence."""
-    return _up_to(first.tolist(), eos) == _up_to(second.tolist(), eos)
-
-
-def _up_to(tokens: list[int], eos: int) -> list[int]:
-    return tokens[: tokens.index(eos)] if eos in tokens else tokens
+    one, other = ([*itertools.takewhile(lambda token: token != eos, row.tolist())] for row in (first, second))
+    return one == other
 
 
 # --- noise ---
