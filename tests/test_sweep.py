@@ -667,7 +667,6 @@ def test_one_experiment_has_one_set_of_files(tmp_path: Path) -> None:
     """Other settings under its name are refused, finished or not; `fresh` removes its files and nothing else."""
     progress = open_progress(tmp_path, {"a": 1}, False)
     progress.append([{"index": 0, **ANSWERED}])
-    progress.finish()
     ours = ["gaussian_20260101-000000.json", "noise_types.png", "table.txt", "config.yaml"]
     for name in [*ours, "notes.md", "poster.png", "notes_1-2.json"]:
         (tmp_path / name).write_text("x")

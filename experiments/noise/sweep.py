@@ -353,7 +353,6 @@ def _run(config: SweepConfig, subject: Subject, questions: list[BenchmarkQuestio
         bar.update(len(chunk))
     bar.close()
     distributed.barrier()
-    distributed.run_on_main(progress.finish)
     return progress.records()
 
 
