@@ -9,7 +9,6 @@ check fails: a p-value below 1e-4, or what must hold exactly does not.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import sys
@@ -202,7 +201,8 @@ def _cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def _arguments(given: list[str]) -> argparse.Namespace:
+@entry_point
+def main(given: list[str]) -> None:
     parser = Parser(f"python -m experiments.{PROGRAM}", __doc__)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("data_file", type=Path)
@@ -210,12 +210,7 @@ def _arguments(given: list[str]) -> argparse.Namespace:
     parser.add_argument("--questions", type=int, default=500, help="how many, from the first (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
     parser.add_argument("--benchmark", default="prosqa", help="whose questions they are (default: %(default)s)")
-    return parser.parse_args(given)
-
-
-@entry_point
-def main(given: list[str]) -> None:
-    arguments = _arguments(given)
+    arguments = parser.parse_args(given)
     try:
         arguments.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

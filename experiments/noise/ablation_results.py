@@ -9,8 +9,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from experiments.answers.benchmarks import Same
-from experiments.noise.results import chance
+from experiments.answers.benchmarks import Same, find_benchmark
 from experiments.noise.settings import BranchConfig
 from experiments.noise.summary import GREEDY, JUDGE, Outcome, Record, compare, condition_summary, correct, votes
 from experiments.plots import Numbers, grouped, shades
@@ -121,7 +120,7 @@ def write_results(config: BranchConfig, info: dict[str, Any], parts: Sequence[Pa
         content = {"experiment_info": about, "greedy": greedy, "results": measured}
         write_json(directory / f"{part.name}_{info['timestamp']}.json", content)
         title = f"{part.about.capitalize()}: {config.benchmark}, {greedy['total']} questions"
-        lines = {"greedy": greedy["accuracy"], "chance": chance(config.benchmark)}
+        lines = {"greedy": greedy["accuracy"], "chance": find_benchmark(config.benchmark).kind.chance}
         plot(part, measured, directory / f"{part.name}.png", title, **lines)
         tables.append(table(part, measured))
     write_json(directory / RIGHT, {part.name: right_answers(part) for part in parts})

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.answers.benchmarks import find_benchmark
 from experiments.answers.judging import AGGREGATIONS
 from experiments.noise.controls import PLACES
-from experiments.noise.results import chance
 from experiments.noise.settings import FullConfig
 from experiments.noise.summary import (
     CLEAN,
@@ -56,7 +56,7 @@ def report_content(config: FullConfig, sweeps: Mapping[str, Sweep]) -> dict[str,
         "tested": noise.info,
         "errors": {name: sweep.info["errors"] for name, sweep in sweeps.items()},
         "seconds": {name: sweep.info["seconds"] for name, sweep in sweeps.items()},
-        "chance": chance(config.benchmark),
+        "chance": find_benchmark(config.benchmark).kind.chance,
         "clean": summaries["noise"][GREEDY],
         "harmless_margin": config.harmless_margin,
         "noise": {

@@ -38,11 +38,6 @@ BASELINES = (NO_LATENTS, GREEDY, CLEAN, SELF_CONSISTENCY)
 Conditions = dict[str, dict[str, Any]]
 
 
-def chance(benchmark: str) -> float | None:
-    """Accuracy in % of a guess among the options; None where the answer is free."""
-    return find_benchmark(benchmark).kind.chance
-
-
 def answer_and_write(config: SweepConfig) -> None:
     """A whole experiment, as test.py and run_noisy_experiment.py run it: all questions, then the files."""
     with distributed.process_group() as device:
@@ -67,13 +62,11 @@ def write_results(sweep: Sweep) -> Conditions:
         content = {"experiment_info": {**info, **about}, **found, "baselines": baselines}
         _write(sweep, kind.name, content, {*BASELINES, *(condition_key(kind, scale) for scale in scales)})
     controls = {key: condition_result(records, key) for key in present if control_of(key)}
-    if controls:
-        content = {"experiment_info": info, "results": controls, "baselines": baselines}
-        _write(sweep, "controls", content, {*controls, GREEDY})
     dropped = {key: condition_result(records, key) for key in present if key.startswith(MC_DROPOUT)}
-    if dropped:
-        content = {"experiment_info": info, "results": dropped, "baselines": baselines}
-        _write(sweep, "mc_dropout", content, {*dropped, *BASELINES})
+    for name, found, beside in (("controls", controls, {GREEDY}), ("mc_dropout", dropped, {*BASELINES})):
+        if found:
+            content = {"experiment_info": info, "results": found, "baselines": baselines}
+            _write(sweep, name, content, found.keys() | beside)
     summary = summarise(records)
     _write(sweep, "summary", {"experiment_info": info, "conditions": summary})
     _draw(sweep, settings, controls, baselines | dropped)
@@ -98,7 +91,7 @@ def _title(sweep: Sweep, what: str) -> str:
 
 def _draw(sweep: Sweep, settings: Conditions, controls: Conditions, baselines: Conditions) -> None:
     config = sweep.config
-    directory, guess, branching = config.directory, chance(config.benchmark), config.num_branches > 1
+    directory, guess, branching = config.directory, find_benchmark(config.benchmark).kind.chance, config.num_branches > 1
     greedy = baselines[GREEDY]["accuracy"] if config.temperature else None  # without samples it is the clean one
     for kind, (name, setting) in zip(config.settings(), settings.items(), strict=True):
         path, title = directory / f"{name}.png", _title(sweep, name)
