@@ -23,12 +23,10 @@ from experiments.answers.judging import (
     HARMONY_ANALYSIS,
     Vote,
     agreement_level,
-    build_prompt,
+    message_ids,
     user_message,
     vote,
 )
-from generation import MAX_N_LATENT
-from systems.models import LatentIds, latent_ids
 from utils import UserError
 
 NUMBERS = {
@@ -478,8 +476,6 @@ def test_no_computer_algebra_on_what_would_not_end(hostile: str) -> None:
 
 # --- prompts ---
 
-IDS = LatentIds(start=91, end=92, latent=93, eos=1, thought=93)
-
 
 def test_a_user_message_asks_for_steps_and_a_form() -> None:
     for benchmark in BENCHMARKS:
@@ -497,33 +493,25 @@ def test_the_request_itself_states_no_answer_but_its_form_can_be_read(benchmark:
     assert extract_answer(benchmark, "Let me think.\n" + mark % answer) == answer
 
 
-def test_a_prompt_without_a_template(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_message_without_a_template(tokenizer: PreTrainedTokenizerFast) -> None:
     message = "Is Tom a lempus?"
-    prompt = build_prompt(tokenizer, IDS, message)
-    assert prompt == [*tokenizer(message + "\n")["input_ids"], 91, *[93] * MAX_N_LATENT, 92]
-    assert build_prompt(tokenizer, IDS, message, n_latents=0)[-2:] == [91, 92]
+    assert message_ids(tokenizer, message) == tokenizer(message + "\n")["input_ids"]
 
 
 TEMPLATE = "{% for m in messages %}Tom {{ m.content }} {% endfor %}{% if add_generation_prompt %}Sally{% endif %}"
 
 
-def test_a_prompt_in_a_chat_template(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_message_in_a_chat_template(tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.chat_template = TEMPLATE
-    words = tokenizer.convert_ids_to_tokens(build_prompt(tokenizer, IDS, "lempus", 2)[:-4])
+    words = tokenizer.convert_ids_to_tokens(message_ids(tokenizer, "lempus"))
     assert [word.strip("▁Ġ ") for word in words if word.strip("▁Ġ ")] == ["Tom", "lempus", "Sally"]
 
 
-def test_a_prompt_in_the_harmony_format(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_message_in_the_harmony_format(tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.chat_template = TEMPLATE
     tokenizer.add_tokens(["<|channel|>", "<|message|>", "analysis"], special_tokens=True)
-    tail = tokenizer.convert_ids_to_tokens(build_prompt(tokenizer, IDS, "lempus", 1)[:-3])[-3:]
+    tail = tokenizer.convert_ids_to_tokens(message_ids(tokenizer, "lempus"))[-3:]
     assert "".join(tail) == HARMONY_ANALYSIS
-
-
-def test_a_marker_inside_a_question_is_an_error(tokenizer: PreTrainedTokenizerFast) -> None:
-    ids = latent_ids(tokenizer, "coconut")
-    with pytest.raises(UserError, match="latent marker"):
-        build_prompt(tokenizer, ids, "Is <|latent|> Tom?")
 
 
 def test_unknown_benchmarks_are_named_with_the_nearest() -> None:

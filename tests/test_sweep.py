@@ -174,6 +174,8 @@ def test_prompts_without_training(arguments: dict[str, Any], model_directory: Pa
     assert prompt[-MAX_N_LATENT - 2 :] == [subject.ids.start, *[subject.ids.latent] * MAX_N_LATENT, subject.ids.end]
     [record, *_] = run(arguments, num_questions=1, noise_scales=1)
     assert record["n_latents"] == MAX_N_LATENT
+    with pytest.raises(UserError, match="question 0 holds a marker"):
+        subject.prompt(BenchmarkQuestion("prosqa", 0, "Is <|latent|> Tom?", ""))
 
 
 # --- what is answered ---

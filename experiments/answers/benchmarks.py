@@ -8,6 +8,7 @@ open is NO_ANSWER.
 from __future__ import annotations
 
 import difflib
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -109,10 +110,6 @@ def _shuffled(row: Row, generator: np.random.Generator) -> Parts:
     return text_of(row, "Question"), OPTIONS[order.index(0)], [answers[place] for place in order]
 
 
-def equal(given: str, gold: str) -> bool:
-    return given == gold
-
-
 @dataclass(frozen=True)
 class AnswerKind:
     """What kind of answer a question has.
@@ -125,7 +122,7 @@ class AnswerKind:
     request: str
     extract: Callable[[str], str | None]
     canonical: Callable[[str], str | None]
-    same: Same = equal
+    same: Same = operator.eq
     chance: float | None = None
 
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from experiments.answers.benchmarks import NO_ANSWER, OPTIONS, Same, equal, find_benchmark
-from generation import MAX_N_LATENT
-from systems.models import LatentIds
+from experiments.answers.benchmarks import NO_ANSWER, OPTIONS, Same, find_benchmark
 from systems.tokens import in_chat_template
-from utils import UserError
 
 # --- prompts ---
 
@@ -23,28 +21,19 @@ def user_message(benchmark: str, question: str, choices: Sequence[str] = ()) -> 
     return "\n".join([question.strip(), *options, "", find_benchmark(benchmark).kind.request])
 
 
-def build_prompt(tokenizer: PreTrainedTokenizerBase, ids: LatentIds, message: str, n_latents: int = MAX_N_LATENT) -> list[int]:
-    """Token ids: the user message in the tokenizer's chat template with generation prompt, then the latents in their markers.
-
-    Without a template the message and a newline. In the harmony format of gpt-oss the latents stand at the beginning of the
-    analysis channel. UserError: the message itself holds one of the markers.
-    """
-    text = _templated(tokenizer, message)
-    prompt = list(tokenizer(text, add_special_tokens=tokenizer.chat_template is None)["input_ids"])
-    if not {ids.start, ids.latent, ids.end}.isdisjoint(prompt):
-        raise UserError(f"the question holds a latent marker itself: {message[:60]!r}")
-    return [*prompt, ids.start, *[ids.latent] * n_latents, ids.end]
-
-
 HARMONY_ANALYSIS = "<|channel|>analysis<|message|>"
 
 
-def _templated(tokenizer: PreTrainedTokenizerBase, message: str) -> str:
+def message_ids(tokenizer: PreTrainedTokenizerBase, message: str) -> list[int]:
+    """Token ids of a user message in the tokenizer's chat template with generation prompt; without a template, and a newline.
+
+    In the harmony format of gpt-oss they end where the analysis channel begins, as thoughts stand there.
+    """
     if tokenizer.chat_template is None:
-        return message + "\n"
+        return list(tokenizer(message + "\n")["input_ids"])
     text = in_chat_template(tokenizer, message)
     harmony = {"<|channel|>", "<|message|>"} <= tokenizer.get_vocab().keys()
-    return text + HARMONY_ANALYSIS if harmony else text
+    return list(tokenizer(text + HARMONY_ANALYSIS if harmony else text, add_special_tokens=False)["input_ids"])
 
 
 # --- from branches to an answer ---
@@ -71,7 +60,7 @@ AGGREGATIONS: dict[str, Callable[[Mapping[str, Any], float], float]] = {
 }
 
 
-def vote(answers: Sequence[str], log_weights: Sequence[float], same: Same = equal) -> Vote:
+def vote(answers: Sequence[str], log_weights: Sequence[float], same: Same = operator.eq) -> Vote:
     """The answer with the largest sum of weights; among tied ones that of the earliest branch. NO_ANSWER loses against any.
 
     log_weights: natural logarithms, one for each answer.

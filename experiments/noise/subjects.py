@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from coconut import Coconut
 from config import RunConfig
 from dataset import MyCollator
-from experiments.answers.judging import build_prompt, user_message
+from experiments.answers.judging import message_ids, user_message
 from experiments.answers.questions import BenchmarkQuestion
 from experiments.noise.settings import SweepConfig
 from generation import MAX_N_LATENT, branch_point
@@ -51,13 +51,14 @@ class Subject:
     def prompt(self, question: BenchmarkQuestion) -> list[int]:
         """Token ids of the question, the markers and the latents. UserError: it holds any, or does not say how many."""
         if self.curriculum is None:
-            message = user_message(question.benchmark, question.question, question.choices)
-            return build_prompt(self.tokenizer, self.ids, message, self.n_latents or MAX_N_LATENT)
-        latents = [self.ids.latent] * (self.n_latents or self._trained_latents(question))
-        [tokens] = question_ids(self.tokenizer, [question.question], self.curriculum.chat_template)
+            count = self.n_latents or MAX_N_LATENT
+            tokens = message_ids(self.tokenizer, user_message(question.benchmark, question.question, question.choices))
+        else:
+            count = self.n_latents or self._trained_latents(question, self.curriculum)
+            [tokens] = question_ids(self.tokenizer, [question.question], self.curriculum.chat_template)
         if {self.ids.start, self.ids.latent, self.ids.end} & set(tokens):
             raise UserError(f"question {question.index} holds a marker that stands for a thought: it must not bring its own")
-        return [*tokens, self.ids.start, *latents, self.ids.end]
+        return [*tokens, self.ids.start, *[self.ids.latent] * count, self.ids.end]
 
     def plain_prompt(self, question: BenchmarkQuestion) -> list[int]:
         """Token ids without thoughts: a checkpoint's markers side by side; without training the message alone."""
@@ -66,9 +67,7 @@ class Subject:
             return with_thoughts[: with_thoughts.index(self.ids.start)]
         return [token for token in with_thoughts if token != self.ids.latent]
 
-    def _trained_latents(self, question: BenchmarkQuestion) -> int:
-        curriculum = self.curriculum
-        assert curriculum is not None
+    def _trained_latents(self, question: BenchmarkQuestion, curriculum: RunConfig) -> int:
         if question.steps is None and not curriculum.pad_latent_to_max and self.eval_latents == "gold":
             raise UserError(
                 f"question {question.index}: {self.source} was trained with as many thoughts as steps (pad_latent_to_max: "
