@@ -83,8 +83,7 @@ def _box(text: str, start: int, closing: dict[int, int]) -> str:
 
 def _first_sentence(window: str) -> str:
     """It may begin on a later line."""
-    begin = _OPENING.match(window)
-    rest = window[begin.end() :] if begin else window
+    rest = _OPENING.sub("", window, count=1)
     end = _SENTENCE_END.search(rest)
     return rest[: end.start()] if end else rest
 
@@ -93,6 +92,11 @@ def _linked(window: str) -> str:
     """The sentence after "is", ":" or the like; empty where nothing links the window to the word "answer"."""
     link = _LINK.match(window)
     return _first_sentence(window[link.end() :]) if link else ""
+
+
+def _told(read: Reader) -> Reader:
+    """What the sentence after the word "answer" says, else what is linked to it."""
+    return lambda window: read(_first_sentence(window)) or read(_linked(window))
 
 
 def _sentence_around(text: str, start: int, end: int) -> str:
@@ -225,7 +229,7 @@ _OPTION_LINE = re.compile(r"^[^\w\n]{0,4}([A-D])(?:[^\w\n ]|[^\w\n]{0,9}$)", re.
 
 def extract_letter(text: str) -> str | None:
     """The letter A to D that a text gives as its answer."""
-    found = last_statement(text, Readers(_stated_letter, _letter_line, _told_letter), _LETTER_STATEMENT)
+    found = last_statement(text, Readers(_stated_letter, _letter_line, _told(_stated_letter)), _LETTER_STATEMENT)
     return found or _letter_on_its_line(text) or _mentioned_letter(text[-END:])
 
 
@@ -233,10 +237,6 @@ def canonical_letter(text: str) -> str | None:
     """The upper-case letter of a text that is nothing else but brackets, stars and the like."""
     alone = _ALONE.fullmatch(text)
     return alone[1].upper() if alone else None
-
-
-def _told_letter(window: str) -> str | None:
-    return _stated_letter(_first_sentence(window)) or _stated_letter(_linked(window))
 
 
 def _letter_line(line: str) -> str | None:
@@ -358,7 +358,7 @@ _NEGATED = re.compile(
 def extract_truth(text: str) -> str | None:
     """ "True" or "False"."""
     text = _ECHO.sub("", text)
-    found = last_statement(text, Readers(_stated_truth, _truth_line, _told_truth), _TRUTH_STATEMENT)
+    found = last_statement(text, Readers(_stated_truth, _truth_line, _told(_stated_truth)), _TRUTH_STATEMENT)
     last = _last(_TRUTH.finditer(text[-END:]))
     return found or (_truth(text[-END:], last) if last else None)
 
@@ -366,10 +366,6 @@ def extract_truth(text: str) -> str | None:
 def canonical_truth(text: str) -> str | None:
     """ "True" or "False" of a text that is nothing else."""
     return {"true": "True", "false": "False"}.get(text.strip(" .*\n").lower())
-
-
-def _told_truth(window: str) -> str | None:
-    return _stated_truth(_first_sentence(window)) or _stated_truth(_linked(window))
 
 
 def _truth_line(line: str) -> str | None:

@@ -60,15 +60,11 @@ def load_questions(
     chosen: Sequence[int] = range(len(rows))[:limit]
     if path is None and len(chosen) < len(rows):
         chosen = sorted(np.random.default_rng(seed).choice(len(rows), len(chosen), replace=False).tolist())
-    numbered = iter(chosen)
 
-    def parse(row: Row) -> Any:
-        return _question(benchmark, next(numbered), row, seed)
+    def parse(numbered: tuple[int, Row]) -> Any:
+        return _question(benchmark, *numbered, seed)
 
-    try:
-        questions: list[Any] = parse_rows(source, "row", [rows[index] for index in chosen], parse)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    questions: list[Any] = parse_rows(source, "row", [(index, rows[index]) for index in chosen], parse)
     return questions
 
 
