@@ -22,13 +22,8 @@ Numbers = Mapping[str, Any]  # one condition: accuracy, low, high (of its 95% in
 Point = tuple[float, Numbers]  # a place on the x axis and what was measured there
 ACCURACY = "accuracy in %"
 REFERENCES = {"clean": ("black", "-"), "greedy": ("#4a78b5", "--"), "chance": ("grey", ":")}
-HEALTH = (
-    "thought_norm",
-    "thought_distance",
-    "thought_cosine",
-    "thought_change",
-    "question_cosine",
-)  # not the rank: its scale is another
+# Of the thoughts; not the rank, as its scale is another.
+HEALTH = ("thought_norm", "thought_distance", "thought_cosine", "thought_change", "question_cosine")
 STAGE_COLOURS = ("#e8eef7", "#cddcee", "#b2cae6", "#97b8dd", "#7ca6d4")
 
 

@@ -18,7 +18,6 @@ from utils import Config, OptionalPath, OptionalText, PathText, Positive, Seed, 
 
 NoiseName = Annotated[str, one_of(noise_types)]
 Schedule = Annotated[str, one_of(lambda: list(SCHEDULES))]
-ControlName = Annotated[str, one_of(CONTROLS)]
 SELF_CONSISTENCY = 0.7  # temperature of the baseline
 # Keys that change no answer, and may differ when a run goes on:
 WITHOUT_INFLUENCE = ("results_path", "fresh", "batch_size", "tokens_per_batch", "trust_remote_code", "device_map")
@@ -37,6 +36,7 @@ def listed(value: Any) -> Any:
 
 
 Rate = Annotated[float, Field(gt=0, lt=1)]
+ControlNames = Annotated[list[Annotated[str, one_of(CONTROLS)]], BeforeValidator(lambda value: listed(value) or [])]
 NoiseNames = Annotated[list[NoiseName], Field(min_length=1), BeforeValidator(listed)]
 
 
@@ -105,7 +105,7 @@ class SweepConfig(Config):
     """Decay per thought of the schedules exponential and adaptive."""
     shared_noise: bool = False
     """One noise vector for all branches of a question."""
-    controls: Annotated[list[ControlName], BeforeValidator(lambda value: listed(value) or [])] = Field(default=[])
+    controls: ControlNames = Field(default=[])
     """What stands in place of thoughts: one, a list or none of zero, mean, other, pause."""
     mc_dropout: Annotated[list[Rate], BeforeValidator(lambda value: listed(value) or [])] = Field(default=[])
     """Rates of Monte Carlo dropout in the blocks at the thoughts (arXiv 1506.02142), beside noise: one, a list or none."""
@@ -203,9 +203,7 @@ class FullConfig(SweepConfig):
 
     noise_type: NoiseNames = Field(default_factory=noise_types)
     """One, a list, or all."""
-    controls: Annotated[list[ControlName], BeforeValidator(lambda value: listed(value) or [])] = Field(
-        default_factory=lambda: list(CONTROLS)
-    )
+    controls: ControlNames = Field(default_factory=lambda: list(CONTROLS))
     """One, a list, or none."""
     branch_noise_type: NoiseName = "gaussian_scaled"
     """Noise of the branches that vote."""
