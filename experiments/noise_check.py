@@ -14,13 +14,13 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from rich.table import Table
 from torch import Tensor
 
-from experiments.answers.questions import BenchmarkQuestion, load_questions
+from experiments.answers.questions import BenchmarkQuestion
 from experiments.checks.noise_laws import SMALLEST_P, measure, measure_below_rounding, measure_zero, recommended_settings
 from experiments.noise.settings import SweepConfig
 from experiments.noise.subjects import Subject, load_subject
@@ -42,21 +42,7 @@ COARSE = (torch.float16, torch.bfloat16)
 DTYPES = (torch.float32, *COARSE)
 
 
-class Thoughts(NamedTuple):
-    """Thoughts (N, D) float32, and of which question and pass (from 1) each is."""
-
-    states: Tensor
-    questions: list[int]
-    passes: list[int]
-
-    def of_pass(self, chosen: int) -> Thoughts:
-        """One thought of every question; noise goes into the first by default."""
-        rows = [row for row, number in enumerate(self.passes) if number == chosen]
-        return Thoughts(self.states[rows], [self.questions[row] for row in rows], [chosen] * len(rows))
-
-    def generators(self, seed: int, branch: int) -> list[torch.Generator]:
-        """The sources that the noise of these thoughts has in an experiment."""
-        return [noise_generator(seed, question, branch, number) for _, question, number in zip(*self, strict=True)]
+Paths = dict[int, Tensor]  # the thoughts (N, D) of each question by its index, float32
 
 
 # --- the thoughts ---
@@ -64,36 +50,38 @@ class Thoughts(NamedTuple):
 
 def load(source: Path, data_file: Path, benchmark: str, limit: int) -> tuple[Subject, list[BenchmarkQuestion]]:
     """Who thinks, on the CPU in float32, and the first questions of a file. Raises UserError as these two do."""
-    arguments = [f"name={PROGRAM}", f"benchmark={benchmark}", f"load_model_path={source}"]
-    subject = load_subject(load_config(SweepConfig, arguments), torch.device("cpu"))
-    return subject, load_questions(benchmark, data_file, limit=limit)
+    asked = [f"benchmark={benchmark}", f"data_path={data_file}", f"num_questions={limit}"]
+    config = load_config(SweepConfig, [f"name={PROGRAM}", f"load_model_path={source}", *asked])
+    return load_subject(config, torch.device("cpu")), config.questions()
 
 
-def clean_thoughts(subject: Subject, questions: Sequence[BenchmarkQuestion]) -> Thoughts:
+def clean_thoughts(subject: Subject, questions: Sequence[BenchmarkQuestion]) -> Paths:
     """The thoughts of all questions, each as it is fed back. Raises UserError if one is zero or not finite."""
-    paths: dict[int, Tensor] = {}
+    paths: Paths = {}
     for at in range(0, len(questions), BATCH):
         paths |= think(subject, questions[at : at + BATCH])
-    thoughts = Thoughts(
-        torch.cat([*paths.values()]),
-        [index for index, path in paths.items() for _ in path],
-        [number for path in paths.values() for number in range(1, len(path) + 1)],
-    )
-    if not bool((thoughts.states.norm(dim=-1) > 0).all() and thoughts.states.isfinite().all()):
+    states = torch.cat([*paths.values()])
+    if not bool((states.norm(dim=-1) > 0).all() and states.isfinite().all()):
         raise UserError(f"{subject.source}: a thought is zero or not finite; the weights are damaged")
-    return thoughts
+    return paths
 
 
-def norms(thoughts: Thoughts) -> dict[str, Any]:
+def generators(paths: Paths, seed: int, branch: int) -> list[torch.Generator]:
+    """The sources that the noise of these thoughts has in an experiment, in their order."""
+    numbered = ((question, number) for question, path in paths.items() for number in range(1, len(path) + 1))
+    return [noise_generator(seed, question, branch, number) for question, number in numbered]
+
+
+def norms(paths: Paths) -> dict[str, Any]:
     """How long thoughts are: all of them, and those of each pass."""
-    sizes = thoughts.states.double().norm(dim=-1)
-    passes = torch.tensor(thoughts.passes)
+    states = torch.cat([*paths.values()]).double()
+    sizes, passes = states.norm(dim=-1), torch.cat([torch.arange(1, len(path) + 1) for path in paths.values()])
     return {
-        "width": thoughts.states.shape[1],
-        "coordinate": thoughts.states.double().square().mean().sqrt().item(),  # root mean square
+        "width": states.shape[1],
+        "coordinate": states.square().mean().sqrt().item(),  # root mean square
         "mean_inverse_square": sizes.pow(-2).mean().item(),
         "all": _spread(sizes),
-        "by_pass": {str(number): _spread(sizes[passes == number]) for number in sorted(set(thoughts.passes))},
+        "by_pass": {str(number): _spread(sizes[passes == number]) for number in passes.unique().tolist()},
     }
 
 
@@ -110,13 +98,13 @@ def _spread(sizes: Tensor) -> dict[str, float]:
 # --- the checks ---
 
 
-def check_noise_on(thoughts: Thoughts, seed: int) -> dict[str, Any]:
+def check_noise_on(paths: Paths, seed: int) -> dict[str, Any]:
     """All settings, each with its own draws: on all thoughts in float32, on the first thoughts in 16 bits, and on zeros."""
-    firsts, result = thoughts.of_pass(1), {}
+    result = {}
     for dtype in DTYPES:
-        chosen = thoughts if dtype == torch.float32 else firsts
-        states = chosen.states.to(dtype)
-        sources = [functools.partial(chosen.generators, seed, branch) for branch in range(len(recommended_settings()) + 1)]
+        chosen = paths if dtype == torch.float32 else {question: path[:1] for question, path in paths.items()}
+        states = torch.cat([*chosen.values()]).to(dtype)
+        sources = [functools.partial(generators, chosen, seed, branch) for branch in range(len(recommended_settings()) + 1)]
         rows = [measure(states, *each) for each in zip(recommended_settings(), sources, strict=False)]
         zeros = [measure_zero(states.shape[1], dtype, setting) for setting in recommended_settings()]
         result[_name(dtype)] = {"settings": rows, "zero_thoughts": zeros}
@@ -135,15 +123,15 @@ def all_rows(checks: dict[str, Any]) -> list[dict[str, Any]]:
 
 def check(subject: Subject, questions: Sequence[BenchmarkQuestion], seed: int) -> dict[str, Any]:
     """The content of noise_check.json, without the data file; what is no number is None."""
-    thoughts = clean_thoughts(subject, questions)
-    checks = check_noise_on(thoughts, seed)
+    paths = clean_thoughts(subject, questions)
+    checks = check_noise_on(paths, seed)
     result = {
         "model": "/".join(Path(subject.source).parts[-2:]),
-        "questions": len(set(thoughts.questions)),
+        "questions": sum(len(path) > 0 for path in paths.values()),
         "seed": seed,
         "smallest_p": SMALLEST_P,
         "machine": machine(subject.device),
-        "norms": norms(thoughts) | {"embedding": embedding_norm(subject.model.base_causallm).item()},
+        "norms": norms(paths) | {"embedding": embedding_norm(subject.model.base_causallm).item()},
         **checks,
         "p_values": sum(one["p_value"] is not None for row in all_rows(checks) for one in row["checks"].values()),
         "failed": sum(not row["passed"] for row in all_rows(checks)),

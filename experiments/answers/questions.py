@@ -51,8 +51,6 @@ def load_questions(
     UserError: an unknown benchmark, a file that is missing or malformed, a data set that cannot be had; always one line.
     """
     find_benchmark(benchmark)
-    if limit is not None and limit < 1:
-        raise UserError(f"limit must be at least 1, is {limit}")
     if path is None:
         source, rows = _hub_rows(benchmark, subset, split)
     else:
