@@ -10,7 +10,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from scipy.optimize import OptimizeWarning, curve_fit
@@ -30,23 +30,17 @@ def status(accuracy: float) -> str:
 # --- paired comparisons ---
 
 
-class McNemar(NamedTuple):
-    """Questions that only the first, or only the second, got right; two-sided p of the exact test."""
+def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> dict[str, Any]:
+    """Exact test (McNemar 1947) of two systems on the same questions.
 
-    only_first: int
-    only_second: int
-    p_value: float
-
-
-def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> McNemar:
-    """Exact test (McNemar 1947) of two systems on the same questions; p is 1 where they never differ.
-
+    only_first, only_second: questions that one of them alone got right. p_value: two-sided; 1 where they never differ.
     ValueError: different numbers of questions.
     """
     only_first = sum(one and not other for one, other in zip(first, second, strict=True))
     only_second = sum(other and not one for one, other in zip(first, second, strict=True))
     differing = only_first + only_second
-    return McNemar(only_first, only_second, float(binomtest(only_first, differing).pvalue) if differing else 1.0)
+    p_value = float(binomtest(only_first, differing).pvalue) if differing else 1.0
+    return {"only_first": only_first, "only_second": only_second, "p_value": p_value}
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

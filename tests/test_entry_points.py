@@ -359,7 +359,7 @@ def planted(only_first: int, only_second: int = 0, questions: int = 500) -> dict
         [True] * only_first + [False] * only_second + [True] * (questions - only_first - only_second),
         [False] * only_first + [True] * (questions - only_first),
     )
-    return {"versus_clean": {**tested._asdict(), "questions": questions}}
+    return {"versus_clean": {**tested, "questions": questions}}
 
 
 def test_the_most_noise_without_loss() -> None:

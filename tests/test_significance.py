@@ -52,7 +52,7 @@ def pairs(both: int, first: int, second: int, none: int) -> tuple[list[bool], li
 @pytest.mark.parametrize(("first", "second", "p"), [(0, 0, 1), (1, 0, 1), (5, 5, 1), (0, 6, 2 / 64), (1, 8, 2 * (1 + 9) / 512)])
 def test_mcnemar_by_hand(first: int, second: int, p: float) -> None:
     result = mcnemar(*pairs(10, first, second, 7))
-    assert result == (first, second, pytest.approx(p))
+    assert result == {"only_first": first, "only_second": second, "p_value": pytest.approx(p)}
 
 
 def test_the_least_difference_by_its_formula() -> None:

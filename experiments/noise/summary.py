@@ -183,15 +183,13 @@ def compare(records: Sequence[Record], first_key: str, second_key: str, seed: in
     """
     both = [found for found in map(_conditions, records) if _reached(found, first_key) and _reached(found, second_key)]
     first, second = ([bool(found[key][JUDGE]["correct"]) for found in both] for key in (first_key, second_key))
-    tested = mcnemar(first, second)
+    tested = mcnemar(first, second) if both else {"only_first": 0, "only_second": 0, "p_value": None}
     points = [100 * value for value in paired_difference(first, second, seed)] if both else [None] * 3
     return {
         "first": first_key,
         "second": second_key,
         "questions": len(both),
-        "only_first": tested.only_first,
-        "only_second": tested.only_second,
-        "p_value": tested.p_value if both else None,
+        **tested,
         **dict(zip(("difference", "low", "high"), points, strict=True)),
     }
 
