@@ -190,7 +190,7 @@ def check_alike(directories: Sequence[Path]) -> None:
 def _draw(curve: Mapping[float, Numbers], path: Path, title: str, clean: Numbers | None) -> None:
     """A line for each seed; their mean with its interval."""
     scales = list(curve)
-    with drawing(path, (7.5, 4.4), xlabel="scale of the noise", ylabel=ACCURACY, title=title) as axes:
+    with drawing(path, (7.5, 4.4), {}, xlabel="scale of the noise", ylabel=ACCURACY, title=title) as axes:
         axes.plot(scales, [one["seeds"] for one in curve.values()], color="#97b8dd", linewidth=1)
         axes.plot(scales, [one["mean"] for one in curve.values()], color="#1f3d66", marker="o", label="mean over seeds")
         low, high = ([one[key] for one in curve.values()] for key in ("low", "high"))
