@@ -38,7 +38,6 @@ from systems.writing import write_jsonl
 from utils import Positive, UserError, entry_point, get_logger, load_config, one_of
 
 BASE, TYPES = "base", "noise_type"  # runs: the one that all parts share, and all other noise types together
-VECTORS = {"own": False, "shared": True}
 ELSEWHERE = {  # inherited keys that an ablation sets itself or has no use for, and what to do instead
     "noise_scales": "set noise_ratios, from which the scales of every noise type are computed",
     "controls": "full_test.py tries them",
@@ -294,8 +293,8 @@ PARTS: dict[str, Varied] = {
     "aggregation": Varied("from branches to an answer", lambda config: JUDGE, aggregation_cells, of_self_consistency=True),
     "shared_noise": Varied(
         "noise vectors of the branches",
-        lambda config: next(value for value, shared in VECTORS.items() if shared == config.shared_noise),
-        runs=lambda config, thoughts: {name: {"shared_noise": shared} for name, shared in VECTORS.items()},
+        lambda config: "shared" if config.shared_noise else "own",
+        runs=lambda config, thoughts: {"own": {"shared_noise": False}, "shared": {"shared_noise": True}},
     ),
     "schedule": Varied(
         "schedule of the noise in later thoughts",

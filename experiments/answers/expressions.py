@@ -140,7 +140,9 @@ def canonical_latex(text: str) -> str:
     """A LaTeX answer in one spelling; numbers as `canonical_fraction`, else LaTeX without blanks, delimiters and units."""
     text = plain_numbers(text).replace("%", "").replace("~", " ")
     text = _DELIMITER.sub("", _DROPPED.sub("", text)).strip().rstrip(".,;").strip()
-    text = _without_unit(_LEFT_SIDE.sub("", text))
+    text = _UNIT.sub("", _LEFT_SIDE.sub("", text))
+    if (words := _UNIT_WORDS.search(text)) and not _NO_UNITS.search(words[0]):
+        text = text[: words.start()]
     text = _LATEX_TEXT.sub(r"\1", text).strip()
     text = _SAME_COMMAND.sub(lambda match: rf"\{_SAME[match[1]]} " if match[1] in "legene" else _SAME[match[1]], text)
     text = _SHORT_FRACTION.sub(lambda match: rf"\frac{_braced(match[1])}{_braced(match[2])}", text)
@@ -154,12 +156,6 @@ def canonical_latex(text: str) -> str:
 
 def _braced(argument: str) -> str:
     return argument if argument.startswith("{") else f"{{{argument}}}"
-
-
-def _without_unit(text: str) -> str:
-    text = _UNIT.sub("", text)
-    words = _UNIT_WORDS.search(text)
-    return text if words is None or _NO_UNITS.search(words[0]) else text[: words.start()]
 
 
 def same_latex(given: str, gold: str) -> bool:

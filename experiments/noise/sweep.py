@@ -153,21 +153,17 @@ class Answerer:
         """Questions that are answered together: their branches fill a batch."""
         branches, room = sum(condition.distinct for condition in self.conditions), self.config.tokens_per_batch
         rows = max(1, self.config.batch_size // branches) if room is None else len(questions)
-        widths = [0] * len(questions) if room is None else [self._width(question) for question in questions]
+        widths = [0] * len(questions) if room is None else [self.width(question) for question in questions]
         chunks = cut(range(len(questions)), widths, rows, None if room is None else room // branches)
         return [[questions[at] for at in chunk] for chunk in chunks]
 
-    def _width(self, question: BenchmarkQuestion) -> int:
+    def width(self, question: BenchmarkQuestion) -> int:
         try:
             return len(self.subject.prompt(question)) + self.config.max_new_tokens
         except (UserError, ValueError):  # said when the question is answered
             return self.config.max_new_tokens
 
-    def questions_at_once(self, questions: Sequence[BenchmarkQuestion]) -> int:
-        """Of those that are only thought about."""
-        return self._at_once(max(map(self._width, questions)))
-
-    def _at_once(self, width: int) -> int:
+    def at_once(self, width: int) -> int:
         """So many rows of this width are a batch."""
         room = self.config.tokens_per_batch
         return self.config.batch_size if room is None else max(1, room // width)
@@ -220,7 +216,7 @@ class Answerer:
             for condition in asked
             for branch in range(condition.distinct)
         ]
-        for part in _cut(wanted, self._at_once(point.prompt.mask.shape[1] + self.config.max_new_tokens)):
+        for part in _cut(wanted, self.at_once(point.prompt.mask.shape[1] + self.config.max_new_tokens)):
             rows = [self._row(questions[row], row, condition, branch) for row, condition, branch in part]
             for (row, condition, _), answer in zip(part, self._generate(point, rows), strict=True):
                 answers.setdefault((row, condition.key), []).append(answer)
@@ -340,7 +336,9 @@ def _run(config: SweepConfig, subject: Subject, questions: list[BenchmarkQuestio
     wanted = conditions(config)
     answerer = Answerer(config, subject, wanted, None)
     if config.controls and len(done) < len(questions):
-        answerer.thoughts = clean_thoughts(subject, questions, answerer.questions_at_once(questions), config.seed)
+        answerer.thoughts = clean_thoughts(
+            subject, questions, answerer.at_once(max(map(answerer.width, questions))), config.seed
+        )
     by_length = sorted(questions, key=lambda question: (len(question.question), question.index))  # little padding
     chunks = answerer.chunks(by_length)
     left = [chunk for chunk in chunks if not {question.index for question in chunk} <= done]
