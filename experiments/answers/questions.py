@@ -87,16 +87,13 @@ def _hub_rows(benchmark: str, subset: str | None, split: str | None) -> tuple[st
     try:
         rows = datasets.load_dataset(*names, split=split or source.split)
     except Exception as error:  # whatever goes wrong between here and the hub
-        raise UserError(_hub_problem(source.hub, error)) from None
+        reason = " ".join(str(error).split())
+        if "gated" in f"{type(error).__name__} {reason}".lower():
+            terms = f"accept the terms at https://huggingface.co/datasets/{source.hub} and run `hf auth login`"
+            raise UserError(f"{source.hub}: access is gated; {terms}, or give a local JSON file") from None
+        problem = f"cannot load {source.hub}: {reason or type(error).__name__}"
+        raise UserError(f"{problem}; a local JSON file can be given in its place") from None
     return " ".join(names), list(rows)
-
-
-def _hub_problem(hub: str, error: Exception) -> str:
-    reason = " ".join(str(error).split())
-    if "gated" in f"{type(error).__name__} {reason}".lower():
-        page = f"https://huggingface.co/datasets/{hub}"
-        return f"{hub}: access is gated; accept the terms at {page} and run `hf auth login`, or give a local JSON file"
-    return f"cannot load {hub}: {reason or type(error).__name__}; a local JSON file can be given in its place"
 
 
 def _file_rows(path: Path) -> list[Row]:
@@ -124,13 +121,10 @@ def _question(benchmark: str, index: int, row: object, seed: int) -> BenchmarkQu
     if not isinstance(row, dict):
         raise ValueError("expected an object")
     question, gold, choices = find_benchmark(benchmark).reader(row, np.random.default_rng((seed, index)))
+    subject = row.get("subject") or row.get("Subdomain")
+    named = subject if isinstance(subject, str) and half_character(subject) is None else None
     right = canonical_answer(benchmark, gold)
-    return BenchmarkQuestion(benchmark, index, question, right, tuple(choices), _steps(row), _subject(row))
-
-
-def _subject(row: Row) -> str | None:
-    found = row.get("subject") or row.get("Subdomain")
-    return found if isinstance(found, str) and half_character(found) is None else None
+    return BenchmarkQuestion(benchmark, index, question, right, tuple(choices), _steps(row), named)
 
 
 def _steps(row: Row) -> int | None:
