@@ -36,10 +36,6 @@ class NoiseSetting(NamedTuple):
         return self.noise_type if self.direction is None else f"{self.noise_type} {self.direction}"
 
     @property
-    def is_none(self) -> bool:
-        return self.scale == self.kind.no_noise
-
-    @property
     def kind(self) -> NoiseType:
         return find_noise(self.noise_type, self.direction)
 
@@ -269,14 +265,15 @@ def measure(
     epsilon = torch.finfo(hidden.dtype).eps
     sample = Sample(setting, _array(hidden), _array(perturbed), epsilon, compass(hidden.shape[-1]))
     checks = {"finite": none_of(~np.isfinite(sample.perturbed)), "reported": _reported(sample, info)}
-    if setting.is_none:
+    without = setting.scale == setting.kind.no_noise
+    if without:
         checks["identical"] = differing_bits(perturbed, hidden)
     else:
         checks |= exact_checks(sample)
     if hidden.dtype != torch.float32:
         in_float32, _ = noise(hidden.float(), setting.scale, setting.noise_type, setting.direction, source())
         checks["as float32, rounded"] = differing_bits(perturbed, in_float32.to(hidden.dtype))
-    elif not setting.is_none:
+    elif not without:
         checks |= statistical_checks(sample)
     return _row(sample, checks)
 

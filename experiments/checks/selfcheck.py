@@ -30,7 +30,7 @@ from experiments.noise.subjects import Subject
 from experiments.noise.sweep import Answerer, conditions
 from experiments.tables import terminal
 from generation import generate_from
-from noise import NOISES, apply_noise_to_hidden_states, derived_generator, find_noise
+from noise import NOISES, apply_noise_to_hidden_states, derived_generator
 from states import Branch, Branches, Details
 from systems import distributed
 from systems.machine import described, machine
@@ -174,10 +174,9 @@ def check_no_noise(bench: Bench) -> Check:
     states = torch.randn(STATES, bench.model.embedding.weight.shape[1], generator=derived_generator("no noise"))
     changed = total = 0
     for setting in settings():
-        nothing = find_noise(setting.noise_type, setting.direction).no_noise
         for dtype in DTYPES:
             hidden = states.to(bench.subject.device, dtype)
-            perturbed, _ = apply_noise_to_hidden_states(hidden, nothing, setting.noise_type, setting.direction)
+            perturbed, _ = apply_noise_to_hidden_states(hidden, setting.kind.no_noise, setting.noise_type, setting.direction)
             changed += differing(perturbed, hidden)
             total += hidden.numel()
     clean, noisy = bench.generate(), bench.generate(noise_scale=0.0)

@@ -142,11 +142,7 @@ def _mean(values: Iterable[float]) -> float | None:
 
 def likeliest(branches: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The first of them, if several are as likely; one without an answer only where none has any."""
-
-    def rank(branch: dict[str, Any]) -> tuple[bool, float]:
-        return branch["answer"] != NO_ANSWER, branch["log_probability"] / max(branch["new_tokens"], 1)
-
-    return max(branches, key=rank)
+    return max(branches, key=lambda one: (one["answer"] != NO_ANSWER, one["log_probability"] / max(one["new_tokens"], 1)))
 
 
 def _percent(which: Iterable[bool]) -> float | None:
