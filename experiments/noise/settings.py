@@ -140,28 +140,24 @@ class SweepConfig(Config):
                 raise ValueError(f"{key}: {value} holds something twice")
         self._check_effects()
         for kind in self.settings():
-            for scale in self.scales(kind):
-                check_noise(scale, kind.noise_type, kind.direction)
+            check_noise(self.scales(kind), kind.noise_type, kind.direction)
         return self
 
     def _check_effects(self) -> None:
         """Raise ValueError for a key that is set and changes nothing."""
         greedy = self.num_branches == 1 and self.temperature == 0
+        targeted = any(kind.direction for kind in self.settings())
         decays = self.schedule in ("exponential", "adaptive")
+        compared = self.num_branches > 1 and self.temperature == 0  # with self-consistency
+        warmth = self.self_consistency_temperature
         without_effect = {
-            "noise_direction": (
-                self.noise_direction and not any(kind.direction for kind in self.settings()),
-                "noise_type: targeted",
-            ),
+            "noise_direction": (self.noise_direction and not targeted, "noise_type: targeted"),
             "shared_noise": (self.shared_noise and self.num_branches == 1, "num_branches of at least 2"),
             "top_p": ("top_p" in self.model_fields_set and self.top_p != 1 and greedy, "temperature above 0, or branches"),
             "eval_latents": (self.eval_latents != "gold" and self.n_latents is not None, "n_latents: null"),
             "subset": (self.subset and self.data_path, "the hub's data set in place of data_path"),
             "split": (self.split and self.data_path, "the hub's data set in place of data_path"),
-            "self_consistency_temperature": (
-                self.self_consistency_temperature != SELF_CONSISTENCY and (self.num_branches == 1 or self.temperature > 0),
-                "temperature: 0 and branches",
-            ),
+            "self_consistency_temperature": (warmth != SELF_CONSISTENCY and not compared, "temperature: 0 and branches"),
             "lambda_decay": (self.lambda_decay != DECAY and not decays, "schedule: exponential or adaptive"),
         }
         for key, (idle, needed) in without_effect.items():
@@ -218,6 +214,5 @@ class FullConfig(SweepConfig):
         if self.apply_noise_to_all_passes:
             raise ValueError("apply_noise_to_all_passes: full_test.py tries noise in one pass and in all of them; leave it out")
         for kind in self.model_copy(update={"noise_type": [self.branch_noise_type]}).settings():
-            for scale in self.scales(kind):
-                check_noise(scale, kind.noise_type, kind.direction)
+            check_noise(self.scales(kind), kind.noise_type, kind.direction)
         return self
