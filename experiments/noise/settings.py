@@ -18,7 +18,7 @@ from utils import Config, OptionalPath, OptionalText, PathText, Positive, Seed, 
 
 NoiseName = Annotated[str, one_of(noise_types)]
 Schedule = Annotated[str, one_of(lambda: list(SCHEDULES))]
-SELF_CONSISTENCY = 0.7  # temperature of the baseline
+SELF_CONSISTENCY_TEMPERATURE = 0.7  # temperature of the baseline
 # Keys that change no answer, and may differ when a run goes on:
 WITHOUT_INFLUENCE = ("results_path", "fresh", "batch_size", "tokens_per_batch", "trust_remote_code", "device_map")
 MOST_BRANCHES = 10_000  # of a question: what only a slip of the finger exceeds
@@ -116,7 +116,7 @@ class SweepConfig(Config):
     """Of the branches' samples; 0: greedy."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Probability mass from which samples are drawn."""
-    self_consistency_temperature: Annotated[float, Field(gt=0)] = SELF_CONSISTENCY
+    self_consistency_temperature: Annotated[float, Field(gt=0)] = SELF_CONSISTENCY_TEMPERATURE
     """Of the baseline without noise, where temperature is 0."""
     max_new_tokens: Positive = 64
     """Most tokens of an answer."""
@@ -157,7 +157,10 @@ class SweepConfig(Config):
             "eval_latents": (self.eval_latents != "gold" and self.n_latents is not None, "n_latents: null"),
             "subset": (self.subset and self.data_path, "the hub's data set in place of data_path"),
             "split": (self.split and self.data_path, "the hub's data set in place of data_path"),
-            "self_consistency_temperature": (warmth != SELF_CONSISTENCY and not compared, "temperature: 0 and branches"),
+            "self_consistency_temperature": (
+                warmth != SELF_CONSISTENCY_TEMPERATURE and not compared,
+                "temperature: 0 and branches",
+            ),
             "lambda_decay": (self.lambda_decay != DECAY and not decays, "schedule: exponential or adaptive"),
         }
         for key, (idle, needed) in without_effect.items():
