@@ -134,7 +134,7 @@ def load_subject(config: SweepConfig, device: torch.device) -> Subject:
             raise UserError(f"{source} was trained with method {curriculum.method}, which has no thoughts to put noise into")
         if stage == 0 and config.n_latents is None:
             raise UserError(f"{source} is of stage 0, which has no thoughts yet: take a later checkpoint, or set n_latents")
-    if curriculum is None and config.eval_latents != "gold":
+    elif config.eval_latents != "gold":
         raise UserError(f"eval_latents: {config.eval_latents}: {source} was not trained with thoughts; set n_latents")
     tokenizer = sources.load_run_tokenizer(run)
     if tokenizer.chat_template is not None if curriculum is None else curriculum.chat_template:
