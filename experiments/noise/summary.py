@@ -102,7 +102,7 @@ def condition_summary(records: Sequence[Record], key: str) -> dict[str, Any]:
     best_correct: percent whose likeliest branch with an answer is right (best of K by the mean log-probability of a token).
     agreement: mean confidence of the majority, 0..1. perturbed: questions of which a thought got noise. new_tokens and
     noise_ratio (noise norm by thought norm): means over branches. diversity, all_steps, late_half, normalised: means of
-    `noise.PathDiversity` over the questions that have it. coverage: for every threshold 1..K the questions on which so many
+    `thoughts.PathDiversity` over the questions that have it. coverage: for every threshold 1..K the questions on which so many
     branches agree, in percent, and the accuracy on them (None if there are none); empty for one branch.
     """
     outcomes = [conditions[key] for conditions in map(_conditions, records) if key in conditions]
