@@ -6,8 +6,7 @@ The report is a page of what was measured, and the same numbers as JSON.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -114,7 +113,11 @@ def report_content(config: FullConfig, sweeps: Mapping[str, Sweep]) -> dict[str,
         },
         "controls": {key: one for key, one in summaries["noise"].items() if control_of(key)},
         "branching": branching_result(sweeps["branching"], summaries["branching"]),
-        "figures": figures(config.directory, sweeps.values()),
+        "figures": [
+            path.relative_to(config.directory).as_posix()
+            for sweep in sweeps.values()
+            for path in sorted(sweep.config.directory.glob("*.png"))
+        ],
     }
 
 
@@ -155,16 +158,6 @@ def branching_result(sweep: Sweep, summary: Mapping[str, Numbers]) -> dict[str, 
     conditions = {key: {**one, "versus_self_consistency": versus.get(key)} for key, one in summary.items()}
     settings = {key: sweep.info[key] for key in ("num_branches", "temperature", "top_p")}
     return {**settings, "self_consistency": baseline, "conditions": conditions}
-
-
-def figures(directory: Path, sweeps: Iterable[Sweep]) -> list[str]:
-    """Those of these experiments, relative to the report; an earlier one may have left others in the same place."""
-    found = []
-    for sweep in sweeps:
-        settings = [kind.name for kind in sweep.config.settings()]
-        names = ["noise_types", "controls", "diversity", *settings, *(f"coverage_{name}" for name in settings)]
-        found += [sweep.config.directory / f"{name}.png" for name in names]
-    return [path.relative_to(directory).as_posix() for path in found if path.is_file()]
 
 
 # --- the page ---
