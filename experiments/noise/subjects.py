@@ -162,17 +162,9 @@ def _run_config(config: SweepConfig) -> RunConfig:
         raise UserError(
             f"{source} does not say how it was trained: `python -m systems.checkpoint convert {source} DIR` makes a checkpoint"
         )
-    run = RunConfig(
-        name=config.name,
-        val_path="",
-        only_eval=True,
-        method="coconut",
-        model_id=str(config.model_id or source),
-        load_model_path=source,
-        gguf_file=config.gguf_file,
-        attn_implementation=config.attn_implementation,
-        trust_remote_code=config.trust_remote_code,
-    )
+    kept = config.model_dump(include={"name", "gguf_file", "attn_implementation", "trust_remote_code"})
+    kept |= {"model_id": str(config.model_id or source), "load_model_path": source}
+    run = RunConfig(val_path="", only_eval=True, method="coconut", **kept)
     resolved = sources.resolve_paths(run)
     if config.model_id is None:
         resolved = resolved.model_copy(update={"model_id": resolved.load_model_path})
