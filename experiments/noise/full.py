@@ -87,19 +87,10 @@ def run_full(config: FullConfig, device: torch.device) -> None:
 
 
 def write_report(config: FullConfig, sweeps: Mapping[str, Sweep]) -> None:
-    """report_<timestamp>.md and report.json; the timestamp is that of the first part's beginning."""
-    content = report_content(config, sweeps)
-    path = config.directory / f"report_{content['tested']['timestamp']}.md"
-    write_json(config.directory / "report.json", content)
-    write_text(path, page(content))
-    get_logger().info(f"report: {path}")
-
-
-def report_content(config: FullConfig, sweeps: Mapping[str, Sweep]) -> dict[str, Any]:
-    """What report.json holds; accuracies in percent."""
+    """report_<timestamp>.md and report.json; the timestamp is that of the first part's beginning, accuracies are in percent."""
     summaries = {name: summarise(sweep.records) for name, sweep in sweeps.items()}
     noise = sweeps["noise"]
-    return {
+    content = {
         "name": config.name,
         "tested": noise.info,
         "errors": {name: sweep.info["errors"] for name, sweep in sweeps.items()},
@@ -119,6 +110,10 @@ def report_content(config: FullConfig, sweeps: Mapping[str, Sweep]) -> dict[str,
             for path in sorted(sweep.config.directory.glob("*.png"))
         ],
     }
+    path = config.directory / f"report_{noise.info['timestamp']}.md"
+    write_json(config.directory / "report.json", content)
+    write_text(path, page(content))
+    get_logger().info(f"report: {path}")
 
 
 def noise_result(sweep: Sweep, summary: Mapping[str, Numbers], kind: NoiseType, margin: float) -> dict[str, Any]:
@@ -164,10 +159,13 @@ def branching_result(sweep: Sweep, summary: Mapping[str, Numbers]) -> dict[str, 
 
 
 def page(content: Mapping[str, Any]) -> str:
+    clean, guess = content["clean"], content["chance"]
+    accuracy = with_interval(clean, "accuracy", unit="%")
+    said = f"**Clean accuracy: {accuracy}** ({clean['correct']} of {clean['total']}, greedy; {clean['status']})."
     sections = [
         f"# {content['name']}: {content['tested']['model']} on {content['tested']['benchmark']}",
         tested_table(content),
-        clean_line(content),
+        said + (f" A guess among the options: {guess:.0f}%." if guess is not None else ""),
         "## Noise in the thoughts",
         noise_table(content["noise"]),
         noise_notes(content),
@@ -201,13 +199,6 @@ def tested_table(content: Mapping[str, Any]) -> str:
         "seconds": ", ".join(f"{name} {seconds:,.0f}" for name, seconds in content["seconds"].items()),
     }
     return markdown(["tested", ""], rows.items())
-
-
-def clean_line(content: Mapping[str, Any]) -> str:
-    clean, guess = content["clean"], content["chance"]
-    accuracy = with_interval(clean, "accuracy", unit="%")
-    said = f"**Clean accuracy: {accuracy}** ({clean['correct']} of {clean['total']}, greedy; {clean['status']})."
-    return said + (f" A guess among the options: {guess:.0f}%." if guess is not None else "")
 
 
 def noise_table(noise: Mapping[str, Mapping[str, Numbers]]) -> str:
