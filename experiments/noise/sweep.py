@@ -319,7 +319,8 @@ def run_sweep(config: SweepConfig, device: torch.device) -> Sweep | None:
             texts = question_ids(subject.tokenizer, [one.question for one in questions[:CHECKED]])
             check_known(texts, subject.tokenizer, config.benchmark)
             influences = _influences(config, subject, questions)
-            progress = open_progress(config.directory, influences, config.fresh, _defaults(config))
+            defaults = {key: one.default for key, one in type(config).model_fields.items() if key not in WITHOUT_INFLUENCE}
+            progress = open_progress(config.directory, influences, config.fresh, defaults)
             records = _run(config, subject, questions, progress)
     except Preempted as stop:
         done = [] if progress is None else [one for one in progress.records() if one["error"] is None]
@@ -376,12 +377,6 @@ def _influences(config: SweepConfig, subject: Subject, questions: list[Benchmark
         "weights_sha256": _fingerprint(subject.model),
         "questions_sha256": content.hexdigest(),
     }
-
-
-def _defaults(config: SweepConfig) -> dict[str, Any]:
-    """The values of settings that the directory of an older version does not name."""
-    fields = type(config).model_fields
-    return {key: field.default for key, field in fields.items() if not field.is_required() and key not in WITHOUT_INFLUENCE}
 
 
 def _fingerprint(model: torch.nn.Module) -> str:
