@@ -513,6 +513,14 @@ def test_only_the_sum_of_log_probabilities_prefers_short_texts(arguments: dict[s
     assert (judged["probability"]["answer"], judged["probability_sum"]["answer"]) == ("3", "4")
 
 
+def test_a_text_without_a_probability_is_no_answer(arguments: dict[str, Any]) -> None:
+    """A damaged model computes nan; that must fail the question, not count as a likely text."""
+    answerer = sweep.Answerer(SweepConfig(**arguments), None, [], None)  # type: ignore[arg-type]
+    given = [sweep.Answer(r"\boxed{3}", [-0.5, math.nan], None, torch.zeros(2, 4))]
+    with pytest.raises(ValueError, match="must be at most 0"):
+        answerer._judge(BenchmarkQuestion("math", 0, "?", "3"), sweep.Condition("clean", 1, 0.0), given)
+
+
 # --- stopping and going on ---
 
 
