@@ -14,32 +14,30 @@ it was stopped; the numbers of branches and the aggregations come from the branc
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import torch
 from pydantic import BeforeValidator, Field, model_validator
 
 from experiments.answers.benchmarks import same_answer
-from experiments.answers.questions import load_questions
-from experiments.noise.ablation_results import MIXED, NO_NOISE, Cells, Part, judged_by, vote, write_results
-from experiments.noise.settings import BranchConfig, NoiseNames, Setting, Voters, listed
+from experiments.answers.judging import AGGREGATIONS
+from experiments.noise.ablation_results import MIXED, NO_NOISE, Cells, Part, vote, write_results
+from experiments.noise.settings import BranchConfig, NoiseNames, Voters, listed
 from experiments.noise.subjects import load_subject
-from experiments.noise.summary import AGGREGATIONS, CLEAN, JUDGE, SELF_CONSISTENCY, Outcome, condition_key, setting_name
-from experiments.noise.sweep import Sweep, clean_thoughts, run_sweep
-from noise import NOISES, SCHEDULES, find_noise, noise_rows
+from experiments.noise.summary import CLEAN, JUDGE, SELF_CONSISTENCY, Outcome, condition_key
+from experiments.noise.sweep import Sweep, all_paths, run_sweep
+from noise import NOISES, SCHEDULES, NoiseType
 from systems import distributed
 from systems.metrics import print_config
 from systems.writing import write_jsonl
 from utils import Positive, UserError, entry_point, get_logger, load_config, one_of
 
 BASE, TYPES = "base", "noise_type"  # runs: the one that all parts share, and all other noise types together
-VECTORS = {"own": False, "shared": True}
 ELSEWHERE = {  # inherited keys that an ablation sets itself or has no use for, and what to do instead
     "noise_scales": "set noise_ratios, from which the scales of every noise type are computed",
     "controls": "full_test.py tries them",
@@ -72,40 +70,30 @@ class AblationConfig(BranchConfig):
             if getattr(self, key):
                 raise ValueError(f"{key}: not for an ablation: {hint}")
         if len(self.settings()) > 1:
-            found = ", ".join(setting_name(*one) for one in self.settings())
+            found = ", ".join(kind.name for kind in self.settings())
             raise ValueError(f"noise_type: an ablation varies one noise setting, found {found}; targeted needs noise_direction")
-        if not self.scales_by_ratio(self.setting, 1.0):
+        if all(equal_scale(self.setting, ratio, 1.0) is None for ratio in self.noise_ratios):
             raise ValueError(f"noise_ratios: dropout removes at most the whole thought: at most 1, found {self.noise_ratios}")
         return self
 
     @property
-    def setting(self) -> Setting:
-        [setting] = self.settings()
-        return setting
+    def setting(self) -> NoiseType:
+        [kind] = self.settings()
+        return kind
 
     @property
     def baseline(self) -> str:
         """The condition that is self-consistency: K branches without noise that are sampled."""
         return CLEAN if self.temperature else SELF_CONSISTENCY
 
-    def scales_by_ratio(self, setting: Setting, norm_per_entry: float) -> dict[float, float]:
-        """The scale of a noise setting for each noise ratio that it can have, see `equal_scale`."""
-        found = {ratio: equal_scale(setting[0], ratio, norm_per_entry) for ratio in self.noise_ratios}
-        return {ratio: scale for ratio, scale in found.items() if scale is not None}
 
-
-def all_settings() -> list[Setting]:
-    """Every noise type, targeted noise in both directions."""
-    return [(row.noise_type, row.direction) for row in NOISES.values()]
-
-
-def equal_scale(noise_type: str, ratio: float, norm_per_entry: float) -> float | None:
+def equal_scale(kind: NoiseType, ratio: float, norm_per_entry: float) -> float | None:
     """The scale at which the noise's root mean square norm is `ratio` times the norm of a hidden state.
 
     norm_per_entry: the norm of the hidden state by the square root of its width. Rounded to three digits. None: the type cannot
     make so much noise.
     """
-    scale = noise_rows(noise_type)[0].scale_for(ratio, norm_per_entry)
+    scale = kind.scale_for(ratio, norm_per_entry)
     return None if scale is None else float(f"{scale:.3g}")
 
 
@@ -114,46 +102,8 @@ class Run(BranchConfig):
 
     scales_of: dict[str, list[float]]
 
-    def scales(self, noise_type: str, direction: str | None) -> list[float]:
-        return self.scales_of.get(setting_name(noise_type, direction), [])
-
-
-# --- the subject's thoughts ---
-
-
-class Survey(NamedTuple):
-    """source: the checkpoint or the model. thoughts: the most that a question has.
-
-    norm_per_entry: mean norm of the thoughts that get the noise by the root of their width; 1 if no noise type needs it.
-    """
-
-    source: str
-    thoughts: int
-    norm_per_entry: float
-
-
-def survey(config: AblationConfig, device: torch.device) -> Survey:
-    """Count the thoughts of all questions and measure them, where a noise type needs it. UserError: steps that no one has."""
-    subject = load_subject(config, device)
-    questions = load_questions(
-        config.benchmark, config.data_path, config.subset, config.split, config.num_questions, config.seed
-    )
-    most, reached = 0, []
-    for question in questions:
-        with contextlib.suppress(UserError, ValueError):  # said when the question is answered
-            thoughts = subject.prompt(question).count(subject.ids.latent)
-            most = max(most, thoughts)
-            if thoughts >= config.noise_at_step:
-                reached.append(question)
-    for key, steps in {"noise_at_step": [config.noise_at_step], "injection_steps": config.injection_steps or []}.items():
-        if max(steps, default=0) > most > 0:
-            raise UserError(f"{key}: {max(steps)} is beyond the thoughts: no question has more than {most}")
-    if not reached or ("noise_type" not in config.parts and find_noise(*config.setting).relative):
-        return Survey(subject.source, most, 1.0)
-    paths = clean_thoughts(subject, reached, config.batch_size, config.seed).paths
-    perturbed = [path[config.noise_at_step - 1] for path in paths.values()]
-    norm = fmean(float(thought.norm()) for thought in perturbed)
-    return Survey(subject.source, most, norm / math.sqrt(len(perturbed[0])))
+    def scales(self, kind: NoiseType) -> list[float]:
+        return self.scales_of.get(kind.name, [])
 
 
 # --- the runs ---
@@ -161,20 +111,45 @@ def survey(config: AblationConfig, device: torch.device) -> Survey:
 
 @dataclass
 class Ablation:
-    """What all runs gave; sweeps: by the name of the run."""
+    """source: the checkpoint or the model. thoughts: the most that a question has. sweeps: what the runs gave, by their names.
+
+    norm_per_entry: mean norm of the thoughts that get the noise by the root of their width; 1 if no noise type needs it.
+    """
 
     config: AblationConfig
-    survey: Survey
-    sweeps: dict[str, Sweep]
+    source: str
+    thoughts: int
+    norm_per_entry: float
+    sweeps: dict[str, Sweep] = field(default_factory=dict)
 
-    def scales(self, setting: Setting) -> dict[float, float]:
-        """Of a noise setting, by noise ratio."""
-        return self.config.scales_by_ratio(setting, self.survey.norm_per_entry)
+    def scales(self, kind: NoiseType) -> dict[float, float]:
+        """The scale of a noise setting for each noise ratio that it can have, see `equal_scale`."""
+        found = {ratio: equal_scale(kind, ratio, self.norm_per_entry) for ratio in self.config.noise_ratios}
+        return {ratio: scale for ratio, scale in found.items() if scale is not None}
+
+
+def survey(config: AblationConfig, device: torch.device) -> Ablation:
+    """Count the thoughts of all questions and measure them, where a noise type needs it. UserError: steps that no one has."""
+    subject, questions = load_subject(config, device), config.questions()
+    counts = subject.count_thoughts(questions)
+    most = max(counts.values(), default=0)
+    for key, steps in {"noise_at_step": [config.noise_at_step], "injection_steps": config.injection_steps or []}.items():
+        if max(steps, default=0) > most > 0:
+            raise UserError(f"{key}: {max(steps)} is beyond the thoughts: no question has more than {most}")
+    paths = {}
+    if "noise_type" in config.parts or not config.setting.relative:
+        reached = [question for question in questions if counts.get(question.index, 0) >= config.noise_at_step]
+        paths = all_paths(subject, reached, config.batch_size)
+    if not paths:
+        return Ablation(config, subject.source, most, 1.0)
+    perturbed = [path[config.noise_at_step - 1] for path in paths.values()]
+    norm = fmean(float(thought.norm()) for thought in perturbed)
+    return Ablation(config, subject.source, most, norm / math.sqrt(len(perturbed[0])))
 
 
 def run_ablation(config: AblationConfig, device: torch.device) -> Ablation | None:
     """All runs, each going on where it was stopped; None if a signal stopped one. Called by all processes."""
-    ablation = Ablation(config, survey(config, device), {})
+    ablation = survey(config, device)
     runs = plan_runs(ablation)
     for number, (name, run) in enumerate(runs.items(), start=1):
         get_logger().info(f"run {number} of {len(runs)}: {run.directory}")
@@ -189,15 +164,15 @@ def run_ablation(config: AblationConfig, device: torch.device) -> Ablation | Non
 
 def plan_runs(ablation: Ablation) -> dict[str, Run]:
     """The runs that the chosen parts need, the shared one first."""
-    config, thoughts = ablation.config, ablation.survey.thoughts
+    config = ablation.config
     kept = config.model_dump(include=set(BranchConfig.model_fields))
     if config.load_model_path is not None:
-        kept["load_model_path"] = ablation.survey.source  # all of one checkpoint, even if a newer one appears meanwhile
-    scales = {setting_name(*one): list(ablation.scales(one).values()) for one in all_settings()}
-    base = {name: scales.pop(name) for name in [setting_name(*config.setting)]}
+        kept["load_model_path"] = ablation.source  # all of one checkpoint, even if a newer one appears meanwhile
+    scales = {kind.name: list(ablation.scales(kind).values()) for kind in NOISES.values()}
+    base = {config.setting.name: scales.pop(config.setting.name)}
     changed: dict[str, dict[str, Any]] = {BASE: {}}
     for part in config.parts:
-        for value, changes in PARTS[part].runs(config, thoughts).items():
+        for value, changes in PARTS[part].runs(config, ablation.thoughts).items():
             changed.setdefault(run_name(config, part, value, changes), changes)
     if "noise_type" in config.parts:
         changed[TYPES] = {"noise_type": "all", "noise_direction": None, "scales_of": scales}
@@ -215,10 +190,10 @@ def run_name(config: AblationConfig, part: str, value: str, changes: dict[str, A
 # --- what the questions got in them ---
 
 
-def outcomes(ablation: Ablation, run: str, setting: Setting) -> dict[str, dict[int, Outcome]]:
+def outcomes(ablation: Ablation, run: str, kind: NoiseType) -> dict[str, dict[int, Outcome]]:
     """By the amount of noise, the least first, what a run made of each question; NO_NOISE is self-consistency."""
     keys = {NO_NOISE: ablation.config.baseline}
-    keys |= {f"{ratio:g}": condition_key(*setting, scale) for ratio, scale in ablation.scales(setting).items()}
+    keys |= {f"{ratio:g}": condition_key(kind, scale) for ratio, scale in ablation.scales(kind).items()}
     answered = [record for record in ablation.sweeps[run].records if record["error"] is None]
     return {noise: {record["index"]: record["conditions"][key] for record in answered} for noise, key in keys.items()}
 
@@ -226,7 +201,7 @@ def outcomes(ablation: Ablation, run: str, setting: Setting) -> dict[str, dict[i
 def run_cells(ablation: Ablation, part: str) -> Cells:
     """One run for each value. Questions that have fewer thoughts than the noisy one are left out: they got no noise."""
     config, cells = ablation.config, {}
-    for value, changes in PARTS[part].runs(config, ablation.survey.thoughts).items():
+    for value, changes in PARTS[part].runs(config, ablation.thoughts).items():
         found = outcomes(ablation, run_name(config, part, value, changes), config.setting)
         reached = {index for noise, cell in found.items() if noise != NO_NOISE for index in cell if cell[index]["noise_ratio"]}
         for noise, cell in found.items():
@@ -237,10 +212,9 @@ def run_cells(ablation: Ablation, part: str) -> Cells:
 def type_cells(ablation: Ablation, part: str) -> Cells:
     """Every noise type at scales that add about as much."""
     cells = {}
-    for setting in all_settings():
-        run = BASE if setting == ablation.config.setting else TYPES
-        for noise, cell in outcomes(ablation, run, setting).items():
-            cells[setting_name(*setting), noise] = cell
+    for kind in NOISES.values():
+        for noise, cell in outcomes(ablation, BASE if kind == ablation.config.setting else TYPES, kind).items():
+            cells[kind.name, noise] = cell
     return cells
 
 
@@ -265,11 +239,12 @@ def aggregation_cells(ablation: Ablation, part: str) -> Cells:
     if len(base) > 2:  # more than self-consistency and one ratio
         base[MIXED] = mixed_branches(ablation, [cell for noise, cell in base.items() if noise != NO_NOISE])
     k = ablation.config.num_branches
-    return {
-        # Voted again with the noise as it was recorded: rounding must not decide between branches with as much noise.
-        (name, noise): {index: judged_by(first_branches(ablation, one, k), name) for index, one in cell.items()}
+    # All vote again: recorded votes of earlier versions used the noise before it was rounded, and of mixed ones there are none.
+    voted = {noise: {index: first_branches(ablation, one, k) for index, one in cell.items()} for noise, cell in base.items()}
+    return {  # what is counted is the answer where the majority's stands
+        (name, noise): {index: {**one, JUDGE: one[name]} for index, one in cell.items()}
         for name in AGGREGATIONS
-        for noise, cell in base.items()
+        for noise, cell in voted.items()
     }
 
 
@@ -314,12 +289,12 @@ PARTS: dict[str, Varied] = {
         ordered=True,
         of_self_consistency=True,
     ),
-    "noise_type": Varied("noise type", lambda config: setting_name(*config.setting), type_cells),
+    "noise_type": Varied("noise type", lambda config: config.setting.name, type_cells),
     "aggregation": Varied("from branches to an answer", lambda config: JUDGE, aggregation_cells, of_self_consistency=True),
     "shared_noise": Varied(
         "noise vectors of the branches",
-        lambda config: next(value for value, shared in VECTORS.items() if shared == config.shared_noise),
-        runs=lambda config, thoughts: {name: {"shared_noise": shared} for name, shared in VECTORS.items()},
+        lambda config: "shared" if config.shared_noise else "own",
+        runs=lambda config, thoughts: {"own": {"shared_noise": False}, "shared": {"shared_noise": True}},
     ),
     "schedule": Varied(
         "schedule of the noise in later thoughts",
@@ -347,9 +322,9 @@ def main(arguments: list[str]) -> None:
         parts = [part_of(ablation, name) for name in config.parts]
         info = {
             **ablation.sweeps[BASE].info,
-            "noise_type": setting_name(*config.setting),
+            "noise_type": config.setting.name,
             "noise_ratios": config.noise_ratios,
-            "scales": {setting_name(*one): [*ablation.scales(one).values()] for one in all_settings()},
+            "scales": {kind.name: [*ablation.scales(kind).values()] for kind in NOISES.values()},
             "runs": {name: str(sweep.config.directory) for name, sweep in ablation.sweeps.items()},
             "self_consistency": config.baseline,
         }

@@ -20,7 +20,7 @@ from experiments.noise.progress import Record, finished_records
 from experiments.noise.settings import WITHOUT_INFLUENCE
 from experiments.noise.summary import CLEAN, JUDGE, counterpart, likeliest
 from experiments.plots import ACCURACY, drawing
-from experiments.tables import markdown
+from experiments.tables import markdown, with_interval
 from experiments.transfer import transferred
 from systems.arguments import Parser
 from systems.writing import write_json, write_text
@@ -52,11 +52,6 @@ def numbers(values: np.ndarray) -> Numbers:
     seeds = [100 * float(mean) for mean in values.mean(axis=1)]
     mean = float(np.mean(seeds))
     return {"questions": values.shape[1], "mean": mean, "low": 100 * low, "high": 100 * high, "seeds": seeds}
-
-
-def with_interval(one: Numbers, sign: str = "") -> str:
-    """A mean and the bounds of its interval. sign: "+" writes that of positive numbers as well."""
-    return f"{one['mean']:{sign}.1f} ({one['low']:{sign}.1f} to {one['high']:{sign}.1f})"
 
 
 class Experiment(NamedTuple):
@@ -131,7 +126,7 @@ def _table(experiments: Sequence[Experiment], keys: Sequence[str]) -> np.ndarray
 def table(result: Mapping[str, Numbers]) -> str:
     rows = []
     for key, one in result.items():
-        seeds, change = one["seeds"], with_interval(one["difference"], "+") if "difference" in one else ""
+        seeds, change = one["seeds"], with_interval(one.get("difference"), sign="+")
         spread = f"{min(seeds):.1f} to {max(seeds):.1f}"
         rows.append((key, str(len(seeds)), str(one["questions"]), with_interval(one), spread, change))
     return markdown(COLUMNS, rows)
@@ -172,7 +167,7 @@ def check_alike(directories: Sequence[Path]) -> None:
 def _draw(curve: Mapping[float, Numbers], path: Path, title: str, clean: Numbers | None) -> None:
     """A line for each seed; their mean with its interval."""
     scales = list(curve)
-    with drawing(path, (7.5, 4.4), xlabel="scale of the noise", ylabel=ACCURACY, title=title) as axes:
+    with drawing(path, (7.5, 4.4), {}, xlabel="scale of the noise", ylabel=ACCURACY, title=title) as axes:
         axes.plot(scales, [one["seeds"] for one in curve.values()], color="#97b8dd", linewidth=1)
         axes.plot(scales, [one["mean"] for one in curve.values()], color="#1f3d66", marker="o", label="mean over seeds")
         low, high = ([one[key] for one in curve.values()] for key in ("low", "high"))

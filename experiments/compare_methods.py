@@ -19,12 +19,12 @@ import numpy as np
 
 from config import RunConfig
 from dataset import load_records
-from experiments.across_seeds import numbers, with_interval
+from experiments.across_seeds import numbers
 from experiments.noise.progress import finished_records
 from experiments.noise.summary import JUDGE
 from experiments.plots import learning_curves, method_bars
 from experiments.quickstart import CHANCE, evaluation_of, read_evaluation, read_metrics, read_predictions
-from experiments.tables import markdown, text
+from experiments.tables import markdown, text, with_interval
 from methods import LATENT, METHODS, scheduled_stage, stage_shape
 from preprocessing.prosqa_shortcuts import depth_shortcut
 from systems.arguments import Parser
@@ -139,7 +139,7 @@ def table(summary: dict[str, Any]) -> str:
         [
             f"{row['label']} (`{method}`)",
             with_interval(row["over_seeds"]),
-            with_interval(row["minus_first"], "+") if row["minus_first"] else "",
+            with_interval(row["minus_first"], sign="+"),
             ", ".join(f"{100 * accuracy:.1f}" for accuracy in row["accuracies"]),
             *(_mean(row["further"][stem]) for stem in further),
             _mean(row["zero_thoughts"]) + text(row["zero_thoughts_wrote_steps"], " ({:.0%})"),

@@ -9,30 +9,29 @@ check fails: a p-value below 1e-4, or what must hold exactly does not.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from rich.table import Table
 from torch import Tensor
 
-from dataset import MyCollator
-from experiments.answers.questions import BenchmarkQuestion, load_questions
+from experiments.answers.questions import BenchmarkQuestion
 from experiments.checks.noise_laws import SMALLEST_P, measure, measure_below_rounding, measure_zero, recommended_settings
 from experiments.noise.settings import SweepConfig
 from experiments.noise.subjects import Subject, load_subject
+from experiments.noise.sweep import think
 from experiments.tables import terminal, text
 from noise import noise_generator
 from systems.arguments import Parser
 from systems.machine import machine
 from systems.metrics import show
 from systems.writing import write_json
-from thoughts import count_passes, embedding_norm
+from thoughts import embedding_norm
 from utils import UserError, entry_point, load_config
 
 PROGRAM = "noise_check"
@@ -43,21 +42,7 @@ COARSE = (torch.float16, torch.bfloat16)
 DTYPES = (torch.float32, *COARSE)
 
 
-class Thoughts(NamedTuple):
-    """Thoughts (N, D) float32, and of which question and pass (from 1) each is."""
-
-    states: Tensor
-    questions: list[int]
-    passes: list[int]
-
-    def of_pass(self, chosen: int) -> Thoughts:
-        """One thought of every question; noise goes into the first by default."""
-        rows = [row for row, number in enumerate(self.passes) if number == chosen]
-        return Thoughts(self.states[rows], [self.questions[row] for row in rows], [chosen] * len(rows))
-
-    def generators(self, seed: int, branch: int) -> list[torch.Generator]:
-        """The sources that the noise of these thoughts has in an experiment."""
-        return [noise_generator(seed, question, branch, number) for _, question, number in zip(*self, strict=True)]
+Paths = dict[int, Tensor]  # the thoughts (N, D) of each question by its index, float32
 
 
 # --- the thoughts ---
@@ -65,51 +50,38 @@ class Thoughts(NamedTuple):
 
 def load(source: Path, data_file: Path, benchmark: str, limit: int) -> tuple[Subject, list[BenchmarkQuestion]]:
     """Who thinks, on the CPU in float32, and the first questions of a file. Raises UserError as these two do."""
-    arguments = [f"name={PROGRAM}", f"benchmark={benchmark}", f"load_model_path={source}"]
-    subject = load_subject(load_config(SweepConfig, arguments), torch.device("cpu"))
-    return subject, load_questions(benchmark, data_file, limit=limit)
+    asked = [f"benchmark={benchmark}", f"data_path={data_file}", f"num_questions={limit}"]
+    config = load_config(SweepConfig, [f"name={PROGRAM}", f"load_model_path={source}", *asked])
+    return load_subject(config, torch.device("cpu")), config.questions()
 
 
-def clean_thoughts(subject: Subject, questions: Sequence[BenchmarkQuestion]) -> Thoughts:
+def clean_thoughts(subject: Subject, questions: Sequence[BenchmarkQuestion]) -> Paths:
     """The thoughts of all questions, each as it is fed back. Raises UserError if one is zero or not finite."""
-    parts = [think(subject, questions[at : at + BATCH]) for at in range(0, len(questions), BATCH)]
-    thoughts = Thoughts(
-        torch.cat([part.states for part in parts]),
-        [question for part in parts for question in part.questions],
-        [number for part in parts for number in part.passes],
-    )
-    if not bool((thoughts.states.norm(dim=-1) > 0).all() and thoughts.states.isfinite().all()):
+    paths: Paths = {}
+    for at in range(0, len(questions), BATCH):
+        paths |= think(subject, questions[at : at + BATCH])
+    states = torch.cat([*paths.values()])
+    if not bool((states.norm(dim=-1) > 0).all() and states.isfinite().all()):
         raise UserError(f"{subject.source}: a thought is zero or not finite; the weights are damaged")
-    return thoughts
+    return paths
 
 
-@torch.no_grad()
-def think(subject: Subject, questions: Sequence[BenchmarkQuestion]) -> Thoughts:
-    """The thoughts of one batch of questions, without noise."""
-    collator = MyCollator(subject.tokenizer, subject.ids.latent)
-    prompts = [subject.prompt(question) for question in questions]
-    batch = collator(
-        [
-            {"input_ids": ids, "attention_mask": [1] * len(ids), "position_ids": range(len(ids)), "idx": question.index}
-            for ids, question in zip(prompts, questions, strict=True)
-        ]
-    )
-    latent, indices = batch["input_ids"] == subject.ids.latent, batch["idx"].tolist()  # (B, T), B
-    states = subject.model.think(batch["input_ids"], batch["attention_mask"]).inputs_embeds[latent]
-    numbers = [indices[row] for row in latent.nonzero()[:, 0].tolist()]
-    return Thoughts(states, numbers, torch.tensor(count_passes(latent))[latent].tolist())
+def generators(paths: Paths, seed: int, branch: int) -> list[torch.Generator]:
+    """The sources that the noise of these thoughts has in an experiment, in their order."""
+    numbered = ((question, number) for question, path in paths.items() for number in range(1, len(path) + 1))
+    return [noise_generator(seed, question, branch, number) for question, number in numbered]
 
 
-def norms(thoughts: Thoughts) -> dict[str, Any]:
+def norms(paths: Paths) -> dict[str, Any]:
     """How long thoughts are: all of them, and those of each pass."""
-    sizes = thoughts.states.double().norm(dim=-1)
-    passes = torch.tensor(thoughts.passes)
+    states = torch.cat([*paths.values()]).double()
+    sizes, passes = states.norm(dim=-1), torch.cat([torch.arange(1, len(path) + 1) for path in paths.values()])
     return {
-        "width": thoughts.states.shape[1],
-        "coordinate": thoughts.states.double().square().mean().sqrt().item(),  # root mean square
+        "width": states.shape[1],
+        "coordinate": states.square().mean().sqrt().item(),  # root mean square
         "mean_inverse_square": sizes.pow(-2).mean().item(),
         "all": _spread(sizes),
-        "by_pass": {str(number): _spread(sizes[passes == number]) for number in sorted(set(thoughts.passes))},
+        "by_pass": {str(number): _spread(sizes[passes == number]) for number in passes.unique().tolist()},
     }
 
 
@@ -126,13 +98,13 @@ def _spread(sizes: Tensor) -> dict[str, float]:
 # --- the checks ---
 
 
-def check_noise_on(thoughts: Thoughts, seed: int) -> dict[str, Any]:
+def check_noise_on(paths: Paths, seed: int) -> dict[str, Any]:
     """All settings, each with its own draws: on all thoughts in float32, on the first thoughts in 16 bits, and on zeros."""
-    firsts, result = thoughts.of_pass(1), {}
+    result = {}
     for dtype in DTYPES:
-        chosen = thoughts if dtype == torch.float32 else firsts
-        states = chosen.states.to(dtype)
-        sources = [functools.partial(chosen.generators, seed, branch) for branch in range(len(recommended_settings()) + 1)]
+        chosen = paths if dtype == torch.float32 else {question: path[:1] for question, path in paths.items()}
+        states = torch.cat([*chosen.values()]).to(dtype)
+        sources = [functools.partial(generators, chosen, seed, branch) for branch in range(len(recommended_settings()) + 1)]
         rows = [measure(states, *each) for each in zip(recommended_settings(), sources, strict=False)]
         zeros = [measure_zero(states.shape[1], dtype, setting) for setting in recommended_settings()]
         result[_name(dtype)] = {"settings": rows, "zero_thoughts": zeros}
@@ -151,15 +123,15 @@ def all_rows(checks: dict[str, Any]) -> list[dict[str, Any]]:
 
 def check(subject: Subject, questions: Sequence[BenchmarkQuestion], seed: int) -> dict[str, Any]:
     """The content of noise_check.json, without the data file; what is no number is None."""
-    thoughts = clean_thoughts(subject, questions)
-    checks = check_noise_on(thoughts, seed)
+    paths = clean_thoughts(subject, questions)
+    checks = check_noise_on(paths, seed)
     result = {
         "model": "/".join(Path(subject.source).parts[-2:]),
-        "questions": len(set(thoughts.questions)),
+        "questions": sum(len(path) > 0 for path in paths.values()),
         "seed": seed,
         "smallest_p": SMALLEST_P,
         "machine": machine(subject.device),
-        "norms": norms(thoughts) | {"embedding": embedding_norm(subject.model.base_causallm).item()},
+        "norms": norms(paths) | {"embedding": embedding_norm(subject.model.base_causallm).item()},
         **checks,
         "p_values": sum(one["p_value"] is not None for row in all_rows(checks) for one in row["checks"].values()),
         "failed": sum(not row["passed"] for row in all_rows(checks)),
@@ -217,7 +189,8 @@ def _cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def _arguments(given: list[str]) -> argparse.Namespace:
+@entry_point
+def main(given: list[str]) -> None:
     parser = Parser(f"python -m experiments.{PROGRAM}", __doc__)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("data_file", type=Path)
@@ -225,12 +198,7 @@ def _arguments(given: list[str]) -> argparse.Namespace:
     parser.add_argument("--questions", type=int, default=500, help="how many, from the first (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
     parser.add_argument("--benchmark", default="prosqa", help="whose questions they are (default: %(default)s)")
-    return parser.parse_args(given)
-
-
-@entry_point
-def main(given: list[str]) -> None:
-    arguments = _arguments(given)
+    arguments = parser.parse_args(given)
     try:
         arguments.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -12,7 +12,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,8 +23,9 @@ from coconut import Coconut
 from dataset import load_records
 from experiments.across_seeds import Numbers, numbers
 from experiments.answers.extraction import last_word
-from experiments.tables import markdown
+from experiments.tables import markdown, with_interval
 from methods import METHODS, stage_shape
+from states import Thinking
 from systems.arguments import Parser
 from systems.tokens import question_ids
 from systems.writing import write_json, write_text
@@ -111,28 +112,17 @@ def answers_by_patch(model: Coconut, pairs: Sequence[Pair]) -> dict[str, np.ndar
     return found
 
 
-def _batches(pairs: Sequence[Pair]) -> Iterator[list[int]]:
+def _batches(pairs: Sequence[Pair]) -> Iterator[np.ndarray]:
     """Places of pairs of one length, so many at a time."""
-    lengths: dict[int, list[int]] = {}
-    for place, pair in enumerate(pairs):
-        lengths.setdefault(len(pair.prompts[0]), []).append(place)
-    for places in lengths.values():
-        for begin in range(0, len(places), BATCH):
-            yield places[begin : begin + BATCH]
+    lengths = np.array([len(pair.prompts[0]) for pair in pairs])
+    for length in np.unique(lengths):
+        same = np.flatnonzero(lengths == length)
+        yield from np.split(same, range(BATCH, len(same), BATCH))
 
 
-@dataclass
-class _Thought:
-    """embeds: (B, T, D), with the thoughts. cache: of all T columns."""
-
-    embeds: Tensor
-    cache: DynamicCache
-
-
-def _think(model: Coconut, prompts: Sequence[list[int]]) -> _Thought:
-    thinking = model.think(torch.tensor(prompts, device=model.embedding.weight.device), keep_cache=True)
-    assert thinking.cache is not None
-    return _Thought(thinking.inputs_embeds, thinking.cache)
+def _think(model: Coconut, prompts: Sequence[list[int]]) -> Thinking:
+    """With the cache of all T columns."""
+    return model.think(torch.tensor(prompts, device=model.embedding.weight.device), keep_cache=True)
 
 
 def _read(model: Coconut, embeds: Tensor, cache: DynamicCache) -> Tensor:
@@ -143,17 +133,17 @@ def _read(model: Coconut, embeds: Tensor, cache: DynamicCache) -> Tensor:
     return model.base_pass(embeds, mask, positions, cache).states[:, -1]
 
 
-def _patched(model: Coconut, patch: Patch, own: _Thought, other: _Thought, thoughts: int) -> DynamicCache:
-    question = own.embeds.shape[1] - thoughts
+def _patched(model: Coconut, patch: Patch, own: Thinking, other: Thinking, thoughts: int) -> DynamicCache:
+    question = own.inputs_embeds.shape[1] - thoughts
     if patch.recomputed:
         cache = DynamicCache()
-        _read(model, torch.cat([own.embeds[:, :question], other.embeds[:, question:]], dim=1), cache)
+        _read(model, torch.cat([own.inputs_embeds[:, :question], other.inputs_embeds[:, question:]], dim=1), cache)
         return cache
-    columns = torch.zeros(own.embeds.shape[1], dtype=torch.bool, device=own.embeds.device)
+    columns = torch.zeros(own.inputs_embeds.shape[1], dtype=torch.bool, device=own.inputs_embeds.device)
     columns[:question] = patch.question
     columns[[question + number for number in (range(thoughts) if patch.thoughts is None else patch.thoughts)]] = True
-    cache = copy.deepcopy(own.cache)
-    for number, (layer, source) in enumerate(zip(cache.layers, other.cache.layers, strict=True)):
+    cache, given = cast("DynamicCache", copy.deepcopy(own.cache)), cast("DynamicCache", other.cache)
+    for number, (layer, source) in enumerate(zip(cache.layers, given.layers, strict=True)):
         if patch.layers is None or number in patch.layers:
             for name in ("keys", "values"):  # (B, heads, T, D / heads)
                 kept, new = getattr(layer, name), getattr(source, name)
@@ -196,9 +186,8 @@ def patch_checkpoints(checkpoints: Sequence[str], data: Path, questions: int) ->
 def table(found: dict[str, dict[str, Numbers]]) -> str:
     rows = []
     for about, one in found.items():
-        shares = [f"{share['mean']:.1f} ({share['low']:.1f} to {share['high']:.1f})" for share in one.values()]
         seeds = ", ".join(f"{value:.0f}" for value in one["other"]["seeds"])
-        rows.append((about, str(one["other"]["questions"]), *shares, seeds))
+        rows.append((about, str(one["other"]["questions"]), *map(with_interval, one.values()), seeds))
     return markdown(COLUMNS, rows)
 
 

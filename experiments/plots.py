@@ -22,13 +22,8 @@ Numbers = Mapping[str, Any]  # one condition: accuracy, low, high (of its 95% in
 Point = tuple[float, Numbers]  # a place on the x axis and what was measured there
 ACCURACY = "accuracy in %"
 REFERENCES = {"clean": ("black", "-"), "greedy": ("#4a78b5", "--"), "chance": ("grey", ":")}
-HEALTH = (
-    "thought_norm",
-    "thought_distance",
-    "thought_cosine",
-    "thought_change",
-    "question_cosine",
-)  # not the rank: its scale is another
+# Of the thoughts; not the rank, as its scale is another.
+HEALTH = ("thought_norm", "thought_distance", "thought_cosine", "thought_change", "question_cosine")
 STAGE_COLOURS = ("#e8eef7", "#cddcee", "#b2cae6", "#97b8dd", "#7ca6d4")
 
 
@@ -94,7 +89,7 @@ def grouped(
     interval. lines: accuracies by their names in REFERENCES.
     """
     groups = list(dict.fromkeys(group for members in series.values() for group in members))
-    with drawing(path, (8.5, 4.6), legend, xlabel=xlabel, ylabel=ACCURACY, title=title) as axes:
+    with drawing(path, (8.5, 4.6), lines or {}, legend, xlabel=xlabel, ylabel=ACCURACY, title=title) as axes:
         axes.grid(visible=False, axis="x")
         width = 0.8 / max(1, len(series))
         for number, (label, members) in enumerate(series.items()):
@@ -109,7 +104,6 @@ def grouped(
         if baseline is not None and baseline["accuracy"] is not None:
             axes.axhspan(baseline["low"], baseline["high"], color="black", alpha=0.1, linewidth=0)
             axes.axhline(baseline["accuracy"], color="black", linewidth=1, label="none: the model's own")
-        references(axes, lines or {})
         longest = max((len(group.split("\n")[0]) for group in groups), default=0)
         axes.set_xticks(range(len(groups)), groups, rotation=20 if longest > 12 else 0)
     return axes
@@ -117,13 +111,12 @@ def grouped(
 
 def method_bars(accuracies: dict[str, list[float]], chance: float, path: Path, title: str) -> None:
     """Mean accuracy of each method over its seeds, every seed as a dot; fractions."""
-    with drawing(path, (9.5, 3.8), ylabel="test accuracy in %", title=title) as axes:
+    with drawing(path, (9.5, 3.8), {"chance": 100 * chance}, ylabel="test accuracy in %", title=title) as axes:
         means = [100 * sum(values) / len(values) for values in accuracies.values()]
         axes.bar(list(accuracies), means, color="#b2cae6", edgecolor="#4a78b5", label="mean over seeds")
         for place, values in enumerate(accuracies.values()):
             offsets = [place + 0.12 * (number - (len(values) - 1) / 2) for number in range(len(values))]
             axes.plot(offsets, [100 * value for value in values], "o", color="#1f3d66", markersize=4)
-        references(axes, {"chance": 100 * chance})
         axes.set_xticks(range(len(accuracies)), [*accuracies], rotation=25, ha="right", rotation_mode="anchor")
 
 
@@ -133,7 +126,7 @@ def learning_curves(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], c
     The thick line is the median of the seeds at each of the first seed's epochs, the thin ones are the seeds.
     """
     labels = {"xlabel": "examples trained, thousands", "ylabel": "validation accuracy in %", "title": title}
-    with drawing(path, (9, 4.6), **labels) as axes:
+    with drawing(path, (9, 4.6), {"chance": 100 * chance}, **labels) as axes:
         for number, (method, seeds) in enumerate(runs.items()):
             style = f"C{number}" + ("-" if number < 10 else "--")  # there are ten colours
             curves = [([row["examples"] / 1000 for row in rows], [100 * row["accuracy"] for row in rows]) for rows in seeds]
@@ -141,15 +134,16 @@ def learning_curves(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], c
                 axes.plot(*curve, style, linewidth=0.6, alpha=0.5)
             middle = np.median([np.interp(curves[0][0], *curve) for curve in curves], axis=0)
             axes.plot(curves[0][0], middle, style, linewidth=2, label=method)
-        references(axes, {"chance": 100 * chance})
 
 
 # --- shared by all figures ---
 
 
 @contextmanager
-def drawing(path: Path, size: tuple[float, float], legend: str = "", **labels: Any) -> Iterator[Axes]:
-    """One panel with a grid. At the end it gets its labels and its legend, and is written to a file.
+def drawing(
+    path: Path, size: tuple[float, float], lines: Mapping[str, float | None], legend: str = "", **labels: Any
+) -> Iterator[Axes]:
+    """One panel with a grid. At the end it gets these lines (see `references`), labels and a legend, and is written to a file.
 
     The legend stands beside the panel; what was measured comes before lines that help to read it. legend: its title.
     """
@@ -158,6 +152,7 @@ def drawing(path: Path, size: tuple[float, float], legend: str = "", **labels: A
     axes.set_axisbelow(True)
     axes.set_ylim(-2, 105)
     yield axes
+    references(axes, lines)
     axes.set(**labels)
     entries = sorted(zip(*axes.get_legend_handles_labels(), strict=True), key=lambda entry: not isinstance(entry[0], Container))
     if entries:

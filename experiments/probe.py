@@ -21,10 +21,10 @@ import torch
 from matplotlib import pyplot as plt
 from pydantic import BeforeValidator, Field, model_validator
 
-from experiments.across_seeds import Numbers, numbers, with_interval
+from experiments.across_seeds import Numbers, numbers
 from experiments.plots import save_figure, shades
 from experiments.probes import PROBES, Probe, Probed, Series
-from experiments.tables import markdown
+from experiments.tables import markdown, with_interval
 from systems.files import MANIFEST, read_typed
 from systems.machine import described, machine
 from systems.pretrained import resolved
@@ -123,7 +123,7 @@ def over_seeds(by_checkpoint: Mapping[str, Sequence[Series]]) -> Found:
 def table(probe: Probe, found: Found, groups: Sequence[str]) -> str:
     rows = []
     for key, by_group in found.items():
-        rows.append((key, *(with_interval(by_group[group]) if group in by_group else "" for group in groups)))
+        rows.append((key, *map(with_interval, map(by_group.get, groups))))
     return f"{probe.about} In {probe.unit}.\n\n" + markdown(("", *groups), rows)
 
 

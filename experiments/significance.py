@@ -10,7 +10,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from scipy.optimize import OptimizeWarning, curve_fit
@@ -18,6 +18,7 @@ from scipy.stats import binomtest
 from statsmodels.stats.multitest import multipletests
 
 GOOD, DEGRADED = 0.6, 0.2
+RESAMPLES = 10_000  # of a bootstrap
 Z_95 = 1.959964  # of the normal distribution, both sides
 
 
@@ -29,23 +30,17 @@ def status(accuracy: float) -> str:
 # --- paired comparisons ---
 
 
-class McNemar(NamedTuple):
-    """Questions that only the first, or only the second, got right; two-sided p of the exact test."""
+def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> dict[str, Any]:
+    """Exact test (McNemar 1947) of two systems on the same questions.
 
-    only_first: int
-    only_second: int
-    p_value: float
-
-
-def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> McNemar:
-    """Exact test (McNemar 1947) of two systems on the same questions; p is 1 where they never differ.
-
+    only_first, only_second: questions that one of them alone got right. p_value: two-sided; 1 where they never differ.
     ValueError: different numbers of questions.
     """
     only_first = sum(one and not other for one, other in zip(first, second, strict=True))
     only_second = sum(other and not one for one, other in zip(first, second, strict=True))
     differing = only_first + only_second
-    return McNemar(only_first, only_second, float(binomtest(only_first, differing).pvalue) if differing else 1.0)
+    p_value = float(binomtest(only_first, differing).pvalue) if differing else 1.0
+    return {"only_first": only_first, "only_second": only_second, "p_value": p_value}
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -53,30 +48,19 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return multipletests(p_values, method="holm")[1].tolist() if p_values else []
 
 
-class Difference(NamedTuple):
-    """Accuracy of the second minus that of the first, with the bounds of its interval."""
+def paired_difference(first: Sequence[bool], second: Sequence[bool], seed: int = 0) -> tuple[float, float, float]:
+    """Accuracy of the second minus that of the first, and the bounds of its 95% interval.
 
-    difference: float
-    low: float
-    high: float
-
-
-def paired_difference(
-    first: Sequence[bool], second: Sequence[bool], seed: int = 0, resamples: int = 10_000, confidence: float = 0.95
-) -> Difference:
-    """Percentile bootstrap over questions (Efron 1979), both systems drawn together.
-
-    A question's difference is -1, 0 or 1, so how often each is drawn, from a multinomial, says all about a resample.
-    ValueError: no questions, or different numbers of them.
+    Percentile bootstrap over questions (Efron 1979), both systems drawn together. A question's difference is -1, 0 or 1, so how
+    often each is drawn, from a multinomial, says all about a resample. ValueError: no questions, or different numbers of them.
     """
     differences = np.array([int(other) - int(one) for one, other in zip(first, second, strict=True)])
     if not differences.size:
         raise ValueError("a difference needs at least one question")
     shares = [np.mean(differences == value) for value in (-1, 0, 1)]
-    counts = np.random.default_rng(seed).multinomial(differences.size, shares, size=resamples)  # (resamples, 3)
-    means = (counts[:, 2] - counts[:, 0]) / differences.size
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Difference(float(differences.mean()), float(low), float(high))
+    counts = np.random.default_rng(seed).multinomial(differences.size, shares, size=RESAMPLES)  # (resamples, 3)
+    low, high = np.quantile((counts[:, 2] - counts[:, 0]) / differences.size, [0.025, 0.975])
+    return float(differences.mean()), float(low), float(high)
 
 
 def least_difference(only_first: float, only_second: float, questions: int) -> float:
@@ -103,18 +87,6 @@ def questions_for_margin(margin: float, differing: float) -> int:
 # --- decay with noise ---
 
 
-class Decay(NamedTuple):
-    """A fitted curve: its parameters in the order of the formula; R² is None where all accuracies are equal."""
-
-    formula: str
-    parameters: tuple[float, ...]
-    r_squared: float | None
-
-    def at(self, scales: Sequence[float]) -> list[float]:
-        """Accuracies that the curve gives at these scales."""
-        return CURVES[self.formula].values(np.asarray(scales, dtype=float), *self.parameters).tolist()
-
-
 @dataclass(frozen=True)
 class Curve:
     """values: accuracies at scales x. start: parameters from the highest accuracy and the scale where half is lost."""
@@ -136,14 +108,10 @@ CURVES = {
 }
 
 
-def fit_decays(scales: Sequence[float], accuracies: Sequence[float]) -> dict[str, Decay | None]:
-    """The three decays by least squares, under their formulas; see `fit_decay`."""
-    return {formula: fit_decay(formula, scales, accuracies) for formula in CURVES}
+def fit_decay(formula: str, scales: Sequence[float], accuracies: Sequence[float]) -> dict[str, Any] | None:
+    """One of CURVES by least squares: parameters, in the order of the formula, and r_squared (None: all accuracies are equal).
 
-
-def fit_decay(formula: str, scales: Sequence[float], accuracies: Sequence[float]) -> Decay | None:
-    """One of CURVES by least squares. None: fewer different scales than parameters, a value that is not finite, or no fit.
-
+    None: fewer different scales than parameters, a value that is not finite, or no fit.
     scales: at least 0; larger ones must mean more noise: for `snr` give 1 / scale. ValueError: not one accuracy for each scale.
     """
     half = half_scale(scales, accuracies) or max(scales, default=0)
@@ -162,7 +130,7 @@ def fit_decay(formula: str, scales: Sequence[float], accuracies: Sequence[float]
         return None
     total = float(((y - y.mean()) ** 2).sum())
     r_squared = 1 - float(((y - curve.values(x, *found)) ** 2).sum()) / total if total > 1e-15 else None
-    return Decay(formula, tuple(found.tolist()), r_squared)
+    return {"parameters": found.tolist(), "r_squared": r_squared}
 
 
 def half_scale(scales: Sequence[float], accuracies: Sequence[float]) -> float | None:

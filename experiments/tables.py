@@ -37,6 +37,8 @@ def probability(value: float | None) -> str:
     return "<0.001" if value is not None and value < 0.001 else text(value, "{:.3f}")
 
 
-def with_interval(numbers: Mapping[str, Any], key: str = "accuracy") -> str:
-    """A share and the bounds of its interval, all in percent."""
-    return f"{numbers[key]:.1f}% ({numbers['low']:.1f} to {numbers['high']:.1f})"
+def with_interval(numbers: Mapping[str, Any] | None, key: str = "mean", sign: str = "", unit: str = "") -> str:
+    """A number and the bounds of its 95% interval; nothing where there is none. sign: "+" also for positive ones."""
+    if numbers is None:
+        return ""
+    return f"{numbers[key]:{sign}.1f}{unit} ({numbers['low']:{sign}.1f} to {numbers['high']:{sign}.1f})"

@@ -18,11 +18,18 @@ from systems.arguments import Parser
 from systems.writing import write_json
 from utils import UserError, entry_point, get_logger
 
+SHARES = ("answer_of_the_other", "own_answer")
+
 
 def transfer(records: list[Record]) -> dict[str, dict[str, Any]]:
     """For each place of the control: questions, and in percent with 95% intervals the answers of the other and of its own."""
-    found = transferred(records)
-    return {place: _shares(found[place]) for place in sorted(found)}
+    found: dict[str, dict[str, Any]] = {}
+    for place, counted in sorted(transferred(records).items()):
+        found[place] = {"questions": len(counted), **dict.fromkeys(SHARES)}
+        for name, which in zip(SHARES, zip(*counted, strict=True), strict=False):
+            low, high = interval(sum(which), len(which))
+            found[place][name] = {"percent": 100 * sum(which) / len(which), "low": 100 * low, "high": 100 * high}
+    return found
 
 
 def transferred(records: list[Record]) -> dict[str, list[tuple[bool, bool]]]:
@@ -41,14 +48,6 @@ def transferred(records: list[Record]) -> dict[str, list[tuple[bool, bool]]]:
     return found
 
 
-def _shares(counted: list[tuple[bool, bool]]) -> dict[str, Any]:
-    shares: dict[str, Any] = {"questions": len(counted), "answer_of_the_other": None, "own_answer": None}
-    for name, which in zip(("answer_of_the_other", "own_answer"), zip(*counted, strict=True), strict=False):
-        low, high = interval(sum(which), len(which))
-        shares[name] = {"percent": 100 * sum(which) / len(which), "low": 100 * low, "high": 100 * high}
-    return shares
-
-
 def report(directory: Path) -> str:
     """Write transfer.json into the experiment's directory; one line for each place. UserError: there is nothing to look at."""
     found = transfer(finished_records(directory))
@@ -57,8 +56,7 @@ def report(directory: Path) -> str:
     write_json(directory / "transfer.json", found)
     lines = []
     for place, one in found.items():
-        shares = {name.replace("_", " "): one[name] for name in ("answer_of_the_other", "own_answer")}
-        said = [f"{name} {with_interval(share, 'percent') if share else '-'}" for name, share in shares.items()]
+        said = [f"{name.replace('_', ' ')} {with_interval(one[name], 'percent', unit='%') or '-'}" for name in SHARES]
         lines.append(f"{place}: {one['questions']} questions, {', '.join(said)}")
     return "\n".join(lines)
 

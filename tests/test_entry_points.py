@@ -27,7 +27,7 @@ from experiments import plots, significance
 from experiments.answers.benchmarks import BENCHMARKS
 from experiments.answers.questions import BenchmarkQuestion
 from experiments.checks import branch_check, selfcheck, stand_ins
-from experiments.noise import full, full_report
+from experiments.noise import full
 from experiments.noise.settings import FullConfig, SweepConfig
 from experiments.noise.sweep import Answerer, run_sweep
 from utils import load_config
@@ -359,14 +359,14 @@ def planted(only_first: int, only_second: int = 0, questions: int = 500) -> dict
         [True] * only_first + [False] * only_second + [True] * (questions - only_first - only_second),
         [False] * only_first + [True] * (questions - only_first),
     )
-    return {"versus_clean": {**tested._asdict(), "questions": questions}}
+    return {"versus_clean": {**tested, "questions": questions}}
 
 
 def test_the_most_noise_without_loss() -> None:
     def found(planted_losses: dict[float, dict[str, Any]], noise_type: str = "gaussian", margin: float = 2.0) -> float | None:
         summary = {f"{noise_type}@{scale}": one for scale, one in planted_losses.items()}
         scales = sorted(planted_losses, reverse=noise_type == "snr")
-        return full_report.harmless_scale(summary, (noise_type, None), scales, margin)
+        return full.harmless_scale(summary, noise.NOISES[noise_type], scales, margin)
 
     assert found({1.0: planted(2, 1), 2.0: planted(150), 5.0: planted(0)}) == 1.0  # not 5: 2 is a loss
     assert found({1.0: planted(0), 2.0: planted(10)}) == 1.0  # 2 points
@@ -378,7 +378,7 @@ def test_the_most_noise_without_loss() -> None:
     assert found({1.0: loss}, margin=5) is None
     assert found({1.0: planted(0, questions=20)}, margin=5) is None  # no loss, but too few questions to exclude one
     no_noise = {"clean": {"versus_clean": None}}
-    assert full_report.harmless_scale(no_noise, ("gaussian", None), [0.0], 2.0) is None
+    assert full.harmless_scale(no_noise, noise.NOISES["gaussian"], [0.0], 2.0) is None
 
 
 def test_self_consistency_is_the_reference_of_branches_without_samples(
@@ -387,9 +387,9 @@ def test_self_consistency_is_the_reference_of_branches_without_samples(
     config = full.parts(load_config(FullConfig, [*suite, "temperature=0", "noise_scales=1.0"]))["branching"]
     finished = run_sweep(config, CPU)
     assert finished is not None
-    found = full_report.branching_result(finished, full_report.summarise(finished.records))
+    found = full.branching_result(finished, full.summarise(finished.records))
     assert found["self_consistency"] == "self_consistency"
-    assert list(full_report.shown_conditions(found)) == [
+    assert list(full.shown_conditions(found)) == [
         "greedy, one answer",
         "self-consistency, no noise",
         "gaussian_scaled@1.0",

@@ -17,6 +17,7 @@ from matplotlib.lines import Line2D
 from experiments import plots
 from experiments.noise import figures
 from experiments.significance import EXPONENTIAL, HYPERBOLIC, LINEAR
+from noise import NOISES
 
 NOWHERE = Path("not written")
 
@@ -83,7 +84,7 @@ def legend(axes: Axes) -> list[str]:
 
 
 def test_accuracy_by_scale() -> None:
-    axes = figures.accuracy_by_scale(GAUSSIAN, "gaussian", NOWHERE, "A title", greedy=83, chance=25)
+    axes = figures.accuracy_by_scale(GAUSSIAN, NOISES["gaussian"], NOWHERE, "A title", greedy=83, chance=25)
     points, intervals = bars(axes, "measured, 95% interval")
     assert points == [(0, 80), (0.1, 78), (1, 50), (5, 8)]
     assert intervals == [(72, 85), (70, 83), (42, 55), (0, 13)]
@@ -98,7 +99,7 @@ def test_accuracy_by_scale() -> None:
 
 
 def test_the_drawn_fits_are_the_fitted_curves() -> None:
-    axes = figures.accuracy_by_scale(GAUSSIAN, "gaussian", NOWHERE, "")
+    axes = figures.accuracy_by_scale(GAUSSIAN, NOISES["gaussian"], NOWHERE, "")
     x, y = line(axes, EXPONENTIAL).get_data()
     assert y == pytest.approx(80 * np.exp(-0.5 * x))
     assert (x.min(), x.max()) == (0, 5)
@@ -109,19 +110,19 @@ def test_the_drawn_fits_are_the_fitted_curves() -> None:
 
 
 def test_snr_is_drawn_over_its_inverse_from_the_clean_condition() -> None:
-    axes = figures.accuracy_by_scale(SNR, "snr", NOWHERE, "", clean=numbers(78))
+    axes = figures.accuracy_by_scale(SNR, NOISES["snr"], NOWHERE, "", clean=numbers(78))
     points, _ = bars(axes, "measured, 95% interval")
     assert points == [(0, 78), (0.25, 75), (1, 60), (2, 30)]
     assert level(axes, "half of the clean") == 39
     assert line(axes, "half is lost at scale 0.625").get_xdata()[0] == 1.6
     assert axes.get_xlabel().startswith("1 / noise scale")
     assert axes.get_xscale() == "linear"  # 0.25 to 2
-    axes = figures.accuracy_by_scale(SNR, "snr", NOWHERE, "")
+    axes = figures.accuracy_by_scale(SNR, NOISES["snr"], NOWHERE, "")
     assert not any("half of" in label for label in legend(axes))  # without the clean accuracy there is no half of it
 
 
 def test_the_clean_condition_is_not_drawn_twice() -> None:
-    axes = figures.accuracy_by_scale(GAUSSIAN, "gaussian", NOWHERE, "", clean=numbers(79))
+    axes = figures.accuracy_by_scale(GAUSSIAN, NOISES["gaussian"], NOWHERE, "", clean=numbers(79))
     assert bars(axes, "measured, 95% interval")[0][:2] == [(0, 80), (0.1, 78)]
 
 
@@ -194,7 +195,7 @@ def test_control_bars() -> None:
 
 def test_nothing_measured() -> None:
     empty = {"results": {"0.5": numbers(None, 0.5)}, "fits": SNR["fits"], "half_scale": None}
-    figures.accuracy_by_scale(empty, "gaussian", NOWHERE, "", clean=numbers(None))
+    figures.accuracy_by_scale(empty, NOISES["gaussian"], NOWHERE, "", clean=numbers(None))
     figures.noise_types({"gaussian": empty}, NOWHERE, "", clean=numbers(None))
     figures.noise_types({}, NOWHERE, "")
     figures.coverage_curves({"clean": []}, NOWHERE, "")
@@ -204,7 +205,7 @@ def test_nothing_measured() -> None:
 
 def test_a_figure_is_written_whole(tmp_path: Path) -> None:
     path = tmp_path / "figures" / "gaussian.png"
-    figures.accuracy_by_scale(GAUSSIAN, "gaussian", path, "Gaussian", greedy=83, chance=25)
+    figures.accuracy_by_scale(GAUSSIAN, NOISES["gaussian"], path, "Gaussian", greedy=83, chance=25)
     assert image.imread(path)[..., :3].std() > 0.05  # something is drawn
     assert list(path.parent.iterdir()) == [path]
     assert not plt.get_fignums()

@@ -19,18 +19,14 @@ from experiments.answers import expressions
 from experiments.answers.benchmarks import BENCHMARKS, NO_ANSWER, canonical_answer, extract_answer, same_answer
 from experiments.answers.expressions import canonical_fraction, canonical_latex, find_numbers, plain_numbers, same_latex
 from experiments.answers.judging import (
+    AGGREGATIONS,
     HARMONY_ANALYSIS,
     Vote,
     agreement_level,
-    build_prompt,
-    coverage_curve,
-    majority_vote,
-    noise_weighted_vote,
-    probability_vote,
+    message_ids,
     user_message,
+    vote,
 )
-from generation import MAX_N_LATENT
-from systems.models import LatentIds, latent_ids
 from utils import UserError
 
 NUMBERS = {
@@ -480,8 +476,6 @@ def test_no_computer_algebra_on_what_would_not_end(hostile: str) -> None:
 
 # --- prompts ---
 
-IDS = LatentIds(start=91, end=92, latent=93, eos=1, thought=93)
-
 
 def test_a_user_message_asks_for_steps_and_a_form() -> None:
     for benchmark in BENCHMARKS:
@@ -499,33 +493,25 @@ def test_the_request_itself_states_no_answer_but_its_form_can_be_read(benchmark:
     assert extract_answer(benchmark, "Let me think.\n" + mark % answer) == answer
 
 
-def test_a_prompt_without_a_template(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_message_without_a_template(tokenizer: PreTrainedTokenizerFast) -> None:
     message = "Is Tom a lempus?"
-    prompt = build_prompt(tokenizer, IDS, message)
-    assert prompt == [*tokenizer(message + "\n")["input_ids"], 91, *[93] * MAX_N_LATENT, 92]
-    assert build_prompt(tokenizer, IDS, message, n_latents=0)[-2:] == [91, 92]
+    assert message_ids(tokenizer, message) == tokenizer(message + "\n")["input_ids"]
 
 
 TEMPLATE = "{% for m in messages %}Tom {{ m.content }} {% endfor %}{% if add_generation_prompt %}Sally{% endif %}"
 
 
-def test_a_prompt_in_a_chat_template(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_message_in_a_chat_template(tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.chat_template = TEMPLATE
-    words = tokenizer.convert_ids_to_tokens(build_prompt(tokenizer, IDS, "lempus", 2)[:-4])
+    words = tokenizer.convert_ids_to_tokens(message_ids(tokenizer, "lempus"))
     assert [word.strip("▁Ġ ") for word in words if word.strip("▁Ġ ")] == ["Tom", "lempus", "Sally"]
 
 
-def test_a_prompt_in_the_harmony_format(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_message_in_the_harmony_format(tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.chat_template = TEMPLATE
     tokenizer.add_tokens(["<|channel|>", "<|message|>", "analysis"], special_tokens=True)
-    tail = tokenizer.convert_ids_to_tokens(build_prompt(tokenizer, IDS, "lempus", 1)[:-3])[-3:]
+    tail = tokenizer.convert_ids_to_tokens(message_ids(tokenizer, "lempus"))[-3:]
     assert "".join(tail) == HARMONY_ANALYSIS
-
-
-def test_a_marker_inside_a_question_is_an_error(tokenizer: PreTrainedTokenizerFast) -> None:
-    ids = latent_ids(tokenizer, "coconut")
-    with pytest.raises(UserError, match="latent marker"):
-        build_prompt(tokenizer, ids, "Is <|latent|> Tom?")
 
 
 def test_unknown_benchmarks_are_named_with_the_nearest() -> None:
@@ -546,107 +532,74 @@ def test_a_gold_answer_of_another_kind_is_an_error(benchmark: str, answer: str) 
 # --- votes ---
 
 ANSWERS = st.lists(st.sampled_from(["1", "2", "3", NO_ANSWER]), min_size=1, max_size=7)
-LOGS = st.lists(st.floats(-50, 0), max_size=4)
+SCORES = st.tuples(st.floats(-50, 0), st.integers(1, 9))  # log-probability and tokens
 
 
-def all_votes(answers: Sequence[str], logs: Sequence[Sequence[float]], noise: Sequence[float]) -> list[Vote]:
-    return [
-        majority_vote(answers),
-        probability_vote(answers, logs),
-        probability_vote(answers, logs, length_normalised=False),
-        noise_weighted_vote(answers, noise),
-    ]
+def all_votes(answers: Sequence[str], texts: Sequence[tuple[float, int]], noise: Sequence[float]) -> dict[str, Vote]:
+    branches = [{"log_probability": score, "new_tokens": tokens} for score, tokens in texts]
+    return {
+        name: vote(answers, [log_weight(*each) for each in zip(branches, noise, strict=True)])
+        for name, log_weight in AGGREGATIONS.items()
+    }
 
 
 @settings(deadline=None, max_examples=60)
 @given(answers=ANSWERS, data=st.data())
 def test_what_every_vote_obeys(answers: list[str], data: st.DataObject) -> None:
-    logs = [data.draw(LOGS) for _ in answers]
+    texts = [data.draw(SCORES) for _ in answers]
     noise = [data.draw(st.floats(0, 10)) for _ in answers]
     order = data.draw(st.permutations(range(len(answers))))
-    permuted = all_votes(*([values[i] for i in order] for values in (answers, logs, noise)))
-    for vote, other in zip(all_votes(answers, logs, noise), permuted, strict=True):
-        assert 0 <= vote.confidence <= 1
-        assert vote.branches == len(answers)
-        assert (vote.answer == NO_ANSWER) == (set(answers) == {NO_ANSWER}) == (vote.votes == 0)
-        assert vote.votes == (0 if vote.answer == NO_ANSWER else answers.count(vote.answer))
-        assert other.confidence == vote.confidence  # whatever wins a tie, its share is the same
-        if other.answer != vote.answer:
-            tied = [answer for answer in answers if answer in (vote.answer, other.answer)]
-            assert tied[0] == vote.answer
+    permuted = all_votes(*([values[i] for i in order] for values in (answers, texts, noise)))
+    for name, found in all_votes(answers, texts, noise).items():
+        assert 0 <= found.confidence <= 1
+        assert (found.answer == NO_ANSWER) == (set(answers) == {NO_ANSWER}) == (found.votes == 0)
+        assert found.votes == (0 if found.answer == NO_ANSWER else answers.count(found.answer))
+        assert permuted[name].confidence == found.confidence  # whatever wins a tie, its share is the same
+        if permuted[name].answer != found.answer:
+            tied = [answer for answer in answers if answer in (found.answer, permuted[name].answer)]
+            assert tied[0] == found.answer
 
 
 @settings(deadline=None, max_examples=60)
 @given(ANSWERS)
 def test_the_majority_is_the_earliest_of_the_most_frequent(answers: list[str]) -> None:
-    vote = majority_vote(answers)
+    found = vote(answers, [0.0] * len(answers))
     given_ones = [answer for answer in answers if answer != NO_ANSWER]
     most = max((given_ones.count(answer) for answer in given_ones), default=0)
-    assert vote.answer == next((answer for answer in given_ones if given_ones.count(answer) == most), NO_ANSWER)
-    assert vote.confidence == pytest.approx(most / len(answers))
+    assert found.answer == next((answer for answer in given_ones if given_ones.count(answer) == most), NO_ANSWER)
+    assert found.confidence == pytest.approx(most / len(answers))
 
 
 def test_votes_by_hand() -> None:
-    assert majority_vote(["2", "1", "1", "2", "3"]) == Vote("2", 2, 5, pytest.approx(0.4))
-    assert majority_vote([NO_ANSWER, NO_ANSWER, "7"]) == Vote("7", 1, 3, pytest.approx(1 / 3))
-    assert majority_vote([NO_ANSWER] * 5) == Vote(NO_ANSWER, 0, 5, 0.0)
-    logs = [[math.log(0.5)] * 4, [math.log(0.4)], [math.log(0.3)] * 2]
-    answers = ["1", "2", "2"]
-    assert probability_vote(answers, logs) == Vote("2", 2, 3, pytest.approx(0.7 / 1.2))
-    masses = [0.5**4, 0.4, 0.09]
-    summed = probability_vote(answers, logs, length_normalised=False)
-    assert summed == Vote("2", 2, 3, pytest.approx(0.49 / sum(masses)))
-    assert probability_vote(["1", "2"], [[-2000.0] * 9, [-2000.1] * 9], length_normalised=False).answer == "1"  # no underflow
-    assert noise_weighted_vote(["1", "2", "2"], [0, 3, 3]) == Vote("1", 1, 3, pytest.approx(1 / 1.5))
-    assert noise_weighted_vote(["1", "2"], [math.inf, 5]).answer == "2"
+    assert vote(["2", "1", "1", "2", "3"], [0.0] * 5) == Vote("2", 2, pytest.approx(0.4))
+    assert vote([NO_ANSWER, NO_ANSWER, "7"], [0.0] * 3) == Vote("7", 1, pytest.approx(1 / 3))
+    assert vote([NO_ANSWER] * 5, [0.0] * 5) == Vote(NO_ANSWER, 0, 0.0)
+    texts = [(4 * math.log(0.5), 4), (math.log(0.4), 1), (2 * math.log(0.3), 2)]
+    found = all_votes(["1", "2", "2"], texts, [0, 3, 3])
+    assert found["majority"] == Vote("2", 2, pytest.approx(2 / 3))
+    assert found["probability"] == Vote("2", 2, pytest.approx(0.7 / 1.2))
+    assert found["probability_sum"] == Vote("2", 2, pytest.approx(0.49 / (0.5**4 + 0.4 + 0.09)))
+    assert found["noise_weighted"] == Vote("1", 1, pytest.approx(1 / 1.5))
+    assert vote(["1", "2"], [-18000.0, -18000.9]).answer == "1"  # no underflow
+    assert all_votes(["1", "2"], texts[:2], [math.inf, 5])["noise_weighted"].answer == "2"
 
 
 def test_answers_that_mean_the_same_are_one_group() -> None:
-    same = partial(same_answer, "prosqa")
-    vote = majority_vote(["Tom is a lempus.", "Tom is a zumpus.", "zumpus"], same)
-    assert vote == Vote("Tom is a zumpus.", 2, 3, pytest.approx(2 / 3))
+    answers = ["Tom is a lempus.", "Tom is a zumpus.", "zumpus"]
+    assert vote(answers, [0.0] * 3, partial(same_answer, "prosqa")) == Vote("Tom is a zumpus.", 2, pytest.approx(2 / 3))
 
 
 @pytest.mark.parametrize(
-    ("vote", "reason"),
-    [
-        (lambda: majority_vote([]), "at least one branch"),
-        (lambda: probability_vote(["1"], []), "1 answers"),
-        (lambda: probability_vote(["1"], [[0.1]]), "at most 0"),
-        (lambda: probability_vote(["1"], [[math.nan]]), "at most 0"),
-        (lambda: noise_weighted_vote(["1"], [1, 2]), "2 branches"),
-        (lambda: noise_weighted_vote(["1"], [-1]), "at least 0"),
-        (lambda: coverage_curve([], []), "at least one vote"),
-        (lambda: coverage_curve([majority_vote(["1"]), majority_vote(["1", "2"])], [True, True]), "same number"),
-    ],
+    ("answers", "weights", "reason"),
+    [([], [], "at least one branch"), (["1"], [], "zip"), (["1"], [0.1], "at most 0"), (["1"], [math.nan], "at most 0")],
 )
-def test_votes_that_make_no_sense(vote, reason: str) -> None:  # type: ignore[no-untyped-def]
+def test_votes_that_make_no_sense(answers: list[str], weights: list[float], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
-        vote()
+        vote(answers, weights)
 
 
-# --- abstention ---
-
-
-@settings(deadline=None, max_examples=60)
-@given(st.lists(st.tuples(st.lists(st.sampled_from(["1", "2", NO_ANSWER]), min_size=5, max_size=5), st.booleans()), min_size=1))
-def test_coverage_falls_with_the_threshold(questions: list[tuple[list[str], bool]]) -> None:
-    votes = [majority_vote(answers) for answers, _ in questions]
-    curve = coverage_curve(votes, [right for _, right in questions])
-    assert [point.threshold for point in curve] == [1, 2, 3, 4, 5]
-    assert all(later.coverage <= earlier.coverage for earlier, later in itertools.pairwise(curve))
-    assert curve[0].answered == sum(vote.answer != NO_ANSWER for vote in votes)
-    for point in curve:
-        assert (point.accuracy is None) == (point.answered == 0)
-        assert point.coverage == point.answered / len(votes)
-
-
-def test_a_curve_by_hand() -> None:
-    votes = [majority_vote(answers) for answers in (["1"] * 5, ["1"] * 4 + ["2"], ["1", "1", "2", "3", "4"], [NO_ANSWER] * 5)]
-    curve = coverage_curve(votes, [True, False, True, True])
-    assert [(point.answered, point.correct) for point in curve] == [(3, 2), (3, 2), (2, 1), (2, 1), (1, 1)]
-    assert [point.coverage for point in curve] == [0.75, 0.75, 0.5, 0.5, 0.25]
-    assert [point.level for point in curve] == [None, "minimal", "moderate", "strong", "unanimous"]
+def test_levels_are_those_of_five_branches() -> None:
+    assert [agreement_level(votes, 5) for votes in (1, 2, 3, 4, 5)] == [None, "minimal", "moderate", "strong", "unanimous"]
     assert agreement_level(3, 3) is None
 
 

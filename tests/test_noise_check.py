@@ -246,20 +246,14 @@ def test_thoughts_are_those_of_an_evaluation(trained: Path, data_file: Path):
     subject, questions = noise_check.load(trained, data_file, "prosqa", 7)
     found = noise_check.clean_thoughts(subject, questions)
     latents = [2 * min(len(record["steps"]), 2) for record in chain_records(7)]
-    assert found.questions == [index for index, count in enumerate(latents) for _ in range(count)]
-    assert found.passes == [number for count in latents for number in range(1, count + 1)]
-    seconds = found.of_pass(2)
-    assert seconds.questions == list(range(7))
-    assert set(seconds.passes) == {2}
-    assert torch.equal(seconds.states[0], found.states[1])
+    assert {index: len(path) for index, path in found.items()} == dict(enumerate(latents))
     config, stage, _ = sources.evaluation_config(run_config(trained))
     dataset = get_dataset(data_file, subject.tokenizer, 7)
     prompts = get_question_latent_dataset(stage, dataset, config, subject.ids.start, subject.ids.thought, subject.ids.end)
     for index in (0, 5):  # alone, as generation feeds them back
         prompt = torch.tensor([prompts[index]["input_ids"]])
         _, details = subject.model.generate(prompt, max_new_tokens=1, return_details=True)
-        rows = [row for row, number in enumerate(found.questions) if number == index]
-        assert_near(found.states[rows], details.thoughts[0])
+        assert_near(found[index], details.thoughts[0])
 
 
 def test_the_command(trained: Path, data_file: Path, tmp_path: Path, monkeypatch: Any, capsys: Any):
@@ -300,7 +294,10 @@ def test_refuses(trained: Path, model_directory: Path, data_file: Path, tmp_path
         ((start, data_file, tmp_path / "out"), "start is of stage 0, which has no thoughts yet"),
         ((trained, tmp_path / "nothing.json", tmp_path / "out"), "nothing.json: no such file"),
         ((trained, data_file, data_file), "results cannot be written there"),
-        ((trained, data_file, tmp_path / "out", "--questions", "0"), "limit must be at least 1, is 0"),
+        (
+            (trained, data_file, tmp_path / "out", "--questions", "0"),
+            "num_questions: input should be greater than or equal to 1",
+        ),
         ((trained, data_file, tmp_path / "out", "--benchmark", "chess"), "benchmark"),
     ]
     for arguments, message in cases:

@@ -88,7 +88,7 @@ def test_answers_are_those_of_the_model(checkpoint: Path) -> None:
         both = Patch("both", question=True, thoughts=None)
         assert _answer(model, _patched(model, both, own, other, 2), 1) == [by_prompt[tuple(pair.prompts[1])]]
         anew = _patched(model, Patch("anew", thoughts=None, recomputed=True), own, other, 2)
-        embeds = torch.cat([own.embeds[:, :-2], other.embeds[:, -2:]], dim=1)
+        embeds = torch.cat([own.inputs_embeds[:, :-2], other.inputs_embeds[:, -2:]], dim=1)
         expected = model.base_causallm(inputs_embeds=embeds, use_cache=True).past_key_values
         for layer, naive in zip(anew.layers, expected.layers, strict=True):
             torch.testing.assert_close(layer.values, naive.values, rtol=1e-5, atol=1e-6)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import operator
 from typing import Any
 
 import numpy as np
@@ -15,28 +16,16 @@ from rich.console import Console
 
 from evaluation import interval
 from experiments.answers.benchmarks import NO_ANSWER
-from experiments.answers.judging import majority_vote, noise_weighted_vote, probability_vote
+from experiments.answers.judging import AGGREGATIONS
 from experiments.noise import summary
 from experiments.significance import EXPONENTIAL, HYPERBOLIC, LINEAR
-from noise import NOISES, noise_types
+from noise import NOISES, find_noise
 
 GOLD = "18"
-
-RECOMMENDED_SCALES = {(row.noise_type, row.direction): row.scales for row in NOISES.values()}
 
 
 def outcome(answers: list[str], ratio: float | None = None, diversity: float | None = None, tokens: int = 10) -> dict[str, Any]:
     """What a condition made of a question whose answer is 18; branch b has tokens + b tokens, the earlier the likelier."""
-    votes = {
-        "majority": majority_vote(answers),
-        "probability": probability_vote(answers, [[-1.0 - number] for number in range(len(answers))]),
-        "probability_sum": probability_vote(answers, [[-9.0 - number] for number in range(len(answers))]),
-        "noise_weighted": noise_weighted_vote(answers, [ratio or 0.0] * len(answers)),
-    }
-    chosen = {
-        name: {"answer": vote.answer, "votes": vote.votes, "confidence": vote.confidence, "correct": vote.answer == GOLD}
-        for name, vote in votes.items()
-    }
     branches = [
         {
             "text": answer,
@@ -51,6 +40,7 @@ def outcome(answers: list[str], ratio: float | None = None, diversity: float | N
     paths = None if diversity is None else {name: diversity * (place + 1) for place, name in enumerate(names)}
     counts = {answer: answers.count(answer) for answer in answers}
     ratios = None if ratio is None else [ratio] * len(answers)
+    chosen = summary.votes(branches, ratios or [0.0] * len(answers), operator.eq)
     return {"branches": branches, "votes": counts, **chosen, "noise_ratio": ratios, "diversity": paths}
 
 
@@ -84,26 +74,26 @@ FIVE = [
     ],
 )
 def test_keys(key: str, parts: tuple[str, str | None, float]) -> None:
-    assert summary.condition_key(*parts) == key
+    assert summary.condition_key(find_noise(*parts[:2]), parts[2]) == key
 
 
 def test_one_spelling_of_a_key() -> None:
-    assert summary.condition_key("gaussian", "same", 2) == "gaussian@2.0"
-    assert summary.condition_key("gaussian", None, -0.0) == "gaussian@0.0"
+    assert summary.condition_key(NOISES["gaussian"], 2) == "gaussian@2.0"
+    assert summary.condition_key(NOISES["gaussian"], -0.0) == "gaussian@0.0"
 
 
 def test_more_on_the_axis_is_more_noise() -> None:
-    for (noise_type, _), scales in RECOMMENDED_SCALES.items():
-        places = [summary.noise_axis(noise_type, scale) for scale in scales]
+    for kind in NOISES.values():
+        places = [kind.amount(scale) for scale in kind.scales]
         assert places == sorted(places)
-    assert [summary.noise_axis("snr", scale) for scale in (math.inf, 4, 0, -1)] == [0, 0.25, 1000, 1000]
-    assert summary.noise_axis("gaussian", 4) == 4
+    assert [NOISES["snr"].amount(scale) for scale in (math.inf, 4, 0, -1)] == [0, 0.25, 1000, 1000]
+    assert NOISES["gaussian"].amount(4) == 4
 
 
 def test_no_noise_is_the_clean_condition() -> None:
-    assert {summary.measured_key(one, "same", math.inf if one == "snr" else 0) for one in noise_types()} == {"clean"}
-    assert summary.measured_key("snr", None, 0) == "snr@0.0"
-    assert summary.measured_key("targeted", "same", 0.5) == "targeted-same@0.5"
+    assert {summary.measured_key(kind, kind.no_noise) for kind in NOISES.values()} == {"clean"}
+    assert summary.measured_key(NOISES["snr"], 0) == "snr@0.0"
+    assert summary.measured_key(NOISES["targeted-same"], 0.5) == "targeted-same@0.5"
 
 
 # --- one condition ---
@@ -128,14 +118,14 @@ def test_a_condition_of_five_branches() -> None:
 def test_each_aggregation_is_judged_by_its_own_answers() -> None:
     found = summary.condition_summary(FIVE, "snr@1.0")["aggregation"]
     # Question 1: 7 has the earliest, likeliest branch; two branches for 18 do not outweigh it in any vote.
-    assert found == {name: {"correct": 2, "accuracy": 50.0} for name in summary.AGGREGATIONS}
+    assert found == {name: {"correct": 2, "accuracy": 50.0} for name in AGGREGATIONS}
     records = [record(0, {"clean": outcome(["18", "7", "7"])})]  # the likeliest branch is right, the majority is not
     assert summary.condition_summary(records, "clean")["best_correct"] == 100
     silent = [record(0, {"clean": outcome([NO_ANSWER, "18", "7"])})]  # saying nothing is likelier, but no answer
     assert summary.condition_summary(silent, "clean")["best_correct"] == 100
     found = summary.condition_summary(records, "clean")
     assert found["correct"] == 0
-    assert [found["aggregation"][name]["correct"] for name in summary.AGGREGATIONS] == [0, 1, 1, 0]
+    assert [found["aggregation"][name]["correct"] for name in AGGREGATIONS] == [0, 1, 1, 0]
 
 
 def test_coverage_by_threshold() -> None:
@@ -275,9 +265,9 @@ def sweep(noise_type: str, right_by_scale: dict[float, int], clean: int, total: 
     """Questions of one branch; of each condition the first so many are right."""
     right = {
         "clean": clean,
-        **{summary.condition_key(noise_type, None, scale): count for scale, count in right_by_scale.items()},
+        **{summary.condition_key(NOISES[noise_type], scale): count for scale, count in right_by_scale.items()},
     }
-    ratio = {key: None if key == "clean" else summary.noise_axis(noise_type, float(key.partition("@")[2])) for key in right}
+    ratio = {key: None if key == "clean" else NOISES[noise_type].amount(float(key.partition("@")[2])) for key in right}
     return [
         record(number, {key: outcome(["18" if number < count else "7"], ratio=ratio[key]) for key, count in right.items()})
         for number in range(total)
@@ -288,7 +278,7 @@ LINE = np.polyfit([0, 0.5, 1, 2], [80, 60, 50, 10], 1)  # slope and intercept of
 
 
 def test_a_setting_scale_by_scale() -> None:
-    found = summary.setting_result(sweep("gaussian", {0.5: 6, 1.0: 5, 2.0: 1}, clean=8), "gaussian", None, [0, 0.5, 1, 2])
+    found = summary.setting_result(sweep("gaussian", {0.5: 6, 1.0: 5, 2.0: 1}, clean=8), NOISES["gaussian"], [0, 0.5, 1, 2])
     assert list(found) == ["results", "fits", "half_scale"]
     assert list(found["results"]) == ["0.0", "0.5", "1.0", "2.0"]
     assert [one["accuracy"] for one in found["results"].values()] == [80, 60, 50, 10]
@@ -305,11 +295,11 @@ def test_a_setting_scale_by_scale() -> None:
 
 def test_snr_is_fitted_over_its_inverse_and_starts_from_clean() -> None:
     records = sweep("snr", {2.0: 6, 1.0: 5, 0.5: 1}, clean=8)
-    found = summary.setting_result(records, "snr", None, [2.0, 1.0, 0.5])
+    found = summary.setting_result(records, NOISES["snr"], [2.0, 1.0, 0.5])
     assert [one["noise_axis"] for one in found["results"].values()] == [0.5, 1, 2]
     assert found["fits"][LINEAR]["parameters"] == pytest.approx([LINE[1], -LINE[0]], rel=1e-5)
     assert found["half_scale"] == pytest.approx(1 / 1.25)
-    with_infinity = summary.setting_result(records, "snr", None, [math.inf, 2.0, 1.0, 0.5])
+    with_infinity = summary.setting_result(records, NOISES["snr"], [math.inf, 2.0, 1.0, 0.5])
     assert list(with_infinity["results"]) == ["inf", "2.0", "1.0", "0.5"]
     assert with_infinity["results"]["inf"]["accuracy"] == 80
     assert with_infinity["fits"] == found["fits"]
@@ -317,21 +307,21 @@ def test_snr_is_fitted_over_its_inverse_and_starts_from_clean() -> None:
 
 
 def test_decay_over_scales_of_each_kind() -> None:
-    found = summary.decay_fits([math.inf, 2.0, 1.0, 0.5], [80, 60, 50, 10], "snr")
+    found = summary.decay_fits([math.inf, 2.0, 1.0, 0.5], [80, 60, 50, 10], NOISES["snr"])
     assert found["half_scale"] == pytest.approx(1 / 1.25)
-    assert found["fits"] == summary.decay_fits([0, 0.5, 1.0, 2.0], [80, 60, 50, 10], "uniform")["fits"]
-    assert summary.decay_fits([0, 0.5, 1.0, 2.0], [80, 60, 50, 10], "uniform")["half_scale"] == pytest.approx(1.25)
+    assert found["fits"] == summary.decay_fits([0, 0.5, 1.0, 2.0], [80, 60, 50, 10], NOISES["uniform"])["fits"]
+    assert summary.decay_fits([0, 0.5, 1.0, 2.0], [80, 60, 50, 10], NOISES["uniform"])["half_scale"] == pytest.approx(1.25)
 
 
 def test_scales_that_were_not_measured() -> None:
-    found = summary.setting_result(sweep("gaussian", {0.5: 6}, clean=8), "gaussian", None, [0.5, 2])
+    found = summary.setting_result(sweep("gaussian", {0.5: 6}, clean=8), NOISES["gaussian"], [0.5, 2])
     assert found["results"]["2.0"]["accuracy"] is None
     assert found["results"]["2.0"]["versus_clean"]["p_value"] is None
     assert found["fits"][HYPERBOLIC] is None  # two points
     assert found["fits"][LINEAR]["parameters"] == pytest.approx([80, 40], rel=1e-6)
     assert found["half_scale"] is None
     json.dumps(found, allow_nan=False)
-    nothing = summary.setting_result([FAILED], "gaussian", None, [0.5])
+    nothing = summary.setting_result([FAILED], NOISES["gaussian"], [0.5])
     assert nothing["fits"] == {EXPONENTIAL: None, HYPERBOLIC: None, LINEAR: None}
     json.dumps(nothing, allow_nan=False)
 

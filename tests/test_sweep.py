@@ -174,6 +174,8 @@ def test_prompts_without_training(arguments: dict[str, Any], model_directory: Pa
     assert prompt[-MAX_N_LATENT - 2 :] == [subject.ids.start, *[subject.ids.latent] * MAX_N_LATENT, subject.ids.end]
     [record, *_] = run(arguments, num_questions=1, noise_scales=1)
     assert record["n_latents"] == MAX_N_LATENT
+    with pytest.raises(UserError, match="question 0 holds a marker"):
+        subject.prompt(BenchmarkQuestion("prosqa", 0, "Is <|latent|> Tom?", ""))
 
 
 # --- what is answered ---
@@ -511,6 +513,14 @@ def test_only_the_sum_of_log_probabilities_prefers_short_texts(arguments: dict[s
     assert (judged["probability"]["answer"], judged["probability_sum"]["answer"]) == ("3", "4")
 
 
+def test_a_text_without_a_probability_is_no_answer(arguments: dict[str, Any]) -> None:
+    """A damaged model computes nan; that must fail the question, not count as a likely text."""
+    answerer = sweep.Answerer(SweepConfig(**arguments), None, [], None)  # type: ignore[arg-type]
+    given = [sweep.Answer(r"\boxed{3}", [-0.5, math.nan], None, torch.zeros(2, 4))]
+    with pytest.raises(ValueError, match="must be at most 0"):
+        answerer._judge(BenchmarkQuestion("math", 0, "?", "3"), sweep.Condition("clean", 1, 0.0), given)
+
+
 # --- stopping and going on ---
 
 
@@ -667,7 +677,6 @@ def test_one_experiment_has_one_set_of_files(tmp_path: Path) -> None:
     """Other settings under its name are refused, finished or not; `fresh` removes its files and nothing else."""
     progress = open_progress(tmp_path, {"a": 1}, False)
     progress.append([{"index": 0, **ANSWERED}])
-    progress.finish()
     ours = ["gaussian_20260101-000000.json", "noise_types.png", "table.txt", "config.yaml"]
     for name in [*ours, "notes.md", "poster.png", "notes_1-2.json"]:
         (tmp_path / name).write_text("x")

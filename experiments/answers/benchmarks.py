@@ -8,6 +8,7 @@ open is NO_ANSWER.
 from __future__ import annotations
 
 import difflib
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -78,24 +79,17 @@ def _problem(row: Row, generator: np.random.Generator) -> Parts:
 
 def _multiple_choice(row: Row, generator: np.random.Generator) -> Parts:
     """The answer is a letter, an index from 0 (as on the hub), or the text of an option."""
-    choices, answer = _choices(row), row.get("answer")
+    given, answer = row.get("choices", []), row.get("answer")
+    texts = isinstance(given, list) and all(isinstance(one, str) and half_character(one) is None for one in given)
+    if not texts or len(given) not in (0, len(OPTIONS)):
+        raise ValueError(f"field 'choices': expected a list of {len(OPTIONS)} texts of whole characters")
+    choices = [choice.strip() for choice in given]
     if isinstance(answer, int) and not isinstance(answer, bool):
         if not 0 <= answer < len(choices):
             raise ValueError(f"field 'answer': {answer} is no index of the {len(choices)} choices")
         return text_of(row, "question"), OPTIONS[answer], choices
     text = text_of(row, "answer")
     return text_of(row, "question"), OPTIONS[choices.index(text)] if text in choices else text, choices
-
-
-def _choices(row: Row) -> list[str]:
-    choices = row.get("choices", [])
-    if (
-        not isinstance(choices, list)
-        or len(choices) not in (0, len(OPTIONS))
-        or not all(isinstance(one, str) and half_character(one) is None for one in choices)
-    ):
-        raise ValueError(f"field 'choices': expected a list of {len(OPTIONS)} texts of whole characters")
-    return [choice.strip() for choice in choices]
 
 
 _GPQA = ("Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
@@ -107,10 +101,6 @@ def _shuffled(row: Row, generator: np.random.Generator) -> Parts:
         return _multiple_choice(row, generator)
     answers, order = [text_of(row, field) for field in _GPQA], generator.permutation(len(_GPQA)).tolist()
     return text_of(row, "Question"), OPTIONS[order.index(0)], [answers[place] for place in order]
-
-
-def equal(given: str, gold: str) -> bool:
-    return given == gold
 
 
 @dataclass(frozen=True)
@@ -125,7 +115,7 @@ class AnswerKind:
     request: str
     extract: Callable[[str], str | None]
     canonical: Callable[[str], str | None]
-    same: Same = equal
+    same: Same = operator.eq
     chance: float | None = None
 
 

@@ -7,10 +7,12 @@ import logging
 import re
 import threading
 from collections.abc import Iterator
+from decimal import Context, Decimal, Inexact, localcontext
 from fractions import Fraction
 from typing import NamedTuple
 
 MOST_DIGITS = 40  # a longer run of digits is no answer
+MOST_PLACES = 400  # more than the decimals of any number here: powers of ten have two digits
 LONGEST_VERIFIED = 150  # characters of an answer that is handed to the computer algebra
 COSTLIEST_NESTING = 800  # characters times 2 ** depth of the brackets, as which the time to read an answer grows
 LARGEST_POWER = 1000  # product of all exponents up to which it is
@@ -101,17 +103,11 @@ def _is_negative(sign: str | None, before: str) -> bool:
 
 def canonical_fraction(value: Fraction) -> str:
     """An integer ("-3"), else a decimal without trailing zeros ("0.5") where it is finite, else a reduced fraction ("1/3")."""
-    twos, fives, rest = 0, 0, value.denominator
-    while rest % 2 == 0:
-        twos, rest = twos + 1, rest // 2
-    while rest % 5 == 0:
-        fives, rest = fives + 1, rest // 5
-    if rest > 1:
+    try:
+        with localcontext(Context(prec=MOST_PLACES, traps=[Inexact])):
+            return f"{(Decimal(value.numerator) / value.denominator).normalize():f}"
+    except Inexact:
         return str(value)
-    places = max(twos, fives)
-    digits = str(abs(value.numerator) * 10**places // value.denominator).zfill(places + 1)
-    sign = "-" if value < 0 else ""
-    return sign + (f"{digits[:-places]}.{digits[-places:]}" if places else digits)
 
 
 def whole_number(text: str) -> str | None:
@@ -144,7 +140,9 @@ def canonical_latex(text: str) -> str:
     """A LaTeX answer in one spelling; numbers as `canonical_fraction`, else LaTeX without blanks, delimiters and units."""
     text = plain_numbers(text).replace("%", "").replace("~", " ")
     text = _DELIMITER.sub("", _DROPPED.sub("", text)).strip().rstrip(".,;").strip()
-    text = _without_unit(_LEFT_SIDE.sub("", text))
+    text = _UNIT.sub("", _LEFT_SIDE.sub("", text))
+    if (words := _UNIT_WORDS.search(text)) and not _NO_UNITS.search(words[0]):
+        text = text[: words.start()]
     text = _LATEX_TEXT.sub(r"\1", text).strip()
     text = _SAME_COMMAND.sub(lambda match: rf"\{_SAME[match[1]]} " if match[1] in "legene" else _SAME[match[1]], text)
     text = _SHORT_FRACTION.sub(lambda match: rf"\frac{_braced(match[1])}{_braced(match[2])}", text)
@@ -158,12 +156,6 @@ def canonical_latex(text: str) -> str:
 
 def _braced(argument: str) -> str:
     return argument if argument.startswith("{") else f"{{{argument}}}"
-
-
-def _without_unit(text: str) -> str:
-    text = _UNIT.sub("", text)
-    words = _UNIT_WORDS.search(text)
-    return text if words is None or _NO_UNITS.search(words[0]) else text[: words.start()]
 
 
 def same_latex(given: str, gold: str) -> bool:
@@ -181,17 +173,13 @@ _EXPONENT = re.compile(r"\^(\{-?[\w+\-/ ]{1,8}\}|\{-?\\frac\{\w{1,2}\}\{\w{1,2}\
 _COSTLY = re.compile(r"!|\*\*|\\(?:binom|sum|prod|int|lim|choose)|\d{25}|\^\{?[^{}]*\d{4}")
 
 
-def _depth(text: str) -> int:
-    """How many brackets stand in one another at most; each is closed by the next closing one, whatever its kind."""
-    return max(itertools.accumulate((one in "([{") - (one in ")]}") for one in text), default=0)
-
-
 def _is_tame(text: str) -> bool:
     """Whether computer algebra will be done with it soon: short, no towers of powers, no factorials, sums or integrals.
 
     One operation on huge integers cannot be interrupted by a time limit, so such texts must not get that far.
     """
-    if len(text) > LONGEST_VERIFIED or len(text) * 2 ** _depth(text) > COSTLIEST_NESTING or _COSTLY.search(text):
+    depth = max(itertools.accumulate((one in "([{") - (one in ")]}") for one in text), default=0)  # of brackets of any kind
+    if len(text) > LONGEST_VERIFIED or len(text) * 2**depth > COSTLIEST_NESTING or _COSTLY.search(text):
         return False
     product = 1
     for match in _EXPONENT.finditer(text):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 from experiments.answers.expressions import Number, canonical_latex, find_numbers, plain_numbers
 
@@ -19,14 +19,6 @@ MOST_STATEMENTS = 100  # that are looked at, from the end
 END = 8000  # characters that are read where nothing is stated
 Reader = Callable[[str], str | None]
 Item = TypeVar("Item")
-
-
-class Readers(NamedTuple):
-    """How one kind of answer is read in the content of a box, in a line after ### or ####, and after the word "answer"."""
-
-    box: Reader
-    line: Reader
-    told: Reader
 
 
 def _statements(cues: str, more: str = "") -> re.Pattern[str]:
@@ -43,17 +35,21 @@ _LINK = re.compile(
 _OPENING = re.compile(r"(?:[\s*_:>]|\\[\[(])*")
 
 
-def last_statement(text: str, readers: Readers, statement: re.Pattern[str] = _STATEMENT) -> str | None:
-    """The answer of the last statement that holds one."""
+def last_statement(text: str, box: Reader, line: Reader, told: Reader, statement: re.Pattern[str] = _STATEMENT) -> str | None:
+    """The answer of the last statement that holds one.
+
+    box, line, told: how this kind of answer is read in the content of a box, in a line after ### or ####, and after the word
+    "answer".
+    """
     closing = _closing_braces(text)
     for match in itertools.islice(reversed(list(statement.finditer(text))), MOST_STATEMENTS):
         window = text[match.end() : match.end() + WINDOW]
         if match["box"]:
-            answer = readers.box(_box(text, match.end(), closing))
+            answer = box(_box(text, match.end(), closing))
         elif match["line"]:
-            answer = readers.line(window.split("\n", 1)[0].strip())
+            answer = line(window.split("\n", 1)[0].strip())
         else:
-            answer = readers.told(window)
+            answer = told(window)
         if answer is not None:
             return answer
     return None
@@ -83,8 +79,7 @@ def _box(text: str, start: int, closing: dict[int, int]) -> str:
 
 def _first_sentence(window: str) -> str:
     """It may begin on a later line."""
-    begin = _OPENING.match(window)
-    rest = window[begin.end() :] if begin else window
+    rest = _OPENING.sub("", window, count=1)
     end = _SENTENCE_END.search(rest)
     return rest[: end.start()] if end else rest
 
@@ -93,6 +88,11 @@ def _linked(window: str) -> str:
     """The sentence after "is", ":" or the like; empty where nothing links the window to the word "answer"."""
     link = _LINK.match(window)
     return _first_sentence(window[link.end() :]) if link else ""
+
+
+def _told(read: Reader) -> Reader:
+    """What the sentence after the word "answer" says, else what is linked to it."""
+    return lambda window: read(_first_sentence(window)) or read(_linked(window))
 
 
 def _sentence_around(text: str, start: int, end: int) -> str:
@@ -133,7 +133,7 @@ _NUMBERED = re.compile(r"\W*\d+[.):]\s+[A-Za-z]")
 def extract_number(text: str) -> str | None:
     """The number that a text gives as its answer, spelled as `expressions.canonical_fraction` does."""
     text = plain_numbers(text)
-    found = last_statement(text, Readers(_stated_number, _number_line, lambda window: _told_number(_linked(window))))
+    found = last_statement(text, _stated_number, _number_line, lambda window: _told_number(_linked(window)))
     if found is not None:
         return found
     text = text[-END:]
@@ -225,7 +225,7 @@ _OPTION_LINE = re.compile(r"^[^\w\n]{0,4}([A-D])(?:[^\w\n ]|[^\w\n]{0,9}$)", re.
 
 def extract_letter(text: str) -> str | None:
     """The letter A to D that a text gives as its answer."""
-    found = last_statement(text, Readers(_stated_letter, _letter_line, _told_letter), _LETTER_STATEMENT)
+    found = last_statement(text, _stated_letter, _letter_line, _told(_stated_letter), _LETTER_STATEMENT)
     return found or _letter_on_its_line(text) or _mentioned_letter(text[-END:])
 
 
@@ -233,10 +233,6 @@ def canonical_letter(text: str) -> str | None:
     """The upper-case letter of a text that is nothing else but brackets, stars and the like."""
     alone = _ALONE.fullmatch(text)
     return alone[1].upper() if alone else None
-
-
-def _told_letter(window: str) -> str | None:
-    return _stated_letter(_first_sentence(window)) or _stated_letter(_linked(window))
 
 
 def _letter_line(line: str) -> str | None:
@@ -301,7 +297,7 @@ _MOST_WORDS = 3  # of an answer that is neither a number nor LaTeX
 def extract_latex(text: str) -> str | None:
     """The LaTeX answer of a text, spelled as `expressions.canonical_latex` does."""
     for told in (_told_latex, _told_words):
-        found = last_statement(text, Readers(_whole_latex, _latex_line, told))
+        found = last_statement(text, _whole_latex, _latex_line, told)
         if found is not None:
             return found
     inline = _last(_INLINE.finditer(text[-END:]))
@@ -358,7 +354,7 @@ _NEGATED = re.compile(
 def extract_truth(text: str) -> str | None:
     """ "True" or "False"."""
     text = _ECHO.sub("", text)
-    found = last_statement(text, Readers(_stated_truth, _truth_line, _told_truth), _TRUTH_STATEMENT)
+    found = last_statement(text, _stated_truth, _truth_line, _told(_stated_truth), _TRUTH_STATEMENT)
     last = _last(_TRUTH.finditer(text[-END:]))
     return found or (_truth(text[-END:], last) if last else None)
 
@@ -366,10 +362,6 @@ def extract_truth(text: str) -> str | None:
 def canonical_truth(text: str) -> str | None:
     """ "True" or "False" of a text that is nothing else."""
     return {"true": "True", "false": "False"}.get(text.strip(" .*\n").lower())
-
-
-def _told_truth(window: str) -> str | None:
-    return _stated_truth(_first_sentence(window)) or _stated_truth(_linked(window))
 
 
 def _truth_line(line: str) -> str | None:
@@ -400,7 +392,7 @@ _SMALL = {"a", "an", "the", "that", "is", "it", "not", "but", "correct", "theref
 
 def extract_concept(text: str) -> str | None:
     """ "Tom is a lempus.", or the concept alone where only that is given."""
-    found = last_statement(text, Readers(_stated_concept, _stated_concept, _told_concept))
+    found = last_statement(text, _stated_concept, _stated_concept, _told_concept)
     return found or _last(_sentences(text[-END:]))
 
 

@@ -50,8 +50,6 @@ def load_questions(
     UserError: an unknown benchmark, a file that is missing or malformed, a data set that cannot be had; always one line.
     """
     find_benchmark(benchmark)
-    if limit is not None and limit < 1:
-        raise UserError(f"limit must be at least 1, is {limit}")
     if path is None:
         source, rows = _hub_rows(benchmark, subset, split)
     else:
@@ -59,15 +57,11 @@ def load_questions(
     chosen: Sequence[int] = range(len(rows))[:limit]
     if path is None and len(chosen) < len(rows):
         chosen = sorted(np.random.default_rng(seed).choice(len(rows), len(chosen), replace=False).tolist())
-    numbered = iter(chosen)
 
-    def parse(row: Row) -> Any:
-        return _question(benchmark, next(numbered), row, seed)
+    def parse(numbered: tuple[int, Row]) -> Any:
+        return _question(benchmark, *numbered, seed)
 
-    try:
-        questions: list[Any] = parse_rows(source, "row", [rows[index] for index in chosen], parse)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    questions: list[Any] = parse_rows(source, "row", [(index, rows[index]) for index in chosen], parse)
     return questions
 
 
@@ -92,16 +86,13 @@ def _hub_rows(benchmark: str, subset: str | None, split: str | None) -> tuple[st
     try:
         rows = datasets.load_dataset(*names, split=split or source.split)
     except Exception as error:  # whatever goes wrong between here and the hub
-        raise UserError(_hub_problem(source.hub, error)) from None
+        reason = " ".join(str(error).split())
+        if "gated" in f"{type(error).__name__} {reason}".lower():
+            terms = f"accept the terms at https://huggingface.co/datasets/{source.hub} and run `hf auth login`"
+            raise UserError(f"{source.hub}: access is gated; {terms}, or give a local JSON file") from None
+        problem = f"cannot load {source.hub}: {reason or type(error).__name__}"
+        raise UserError(f"{problem}; a local JSON file can be given in its place") from None
     return " ".join(names), list(rows)
-
-
-def _hub_problem(hub: str, error: Exception) -> str:
-    reason = " ".join(str(error).split())
-    if "gated" in f"{type(error).__name__} {reason}".lower():
-        page = f"https://huggingface.co/datasets/{hub}"
-        return f"{hub}: access is gated; accept the terms at {page} and run `hf auth login`, or give a local JSON file"
-    return f"cannot load {hub}: {reason or type(error).__name__}; a local JSON file can be given in its place"
 
 
 # --- rows ---
@@ -112,13 +103,10 @@ def _question(benchmark: str, index: int, row: object, seed: int) -> BenchmarkQu
     if not isinstance(row, dict):
         raise ValueError("expected an object")
     question, gold, choices = find_benchmark(benchmark).reader(row, np.random.default_rng((seed, index)))
+    subject = row.get("subject") or row.get("Subdomain")
+    named = subject if isinstance(subject, str) and half_character(subject) is None else None
     right = canonical_answer(benchmark, gold)
-    return BenchmarkQuestion(benchmark, index, question, right, tuple(choices), _steps(row), _subject(row))
-
-
-def _subject(row: Row) -> str | None:
-    found = row.get("subject") or row.get("Subdomain")
-    return found if isinstance(found, str) and half_character(found) is None else None
+    return BenchmarkQuestion(benchmark, index, question, right, tuple(choices), _steps(row), named)
 
 
 def _steps(row: Row) -> int | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,11 @@ from pydantic import model_validator
 from rich import box
 from rich.table import Table
 
-from experiments.answers.judging import agreement_level
+from experiments.answers.judging import AGGREGATIONS, agreement_level
 from experiments.answers.questions import BenchmarkQuestion
 from experiments.checks.stand_ins import RANDOM, RANDOM_SOURCE, QuickConfig, quick_questions, quick_subject
 from experiments.noise.progress import Record
-from experiments.noise.subjects import Subject
-from experiments.noise.summary import AGGREGATIONS, coverage_table, summarise, summary_table
+from experiments.noise.summary import JUDGE, coverage_table, summarise, summary_table
 from experiments.noise.sweep import Answerer, conditions
 from systems.metrics import show
 from utils import Positive, UserError, get_logger
@@ -25,7 +24,6 @@ CHECKPOINT = Path("checkpoints/quick-coconut")  # of scripts/quickstart.sh
 QUESTION_END = 90  # characters of a question that are shown: what is asked stands at its end
 CHUNK = 16  # questions that are thought about at once
 LEGEND = "behind the answers: log-probability of a branch's text; confidence of a vote. Diversity: also by the thoughts' norm"
-MARKS = {True: "✓", False: "✗"}
 
 
 class QuickBranchConfig(QuickConfig):
@@ -55,7 +53,10 @@ def with_quick_start(config: QuickBranchConfig) -> QuickBranchConfig:
 def show_branches(config: QuickBranchConfig, device: torch.device) -> None:
     """Answer all questions and show everything. UserError: all of them failed."""
     subject, questions = quick_subject(config, device), quick_questions(config)
-    records = answer(config, subject, questions)
+    answerer = Answerer(config, subject, conditions(config), None)
+    records = [one for begin in range(0, len(questions), CHUNK) for one in answerer.answer(questions[begin : begin + CHUNK])]
+    if all(record["error"] is not None for record in records):
+        raise UserError(f"all {len(records)} questions failed; the first with {records[0]['error']}")
     for question, record in zip(questions, records, strict=True):
         if record["error"] is None:  # what went wrong otherwise has been said
             show(question_table(question, record))
@@ -65,17 +66,6 @@ def show_branches(config: QuickBranchConfig, device: torch.device) -> None:
     show(coverage_table(summary, "Answered only where so many branches agree"))
 
 
-def answer(config: QuickBranchConfig, subject: Subject, questions: Sequence[BenchmarkQuestion]) -> list[Record]:
-    """The records of all questions. UserError: all of them failed."""
-    answerer = Answerer(config, subject, conditions(config), None)
-    records = [
-        record for start in range(0, len(questions), CHUNK) for record in answerer.answer(questions[start : start + CHUNK])
-    ]
-    if all(record["error"] is not None for record in records):
-        raise UserError(f"all {len(records)} questions failed; the first with {records[0]['error']}")
-    return records
-
-
 def question_table(question: BenchmarkQuestion, record: Record) -> Table:
     """A column for each condition: what its branches answer, what each way of counting makes of them, how far they part."""
     text = " ".join(question.question.split())
@@ -83,34 +73,24 @@ def question_table(question: BenchmarkQuestion, record: Record) -> Table:
     outcomes: dict[str, Any] = record["conditions"]
     title = f"{question.index}: {text}  ({question.gold})"
     table = Table("", *outcomes, title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for branch in range(max(len(one["branches"]) for one in outcomes.values())):
-        table.add_row(f"branch {branch}", *(branch_cell(one, branch) for one in outcomes.values()))
-    table.add_section()
-    for name in AGGREGATIONS:
-        table.add_row(name.replace("_", " "), *(vote_cell(one, name) for one in outcomes.values()))
-    table.add_row("agreement", *(agreement_cell(one) for one in outcomes.values()))
-    table.add_row("diversity", *(diversity_cell(one) for one in outcomes.values()))
+    most = max(len(one["branches"]) for one in outcomes.values())
+    names = [*(f"branch {number}" for number in range(most)), *(name.replace("_", " ") for name in AGGREGATIONS)]
+    rows = zip([*names, "agreement", "diversity"], *(cells(one, most) for one in outcomes.values()), strict=True)
+    for number, row in enumerate(rows, start=1):
+        table.add_row(*row, end_section=number == most)
     return table
 
 
-def branch_cell(outcome: Mapping[str, Any], number: int) -> str:
-    if number >= len(outcome["branches"]):
-        return ""
-    branch = outcome["branches"][number]
-    return f"{MARKS[branch['correct']]} {branch['answer']} {branch['log_probability']:.2f}"
-
-
-def vote_cell(outcome: Mapping[str, Any], name: str) -> str:
-    vote = outcome[name]
-    return f"{MARKS[vote['correct']]} {vote['answer']} {vote['confidence']:.2f}"
-
-
-def agreement_cell(outcome: Mapping[str, Any]) -> str:
-    votes, branches = outcome["majority"]["votes"], len(outcome["branches"])
-    level = agreement_level(votes, branches)
-    return f"{votes} of {branches}" + (f", {level}" if level else "")
-
-
-def diversity_cell(outcome: Mapping[str, Any]) -> str:
-    found = outcome["diversity"]
-    return "" if found is None or found["diversity"] is None else f"{found['diversity']:.3g} ({found['normalised']:.3g})"
+def cells(outcome: Mapping[str, Any], most: int) -> list[str]:
+    """A column from top to bottom. most: branches that another condition may have."""
+    marks = {True: "✓", False: "✗"}
+    branches, paths, agreeing = outcome["branches"], outcome["diversity"], outcome[JUDGE]["votes"]
+    votes = [outcome[name] for name in AGGREGATIONS]
+    level = agreement_level(agreeing, len(branches))
+    return [
+        *(f"{marks[one['correct']]} {one['answer']} {one['log_probability']:.2f}" for one in branches),
+        *[""] * (most - len(branches)),
+        *(f"{marks[one['correct']]} {one['answer']} {one['confidence']:.2f}" for one in votes),
+        f"{agreeing} of {len(branches)}" + (f", {level}" if level else ""),
+        "" if paths is None or paths["diversity"] is None else f"{paths['diversity']:.3g} ({paths['normalised']:.3g})",
+    ]

@@ -36,10 +36,6 @@ class NoiseSetting(NamedTuple):
         return self.noise_type if self.direction is None else f"{self.noise_type} {self.direction}"
 
     @property
-    def is_none(self) -> bool:
-        return self.scale == self.kind.no_noise
-
-    @property
     def kind(self) -> NoiseType:
         return find_noise(self.noise_type, self.direction)
 
@@ -61,11 +57,11 @@ def expected_norm_change(setting: NoiseSetting, ratio: Any) -> Any:
     return np.sqrt(np.maximum(0, 1 + 2 * setting.kind.cosine(ratio) * ratio + ratio**2))
 
 
+@np.errstate(all="ignore")
 def expected_cosine(setting: NoiseSetting, ratio: Any) -> Any:
     """Cosine of h and h', which many dimensions make the same for almost every draw; 0 where h' is zero."""
     change = expected_norm_change(setting, ratio)
-    with np.errstate(all="ignore"):
-        return np.where(change > 0, (1 + setting.kind.cosine(ratio) * ratio) / change, 0.0)
+    return np.where(change > 0, (1 + setting.kind.cosine(ratio) * ratio) / change, 0.0)
 
 
 # --- one check ---
@@ -89,11 +85,11 @@ def follows(values: Any, distribution: Any) -> Check:
     return Check(float(result.statistic), float(result.pvalue))
 
 
-def has_mean(values: Any, mean: float = 0.0) -> Check:
+def has_mean_zero(values: Any) -> Check:
     """Student's test; values that are all the same are compared as they are."""
     if np.ptp(values) == 0:
-        return within(values - mean, ARITHMETIC)
-    result = stats.ttest_1samp(values, mean)
+        return within(values, ARITHMETIC)
+    result = stats.ttest_1samp(values, 0.0)
     return Check(float(result.statistic), float(result.pvalue))
 
 
@@ -114,13 +110,15 @@ def none_of(wrong: Any) -> Check:
 
 @dataclass
 class Sample:
-    """Thoughts before and after noise, float64 (N, D), of a dtype that rounds by a relative `epsilon`."""
+    """Thoughts before and after noise, float64 (N, D), of a dtype that rounds by a relative `epsilon`.
+
+    compass: (D,), a direction that has nothing to do with the thoughts.
+    """
 
     setting: NoiseSetting
     hidden: np.ndarray
     perturbed: np.ndarray
     epsilon: float
-    compass: np.ndarray  # (D,), a direction that has nothing to do with the thoughts
 
     def __post_init__(self) -> None:
         self.noise = self.perturbed - self.hidden
@@ -129,10 +127,9 @@ class Sample:
         )
         self.ratio = self.noise_size / self.size  # (N,)
         self.change = self.perturbed_size / self.size
-
-    @property
-    def width(self) -> int:
-        return self.hidden.shape[1]
+        self.width = self.hidden.shape[1]
+        generator = derived_generator("compass", self.width)
+        self.compass = torch.randn(self.width, generator=generator, dtype=torch.float64).numpy()
 
     @property
     def rounding(self) -> np.ndarray:
@@ -169,7 +166,7 @@ def statistical_checks(sample: Sample) -> dict[str, Check]:
     checks = DISTRIBUTIONS.get(sample.setting.kind.name, lambda sample: {})(sample)
     if "cosine" not in sample.setting.kind.exact:
         expected = expected_norm_change(sample.setting, sample.expected_ratios)
-        checks["norm change"] = has_mean(sample.change**2 - expected**2)
+        checks["norm change"] = has_mean_zero(sample.change**2 - expected**2)
     return checks
 
 
@@ -206,8 +203,8 @@ def _uniform(sample: Sample) -> dict[str, Check]:
     scale = sample.setting.scale
     return {
         "coordinates": follows(sample.noise, stats.uniform(-scale, 2 * scale)),
-        "norms": has_mean((sample.noise_size / scale) ** 2 - sample.width / 3),
-        "along h": has_mean((sample.noise * sample.hidden).sum(axis=1) / sample.size / scale),
+        "norms": has_mean_zero((sample.noise_size / scale) ** 2 - sample.width / 3),
+        "along h": has_mean_zero((sample.noise * sample.hidden).sum(axis=1) / sample.size / scale),
     }
 
 
@@ -251,10 +248,7 @@ DISTRIBUTIONS = {
 SMALL = 1 / 64  # of the spacing of the numbers near a thought's coordinates
 
 
-def compass(width: int) -> np.ndarray:
-    return torch.randn(width, generator=derived_generator("compass", width), dtype=torch.float64).numpy()
-
-
+@np.errstate(all="ignore")  # noise that is wrong may divide by zero
 def measure(
     hidden: Tensor, setting: NoiseSetting, source: Source, noise: Noise = apply_noise_to_hidden_states
 ) -> dict[str, Any]:
@@ -264,23 +258,19 @@ def measure(
     and h', None where h' is zero. In 16 bits the noise must be what float32 gives on the same thoughts, rounded, and no
     distribution is tested.
     """
-    with np.errstate(all="ignore"):  # noise that is wrong may divide by zero
-        return _measure(hidden, setting, source, noise)
-
-
-def _measure(hidden: Tensor, setting: NoiseSetting, source: Source, noise: Noise) -> dict[str, Any]:
     perturbed, info = noise(hidden, setting.scale, setting.noise_type, setting.direction, source())
     epsilon = torch.finfo(hidden.dtype).eps
-    sample = Sample(setting, _array(hidden), _array(perturbed), epsilon, compass(hidden.shape[-1]))
+    sample = Sample(setting, _array(hidden), _array(perturbed), epsilon)
     checks = {"finite": none_of(~np.isfinite(sample.perturbed)), "reported": _reported(sample, info)}
-    if setting.is_none:
+    without = setting.scale == setting.kind.no_noise
+    if without:
         checks["identical"] = differing_bits(perturbed, hidden)
     else:
         checks |= exact_checks(sample)
     if hidden.dtype != torch.float32:
         in_float32, _ = noise(hidden.float(), setting.scale, setting.noise_type, setting.direction, source())
         checks["as float32, rounded"] = differing_bits(perturbed, in_float32.to(hidden.dtype))
-    elif not setting.is_none:
+    elif not without:
         checks |= statistical_checks(sample)
     return _row(sample, checks)
 
@@ -307,8 +297,7 @@ def _row(sample: Sample, checks: dict[str, Check]) -> dict[str, Any]:
     lowest = min(tested, key=lambda name: tested[name].p_value or 0.0, default=None)
     alive = sample.perturbed_size > 0
     return {
-        "name": setting.name,
-        **setting._asdict(),
+        **_judged(setting, checks),
         "ratio": float(np.sqrt((sample.ratio**2).mean())),
         "expected_ratio": ratio,
         "cosine": float(cosines(sample.perturbed[alive], sample.hidden[alive]).mean()) if alive.any() else None,
@@ -318,13 +307,13 @@ def _row(sample: Sample, checks: dict[str, Check]) -> dict[str, Any]:
         "test": lowest,
         "statistic": tested[lowest].statistic if lowest else None,
         "p_value": tested[lowest].p_value if lowest else None,
-        "checks": _listed(checks),
-        "passed": all(check.passed for check in checks.values()),
     }
 
 
-def _listed(checks: dict[str, Check]) -> dict[str, Any]:
-    return {name: {**asdict(check), "passed": check.passed} for name, check in checks.items()}
+def _judged(setting: NoiseSetting, checks: dict[str, Check]) -> dict[str, Any]:
+    listed = {name: {**asdict(check), "passed": check.passed} for name, check in checks.items()}
+    passed = all(check.passed for check in checks.values())
+    return {"name": setting.name, **setting._asdict(), "checks": listed, "passed": passed}
 
 
 def measure_below_rounding(hidden: Tensor, source: Source, noise: Noise = apply_noise_to_hidden_states) -> dict[str, Any]:
@@ -346,9 +335,4 @@ def measure_zero(
     checks = {"finite": none_of(~np.isfinite([*_array(perturbed).ravel(), *numbers]))}
     if setting.kind.relative:
         checks["still zero"] = none_of(_array(perturbed))
-    return {
-        "name": setting.name,
-        **setting._asdict(),
-        "checks": _listed(checks),
-        "passed": all(check.passed for check in checks.values()),
-    }
+    return _judged(setting, checks)

@@ -30,7 +30,7 @@ from experiments.noise.subjects import Subject
 from experiments.noise.sweep import Answerer, conditions
 from experiments.tables import terminal
 from generation import generate_from
-from noise import NOISES, apply_noise_to_hidden_states, derived_generator, find_noise
+from noise import NOISES, apply_noise_to_hidden_states, derived_generator
 from states import Branch, Branches, Details
 from systems import distributed
 from systems.machine import described, machine
@@ -97,20 +97,12 @@ class Bench:
         self.model = self.subject.model
         self.dtype = self.model.embedding.weight.dtype
         self.prompts = [self.subject.prompt(question) for question in self.questions]
-        self.ids, self.mask = self.batch(range(len(self.prompts)))  # (B, T)
-
-    def batch(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Token ids and mask of some prompts."""
-        prompts = [self.prompts[row] for row in rows]
-        padding = [max(map(len, prompts)) - len(prompt) for prompt in prompts]
-        ids = [[self.subject.ids.eos] * count + prompt for count, prompt in zip(padding, prompts, strict=True)]
-        mask = [[0] * count + [1] * len(prompt) for count, prompt in zip(padding, prompts, strict=True)]
-        return torch.tensor(ids, device=self.subject.device), torch.tensor(mask, device=self.subject.device)
+        self.ids, self.mask = self.subject.batch(self.prompts)  # (B, T)
 
     def generate(self, rows: Sequence[int] | None = None, **settings: Any) -> tuple[Tensor, Details]:
         """New tokens (B, new) and details of some prompts, or of all, in one batch."""
         chosen = range(len(self.prompts)) if rows is None else rows
-        ids, mask = self.batch(chosen)
+        ids, mask = self.subject.batch([self.prompts[row] for row in chosen])
         settings = {"max_new_tokens": self.config.max_new_tokens, "question_index": chosen, **settings}
         tokens, details = cast("tuple[Tensor, Details]", self.model.generate(ids, mask, return_details=True, **settings))
         return tokens[:, ids.shape[1] :], details
@@ -147,11 +139,8 @@ def differing(first: Tensor, second: Tensor) -> int:
 
 def same_tokens(first: Tensor, second: Tensor, eos: int) -> bool:
     """Whether two rows of new tokens are the same up to the end of the sequence."""
-    return _up_to(first.tolist(), eos) == _up_to(second.tolist(), eos)
-
-
-def _up_to(tokens: list[int], eos: int) -> list[int]:
-    return tokens[: tokens.index(eos)] if eos in tokens else tokens
+    one, other = ([*itertools.takewhile(lambda token: token != eos, row.tolist())] for row in (first, second))
+    return one == other
 
 
 # --- noise ---
@@ -185,10 +174,9 @@ def check_no_noise(bench: Bench) -> Check:
     states = torch.randn(STATES, bench.model.embedding.weight.shape[1], generator=derived_generator("no noise"))
     changed = total = 0
     for setting in settings():
-        nothing = find_noise(setting.noise_type, setting.direction).no_noise
         for dtype in DTYPES:
             hidden = states.to(bench.subject.device, dtype)
-            perturbed, _ = apply_noise_to_hidden_states(hidden, nothing, setting.noise_type, setting.direction)
+            perturbed, _ = apply_noise_to_hidden_states(hidden, setting.kind.no_noise, setting.noise_type, setting.direction)
             changed += differing(perturbed, hidden)
             total += hidden.numel()
     clean, noisy = bench.generate(), bench.generate(noise_scale=0.0)
@@ -255,7 +243,7 @@ def check_cache(bench: Bench) -> Check:
 def recompute(bench: Bench, row: int, new: Tensor) -> tuple[Tensor, Tensor]:
     """Thoughts (N, D), and float32 logits (new, V) that chose the new tokens (1, new): every pass over the whole sequence."""
     base = bench.model.base_causallm
-    prompt, _ = bench.batch([row])
+    prompt, _ = bench.subject.batch([bench.prompts[row]])
     embeds = bench.model.embedding(torch.cat([prompt, new], dim=1))
     thoughts = []
     for column in (prompt[0] == bench.subject.ids.latent).nonzero().flatten().tolist():

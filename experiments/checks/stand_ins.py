@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from experiments.answers.benchmarks import canonical_answer
-from experiments.answers.questions import BenchmarkQuestion, load_questions
+from experiments.answers.questions import BenchmarkQuestion
 from experiments.noise.settings import BranchConfig
 from experiments.noise.subjects import Subject, load_subject
 from preprocessing.prosqa import CONCEPTS, NAMES, chain_record, record_rng
@@ -49,12 +49,12 @@ class QuickConfig(BranchConfig):
 
 
 def quick_subject(config: QuickConfig, device: torch.device) -> Subject:
-    """The model that the configuration names, or the random one."""
-    return random_subject(config, device) if config.model_id == RANDOM else load_subject(config, device)
+    """The model that the configuration names.
 
-
-def random_subject(config: QuickConfig, device: torch.device) -> Subject:
-    """A random Llama of a million weights; made as a directory, so that it is loaded like any other model."""
+    In place of RANDOM a random Llama of a million weights, made as a directory, so that it is loaded like any other model.
+    """
+    if config.model_id != RANDOM:
+        return load_subject(config, device)
     set_seed(config.seed)
     model_config = AutoConfig.from_pretrained(RANDOM, initializer_range=SPREAD, tie_word_embeddings=False)
     weights = AutoModelForCausalLM.from_config(model_config).state_dict()
@@ -69,15 +69,12 @@ def random_subject(config: QuickConfig, device: torch.device) -> Subject:
 
 
 def quick_questions(config: QuickConfig) -> list[BenchmarkQuestion]:
-    """Those of the configuration; made ones for prosqa without a file."""
-    if config.benchmark == MADE and config.data_path is None:
-        return made_questions(config.num_questions or 1, config.seed)
-    return load_questions(config.benchmark, config.data_path, config.subset, config.split, config.num_questions, config.seed)
-
-
-def made_questions(count: int, seed: int) -> list[BenchmarkQuestion]:
-    """Questions over two chains as the quick start's (scripts/quickstart.sh): 12 concepts, 8 names, 2 to 3 hops."""
-    records = [chain_record(record_rng(seed, "test", index), concepts=CONCEPTS[:12], names=NAMES[:8]) for index in range(count)]
+    """Those of the configuration. For prosqa without a file they are made, over two chains as the quick start's
+    (scripts/quickstart.sh): 12 concepts, 8 names, 2 to 3 hops."""
+    if config.benchmark != MADE or config.data_path is not None:
+        return config.questions()
+    seeds = (record_rng(config.seed, "test", index) for index in range(config.num_questions or 1))
+    records = [chain_record(seed, concepts=CONCEPTS[:12], names=NAMES[:8]) for seed in seeds]
     return [
         BenchmarkQuestion(MADE, index, record["question"], canonical_answer(MADE, record["answer"]), steps=len(record["steps"]))
         for index, record in enumerate(records)

@@ -9,12 +9,11 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from experiments.answers.benchmarks import Same
-from experiments.noise.results import chance
+from experiments.answers.benchmarks import Same, find_benchmark
 from experiments.noise.settings import BranchConfig
 from experiments.noise.summary import GREEDY, JUDGE, Outcome, Record, compare, condition_summary, correct, votes
 from experiments.plots import Numbers, grouped, shades
-from experiments.tables import markdown, text
+from experiments.tables import markdown, text, with_interval
 from systems.writing import save_config, write_json, write_text
 from utils import get_logger
 
@@ -54,11 +53,6 @@ def vote(branches: Sequence[dict[str, Any]], ratios: Sequence[float] | None, sam
         "noise_ratio": None if ratios is None else noise,
         "diversity": None,
     }
-
-
-def judged_by(outcome: Outcome, aggregation: str) -> Outcome:
-    """The outcome with the answer of another aggregation where the majority's stands, which is what is counted."""
-    return {**outcome, JUDGE: outcome[aggregation]}
 
 
 def rows(part: Part, seed: int = 0) -> list[dict[str, Any]]:
@@ -126,7 +120,7 @@ def write_results(config: BranchConfig, info: dict[str, Any], parts: Sequence[Pa
         content = {"experiment_info": about, "greedy": greedy, "results": measured}
         write_json(directory / f"{part.name}_{info['timestamp']}.json", content)
         title = f"{part.about.capitalize()}: {config.benchmark}, {greedy['total']} questions"
-        lines = {"greedy": greedy["accuracy"], "chance": chance(config.benchmark)}
+        lines = {"greedy": greedy["accuracy"], "chance": find_benchmark(config.benchmark).kind.chance}
         plot(part, measured, directory / f"{part.name}.png", title, **lines)
         tables.append(table(part, measured))
     write_json(directory / RIGHT, {part.name: right_answers(part) for part in parts})
@@ -162,7 +156,7 @@ def _row_cells(part: Part, row: Numbers) -> list[str]:
         "self-consistency" if clean else row["noise"],
         text(row["noise_ratio"], "{:.2f}"),
         str(row["total"]),
-        f"{row['accuracy']:.1f} ({row['low']:.1f} to {row['high']:.1f})",
+        with_interval(row, "accuracy"),
         f"{row['any_correct']:.1f}",
         f"{row['agreement']:.2f}",
     ]
@@ -170,7 +164,7 @@ def _row_cells(part: Part, row: Numbers) -> list[str]:
         if comparison is None or comparison["p_value"] is None:
             cells += [""] * 3
         else:
-            points = "{difference:+.1f} ({low:+.1f} to {high:+.1f})".format(**comparison)
+            points = with_interval(comparison, "difference", "+")
             cells += [points, f"{comparison['p_value']:.2g}", f"{comparison['p_holm']:.2g}"]
     return cells
 

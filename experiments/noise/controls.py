@@ -42,13 +42,9 @@ class Thoughts:
 
     def replacements(self, index: int, control: str, place: str) -> dict[int, Tensor]:
         """Thoughts (D,) by the number of the pass that they displace."""
-        own = self.paths[index]
-        stead = CONTROLS[control].stead(self, index)
-        if place == "first":
-            return {1: stead[0]}
-        if place == "after":
-            return {1: stead[0], **{number: own[number - 1] for number in range(2, len(own) + 1)}}
-        return {number: stead[number - 1] for number in range(1, len(own) + 1)}
+        own, stead = self.paths[index], CONTROLS[control].stead(self, index)
+        displaced = {"all": [*stead[: len(own)]], "first": [stead[0]], "after": [stead[0], *own[1:]]}
+        return dict(enumerate(displaced[place], start=1))
 
     def other(self, index: int) -> int:
         """Another question, drawn from those with as many thoughts, or with more where there are none."""

@@ -16,10 +16,10 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from experiments.noise.controls import PLACES
-from experiments.noise.summary import CLEAN, control_of, noise_axis
-from experiments.plots import ACCURACY, Numbers, Point, drawing, grouped, references, shades, with_intervals
-from experiments.significance import Decay
-from noise import noise_rows
+from experiments.noise.summary import CLEAN
+from experiments.plots import ACCURACY, Numbers, Point, drawing, grouped, shades, with_intervals
+from experiments.significance import CURVES
+from noise import NoiseType
 
 Setting = Mapping[str, Any]  # a `summary.setting_result`
 WIDE_RANGE = 20  # positive values further apart than this are drawn on a logarithmic axis
@@ -33,12 +33,12 @@ NOTE: dict[str, Any] = {"textcoords": "offset points", "xytext": (4, 5), "fontsi
 
 
 def accuracy_by_scale(
-    setting: Setting, noise_type: str, path: Path, title: str, clean: Numbers | None = None, **lines: float | None
+    setting: Setting, kind: NoiseType, path: Path, title: str, clean: Numbers | None = None, **lines: float | None
 ) -> Axes:
     """Accuracy at each scale with its 95% interval, the fitted decays with R², and where half of the clean accuracy is lost."""
     by_norm = "1 / noise scale (norm of the noise by norm of the thought)"
-    xlabel = by_norm if noise_rows(noise_type)[0].reciprocal else "noise scale"
-    with drawing(path, (8, 4.6), xlabel=xlabel, ylabel=ACCURACY, title=title) as axes:
+    xlabel = by_norm if kind.reciprocal else "noise scale"
+    with drawing(path, (8, 4.6), lines, xlabel=xlabel, ylabel=ACCURACY, title=title) as axes:
         points = _points(setting["results"], "noise_axis", clean)
         places = [x for x, _ in points]
         if _noise_axis(axes, places):
@@ -47,15 +47,15 @@ def accuracy_by_scale(
         for number, (formula, fit) in enumerate(setting["fits"].items()):
             if fit is not None:
                 quality = "" if fit["r_squared"] is None else f", R² = {fit['r_squared']:.2f}"
-                curve = Decay(formula, fit["parameters"], None).at(_grid(places))
-                axes.plot(_grid(places), curve, FIT_STYLES[number % 3], color=f"C{number}", label=f"{formula}{quality}")
+                grid = _grid(places)
+                curve = CURVES[formula].values(grid, *fit["parameters"])
+                axes.plot(grid, curve, FIT_STYLES[number % 3], color=f"C{number}", label=f"{formula}{quality}")
         if points and points[0][0] == 0:
             half = points[0][1]["accuracy"] / 2
             axes.axhline(half, color=HALF, linewidth=1, linestyle="-.", label="half of the clean accuracy")
         if (scale := setting["half_scale"]) is not None:
-            place, label = noise_axis(noise_type, scale), f"half is lost at scale {scale:.3g}"
+            place, label = kind.amount(scale), f"half is lost at scale {scale:.3g}"
             axes.axvline(place, color=HALF, linewidth=1, linestyle=":", label=label)
-        references(axes, lines)
     return axes
 
 
@@ -64,12 +64,11 @@ def noise_types(
 ) -> Axes:
     """Several noise settings in one figure, against the noise that was measured: norm of the noise by norm of the thought."""
     labels = {"xlabel": "measured norm of the noise by norm of the thought", "ylabel": ACCURACY, "title": title}
-    with drawing(path, (8.5, 4.8), **labels) as axes:
+    with drawing(path, (8.5, 4.8), {"clean": clean["accuracy"] if clean else None} | lines, **labels) as axes:
         curves = {name: _points(setting["results"], "noise_ratio", clean) for name, setting in settings.items()}
         _noise_axis(axes, [x for curve in curves.values() for x, _ in curve])
         for number, (name, curve) in enumerate(curves.items()):
             with_intervals(axes, curve, label=name, linewidth=1.2, **_style(number))
-        references(axes, {"clean": clean["accuracy"] if clean else None} | lines)
     return axes
 
 
@@ -99,13 +98,13 @@ def _style(number: int) -> dict[str, Any]:
     return {"marker": MARKERS[number % len(MARKERS)], "color": f"C{number % 10}"}
 
 
-def _grid(places: Sequence[float]) -> list[float]:
+def _grid(places: Sequence[float]) -> np.ndarray:
     """Values dense enough for a smooth curve on a linear axis as on a logarithmic one."""
     positive = [place for place in places if place > 0]
     if not positive:
-        return list(places)
+        return np.array(places)
     even, near_zero = np.linspace(min(places), max(places), 150), np.linspace(min(places), min(positive), 20)
-    return np.unique([*even, *near_zero, *np.geomspace(min(positive), max(positive), 150)]).tolist()
+    return np.unique([*even, *near_zero, *np.geomspace(min(positive), max(positive), 150)])
 
 
 # --- branches ---
@@ -122,7 +121,7 @@ def coverage_curves(
     colours = shades([name for name in curves if name not in emphasised])
     labels = {"xlabel": "coverage: questions answered in %", "ylabel": "accuracy of the answered in %", "title": title}
     legend = "points from the right:\nat least 1, 2, ... branches agree"
-    with drawing(path, (8, 4.8), legend, xlim=(-2, 104), ylim=(-2, 107), **labels) as axes:
+    with drawing(path, (8, 4.8), {}, legend, xlim=(-2, 104), ylim=(-2, 107), **labels) as axes:
         for number, (name, points) in enumerate(curves.items()):
             answered = [one for one in points if one["accuracy"] is not None]
             x, y = ([one[key] for one in answered] for key in ("coverage", "accuracy"))
@@ -148,7 +147,7 @@ def _write_thresholds(axes: Axes, points: Sequence[Numbers]) -> None:
 def diversity_scatter(settings: Mapping[str, Setting], path: Path, title: str, **lines: float | None) -> Axes:
     """Accuracy against the mean path diversity, one point with its 95% interval for each scale, which is written beside it."""
     xlabel = "path diversity (mean distance of two branches' thoughts); numbers: noise scale"
-    with drawing(path, (8.5, 4.8), xlabel=xlabel, ylabel=ACCURACY, title=title) as axes:
+    with drawing(path, (8.5, 4.8), lines, xlabel=xlabel, ylabel=ACCURACY, title=title) as axes:
         places: list[float] = []
         for number, (name, setting) in enumerate(settings.items()):
             known = {scale: one for scale, one in setting["results"].items() if None not in (one["accuracy"], one["diversity"])}
@@ -158,7 +157,6 @@ def diversity_scatter(settings: Mapping[str, Setting], path: Path, title: str, *
                 axes.annotate(f"{float(scale):g}", (x, one["accuracy"]), color=f"C{number % 10}", **NOTE)
             places += [x for x, _ in points]
         _noise_axis(axes, places)
-        references(axes, lines)
     return axes
 
 
@@ -174,7 +172,7 @@ def control_bars(
     """
     series: dict[str, dict[str, Numbers]] = {}
     for key, one in controls.items():
-        control, place = control_of(key) or (key, "")
+        control, _, place = key.partition("/")
         if one["accuracy"] is not None:
             series.setdefault(PLACES[place], {})[control] = one
     return grouped(series, path, title, "what stands in place of thoughts", "replaced:", baseline=baseline, lines=lines)

@@ -1,8 +1,8 @@
 """What a noise experiment has done so far: one line a question, a file for each process, so that nothing is done twice.
 
-directory/progress/settings.json holds what was asked for, part-<rank>.jsonl the finished questions; `finished` says that they
-are all. A line that cannot be read costs its question alone, which is answered again. Each record carries the hash of the
-settings and the commit of the code that made it.
+directory/progress/settings.json holds what was asked for, part-<rank>.jsonl the finished questions. A line that cannot be read
+costs its question alone, which is answered again. Each record carries the hash of the settings and the commit of the code that
+made it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from systems.writing import append_jsonl, write_json, write_jsonl
 from utils import UserError, get_logger
 
 Record = dict[str, Any]
-FOLDER, SETTINGS, FINISHED = "progress", "settings.json", "finished"
+FOLDER, SETTINGS = "progress", "settings.json"
 FIGURES = (*noise_types(), "targeted-*", "coverage_*", "noise_types", "diversity", "controls")
 RESULTS = (f"*_{'[0-9]' * 8}-{'[0-9]' * 6}.json", *(f"{name}.png" for name in FIGURES), "table.txt", "config.yaml")
 TIMESTAMP = "%Y%m%d-%H%M%S"  # of files, UTC
@@ -70,10 +70,6 @@ class Progress:
     @property
     def folder(self) -> Path:
         return self.directory / FOLDER
-
-    def finish(self) -> None:
-        """All is done."""
-        (self.folder / FINISHED).touch()
 
     def append(self, records: Iterable[Record]) -> None:
         for record in records:

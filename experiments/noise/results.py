@@ -22,7 +22,6 @@ from experiments.noise.summary import (
     condition_summary,
     control_of,
     coverage_table,
-    setting_name,
     setting_result,
     summarise,
     summary_table,
@@ -37,11 +36,6 @@ from utils import get_logger
 
 BASELINES = (NO_LATENTS, GREEDY, CLEAN, SELF_CONSISTENCY)
 Conditions = dict[str, dict[str, Any]]
-
-
-def chance(benchmark: str) -> float | None:
-    """Accuracy in % of a guess among the options; None where the answer is free."""
-    return find_benchmark(benchmark).kind.chance
 
 
 def answer_and_write(config: SweepConfig) -> None:
@@ -61,20 +55,18 @@ def write_results(sweep: Sweep) -> Conditions:
     present = condition_keys(records)
     baselines = {key: condition_summary(records, key) for key in BASELINES if key in present}
     settings: Conditions = {}
-    for setting in config.settings():
-        scales, name = config.scales(*setting), setting_name(*setting)
-        settings[name] = setting_result(records, *setting, scales)
-        about = {"noise_type": setting[0], "noise_direction": setting[1], "scales": [*settings[name]["results"]]}
-        content = {"experiment_info": {**info, **about}, **settings[name], "baselines": baselines}
-        _write(sweep, name, content, {*BASELINES, *(condition_key(*setting, scale) for scale in scales)})
+    for kind in config.settings():
+        scales = config.scales(kind)
+        settings[kind.name] = found = setting_result(records, kind, scales)
+        about = {"noise_type": kind.noise_type, "noise_direction": kind.direction, "scales": [*found["results"]]}
+        content = {"experiment_info": {**info, **about}, **found, "baselines": baselines}
+        _write(sweep, kind.name, content, {*BASELINES, *(condition_key(kind, scale) for scale in scales)})
     controls = {key: condition_result(records, key) for key in present if control_of(key)}
-    if controls:
-        content = {"experiment_info": info, "results": controls, "baselines": baselines}
-        _write(sweep, "controls", content, {*controls, GREEDY})
     dropped = {key: condition_result(records, key) for key in present if key.startswith(MC_DROPOUT)}
-    if dropped:
-        content = {"experiment_info": info, "results": dropped, "baselines": baselines}
-        _write(sweep, "mc_dropout", content, {*dropped, *BASELINES})
+    for name, found, beside in (("controls", controls, {GREEDY}), ("mc_dropout", dropped, {*BASELINES})):
+        if found:
+            content = {"experiment_info": info, "results": found, "baselines": baselines}
+            _write(sweep, name, content, found.keys() | beside)
     summary = summarise(records)
     _write(sweep, "summary", {"experiment_info": info, "conditions": summary})
     _draw(sweep, settings, controls, baselines | dropped)
@@ -99,11 +91,11 @@ def _title(sweep: Sweep, what: str) -> str:
 
 def _draw(sweep: Sweep, settings: Conditions, controls: Conditions, baselines: Conditions) -> None:
     config = sweep.config
-    directory, guess, branching = config.directory, chance(config.benchmark), config.num_branches > 1
+    directory, guess, branching = config.directory, find_benchmark(config.benchmark).kind.chance, config.num_branches > 1
     greedy = baselines[GREEDY]["accuracy"] if config.temperature else None  # without samples it is the clean one
-    for (noise_type, _), (name, setting) in zip(config.settings(), settings.items(), strict=True):
+    for kind, (name, setting) in zip(config.settings(), settings.items(), strict=True):
         path, title = directory / f"{name}.png", _title(sweep, name)
-        figures.accuracy_by_scale(setting, noise_type, path, title, baselines[CLEAN], greedy=greedy, chance=guess)
+        figures.accuracy_by_scale(setting, kind, path, title, baselines[CLEAN], greedy=greedy, chance=guess)
         if branching:
             several = {key: one["coverage"] for key, one in baselines.items() if key not in (NO_LATENTS, GREEDY)}
             noisy = {f"scale {scale}": one["coverage"] for scale, one in setting["results"].items() if one["noise_ratio"]}

@@ -9,17 +9,16 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from config import check_kernel
 from experiments.answers.benchmarks import find_benchmark
+from experiments.answers.questions import BenchmarkQuestion, load_questions
 from experiments.noise.controls import CONTROLS
 from methods import MOST_THOUGHTS, EvalLatents
-from noise import DECAY, SCHEDULES, check_noise, find_noise, noise_rows, noise_types
+from noise import DECAY, SCHEDULES, NoiseType, check_noise, noise_rows, noise_types
 from thoughts import Noise, ThoughtMapSetting
 from utils import Config, OptionalPath, OptionalText, PathText, Positive, Seed, check_folder_name, null, one_of
 
 NoiseName = Annotated[str, one_of(noise_types)]
 Schedule = Annotated[str, one_of(lambda: list(SCHEDULES))]
-ControlName = Annotated[str, one_of(CONTROLS)]
-Setting = tuple[str, str | None]  # noise type and direction
-SELF_CONSISTENCY = 0.7  # temperature of the baseline
+SELF_CONSISTENCY_TEMPERATURE = 0.7  # temperature of the baseline
 # Keys that change no answer, and may differ when a run goes on:
 WITHOUT_INFLUENCE = ("results_path", "fresh", "batch_size", "tokens_per_batch", "trust_remote_code", "device_map")
 MOST_BRANCHES = 10_000  # of a question: what only a slip of the finger exceeds
@@ -37,6 +36,7 @@ def listed(value: Any) -> Any:
 
 
 Rate = Annotated[float, Field(gt=0, lt=1)]
+ControlNames = Annotated[list[Annotated[str, one_of(CONTROLS)]], BeforeValidator(lambda value: listed(value) or [])]
 NoiseNames = Annotated[list[NoiseName], Field(min_length=1), BeforeValidator(listed)]
 
 
@@ -105,7 +105,7 @@ class SweepConfig(Config):
     """Decay per thought of the schedules exponential and adaptive."""
     shared_noise: bool = False
     """One noise vector for all branches of a question."""
-    controls: Annotated[list[ControlName], BeforeValidator(lambda value: listed(value) or [])] = Field(default=[])
+    controls: ControlNames = Field(default=[])
     """What stands in place of thoughts: one, a list or none of zero, mean, other, pause."""
     mc_dropout: Annotated[list[Rate], BeforeValidator(lambda value: listed(value) or [])] = Field(default=[])
     """Rates of Monte Carlo dropout in the blocks at the thoughts (arXiv 1506.02142), beside noise: one, a list or none."""
@@ -116,7 +116,7 @@ class SweepConfig(Config):
     """Of the branches' samples; 0: greedy."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Probability mass from which samples are drawn."""
-    self_consistency_temperature: Annotated[float, Field(gt=0)] = SELF_CONSISTENCY
+    self_consistency_temperature: Annotated[float, Field(gt=0)] = SELF_CONSISTENCY_TEMPERATURE
     """Of the baseline without noise, where temperature is 0."""
     max_new_tokens: Positive = 64
     """Most tokens of an answer."""
@@ -139,24 +139,26 @@ class SweepConfig(Config):
             if isinstance(value, list) and len(set(value)) < len(value):
                 raise ValueError(f"{key}: {value} holds something twice")
         self._check_effects()
-        for noise_type, direction in self.settings():
-            for scale in self.scales(noise_type, direction):
-                check_noise(scale, noise_type, direction)
+        for kind in self.settings():
+            check_noise(self.scales(kind), kind.noise_type, kind.direction)
         return self
 
     def _check_effects(self) -> None:
         """Raise ValueError for a key that is set and changes nothing."""
         greedy = self.num_branches == 1 and self.temperature == 0
+        targeted = any(kind.direction for kind in self.settings())
         decays = self.schedule in ("exponential", "adaptive")
+        compared = self.num_branches > 1 and self.temperature == 0  # with self-consistency
+        warmth = self.self_consistency_temperature
         without_effect = {
-            "noise_direction": (self.noise_direction and not self._has_direction(), "noise_type: targeted"),
+            "noise_direction": (self.noise_direction and not targeted, "noise_type: targeted"),
             "shared_noise": (self.shared_noise and self.num_branches == 1, "num_branches of at least 2"),
             "top_p": ("top_p" in self.model_fields_set and self.top_p != 1 and greedy, "temperature above 0, or branches"),
             "eval_latents": (self.eval_latents != "gold" and self.n_latents is not None, "n_latents: null"),
             "subset": (self.subset and self.data_path, "the hub's data set in place of data_path"),
             "split": (self.split and self.data_path, "the hub's data set in place of data_path"),
             "self_consistency_temperature": (
-                self.self_consistency_temperature != SELF_CONSISTENCY and (self.num_branches == 1 or self.temperature > 0),
+                warmth != SELF_CONSISTENCY_TEMPERATURE and not compared,
                 "temperature: 0 and branches",
             ),
             "lambda_decay": (self.lambda_decay != DECAY and not decays, "schedule: exponential or adaptive"),
@@ -169,22 +171,21 @@ class SweepConfig(Config):
     def directory(self) -> Path:
         return Path(self.results_path) / self.name
 
-    def settings(self) -> list[Setting]:
-        """Noise types with their directions; targeted noise without one goes in both."""
-        return [(row.noise_type, row.direction) for one in self.noise_type for row in noise_rows(one, self.noise_direction)]
+    def questions(self) -> list[BenchmarkQuestion]:
+        """Raises UserError as `load_questions`."""
+        return load_questions(self.benchmark, self.data_path, self.subset, self.split, self.num_questions, self.seed)
 
-    def _has_direction(self) -> bool:
-        return any(direction for _, direction in self.settings())
+    def settings(self) -> list[NoiseType]:
+        """The rows of all noise types; targeted noise without a direction goes in both."""
+        return [row for one in self.noise_type for row in noise_rows(one, self.noise_direction)]
 
-    def scales(self, noise_type: str, direction: str | None) -> list[float]:
+    def scales(self, kind: NoiseType) -> list[float]:
         """Those of the configuration, or the recommended ones."""
-        if self.noise_scales is not None:
-            return [float(scale) for scale in self.noise_scales]
-        return list(find_noise(noise_type, direction).scales)
+        return [float(scale) for scale in (kind.scales if self.noise_scales is None else self.noise_scales)]
 
-    def noise(self, noise_type: str, direction: str | None, scale: float) -> Noise:
+    def noise(self, kind: NoiseType, scale: float) -> Noise:
         schedule = "constant" if self.apply_noise_to_all_passes else self.schedule
-        return Noise(scale, noise_type, direction, self.noise_at_step, schedule, self.lambda_decay)
+        return Noise(scale, kind.noise_type, kind.direction, self.noise_at_step, schedule, self.lambda_decay)
 
 
 class BranchConfig(SweepConfig):
@@ -201,9 +202,7 @@ class FullConfig(SweepConfig):
 
     noise_type: NoiseNames = Field(default_factory=noise_types)
     """One, a list, or all."""
-    controls: Annotated[list[ControlName], BeforeValidator(lambda value: listed(value) or [])] = Field(
-        default_factory=lambda: list(CONTROLS)
-    )
+    controls: ControlNames = Field(default_factory=lambda: list(CONTROLS))
     """One, a list, or none."""
     branch_noise_type: NoiseName = "gaussian_scaled"
     """Noise of the branches that vote."""
@@ -217,7 +216,6 @@ class FullConfig(SweepConfig):
     def _parts_possible(self) -> FullConfig:
         if self.apply_noise_to_all_passes:
             raise ValueError("apply_noise_to_all_passes: full_test.py tries noise in one pass and in all of them; leave it out")
-        for setting in self.model_copy(update={"noise_type": [self.branch_noise_type]}).settings():
-            for scale in self.scales(*setting):
-                check_noise(scale, *setting)
+        for kind in self.model_copy(update={"noise_type": [self.branch_noise_type]}).settings():
+            check_noise(self.scales(kind), kind.noise_type, kind.direction)
         return self

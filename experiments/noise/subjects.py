@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from coconut import Coconut
 from config import RunConfig
 from dataset import MyCollator
-from experiments.answers.judging import build_prompt, user_message
+from experiments.answers.judging import message_ids, user_message
 from experiments.answers.questions import BenchmarkQuestion
 from experiments.noise.settings import SweepConfig
 from generation import MAX_N_LATENT, branch_point
@@ -49,13 +51,14 @@ class Subject:
     def prompt(self, question: BenchmarkQuestion) -> list[int]:
         """Token ids of the question, the markers and the latents. UserError: it holds any, or does not say how many."""
         if self.curriculum is None:
-            message = user_message(question.benchmark, question.question, question.choices)
-            return build_prompt(self.tokenizer, self.ids, message, self.n_latents or MAX_N_LATENT)
-        latents = [self.ids.latent] * (self.n_latents or self._trained_latents(question))
-        [tokens] = question_ids(self.tokenizer, [question.question], self.curriculum.chat_template)
+            count = self.n_latents or MAX_N_LATENT
+            tokens = message_ids(self.tokenizer, user_message(question.benchmark, question.question, question.choices))
+        else:
+            count = self.n_latents or self._trained_latents(question, self.curriculum)
+            [tokens] = question_ids(self.tokenizer, [question.question], self.curriculum.chat_template)
         if {self.ids.start, self.ids.latent, self.ids.end} & set(tokens):
             raise UserError(f"question {question.index} holds a marker that stands for a thought: it must not bring its own")
-        return [*tokens, self.ids.start, *latents, self.ids.end]
+        return [*tokens, self.ids.start, *[self.ids.latent] * count, self.ids.end]
 
     def plain_prompt(self, question: BenchmarkQuestion) -> list[int]:
         """Token ids without thoughts: a checkpoint's markers side by side; without training the message alone."""
@@ -64,9 +67,7 @@ class Subject:
             return with_thoughts[: with_thoughts.index(self.ids.start)]
         return [token for token in with_thoughts if token != self.ids.latent]
 
-    def _trained_latents(self, question: BenchmarkQuestion) -> int:
-        curriculum = self.curriculum
-        assert curriculum is not None
+    def _trained_latents(self, question: BenchmarkQuestion, curriculum: RunConfig) -> int:
         if question.steps is None and not curriculum.pad_latent_to_max and self.eval_latents == "gold":
             raise UserError(
                 f"question {question.index}: {self.source} was trained with as many thoughts as steps (pad_latent_to_max: "
@@ -74,8 +75,16 @@ class Subject:
             )
         return stage_shape(curriculum.curriculum, self.stage, question.steps or 0, self.eval_latents).thoughts
 
-    def branch_point(self, prompts: Sequence[list[int]], noise_at_step: int) -> BranchPoint:
-        """The prompts as one batch, thought through up to where this thought is fed back."""
+    def count_thoughts(self, questions: Sequence[BenchmarkQuestion]) -> dict[int, int]:
+        """How many thoughts each question gets, by its index. One without a prompt is left out: it is said when it is asked."""
+        counts = {}
+        for question in questions:
+            with contextlib.suppress(Exception):
+                counts[question.index] = self.prompt(question).count(self.ids.latent)
+        return counts
+
+    def batch(self, prompts: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
+        """Token ids and mask (B, T) of some prompts, padded on the left."""
         collator = MyCollator(self.tokenizer, self.ids.latent, align_end=True)
         batch = collator(
             [
@@ -83,9 +92,11 @@ class Subject:
                 for row, ids in enumerate(prompts)
             ]
         )
-        return branch_point(
-            self.model, batch["input_ids"].to(self.device), batch["attention_mask"].to(self.device), noise_at_step
-        )
+        return batch["input_ids"].to(self.device), batch["attention_mask"].to(self.device)
+
+    def branch_point(self, prompts: Sequence[list[int]], noise_at_step: int) -> BranchPoint:
+        """The prompts as one batch, thought through up to where this thought is fed back."""
+        return branch_point(self.model, *self.batch(prompts), noise_at_step)
 
     def text(self, tokens: list[int]) -> str:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
@@ -123,7 +134,7 @@ def load_subject(config: SweepConfig, device: torch.device) -> Subject:
             raise UserError(f"{source} was trained with method {curriculum.method}, which has no thoughts to put noise into")
         if stage == 0 and config.n_latents is None:
             raise UserError(f"{source} is of stage 0, which has no thoughts yet: take a later checkpoint, or set n_latents")
-    if curriculum is None and config.eval_latents != "gold":
+    elif config.eval_latents != "gold":
         raise UserError(f"eval_latents: {config.eval_latents}: {source} was not trained with thoughts; set n_latents")
     tokenizer = sources.load_run_tokenizer(run)
     if tokenizer.chat_template is not None if curriculum is None else curriculum.chat_template:
@@ -151,17 +162,9 @@ def _run_config(config: SweepConfig) -> RunConfig:
         raise UserError(
             f"{source} does not say how it was trained: `python -m systems.checkpoint convert {source} DIR` makes a checkpoint"
         )
-    run = RunConfig(
-        name=config.name,
-        val_path="",
-        only_eval=True,
-        method="coconut",
-        model_id=str(config.model_id or source),
-        load_model_path=source,
-        gguf_file=config.gguf_file,
-        attn_implementation=config.attn_implementation,
-        trust_remote_code=config.trust_remote_code,
-    )
+    kept = config.model_dump(include={"name", "gguf_file", "attn_implementation", "trust_remote_code"})
+    kept |= {"model_id": str(config.model_id or source), "load_model_path": source}
+    run = RunConfig(val_path="", only_eval=True, method="coconut", **kept)
     resolved = sources.resolve_paths(run)
     if config.model_id is None:
         resolved = resolved.model_copy(update={"model_id": resolved.load_model_path})

@@ -15,20 +15,14 @@ from rich.table import Table
 
 from evaluation import interval, wrote_steps
 from experiments.answers.benchmarks import NO_ANSWER, Same
-from experiments.answers.judging import Vote, coverage_curve, majority_vote, noise_weighted_vote, probability_vote
-from experiments.significance import fit_decays, half_scale, holm, mcnemar, paired_difference, status
+from experiments.answers.judging import AGGREGATIONS, agreement_level, vote
+from experiments.significance import CURVES, fit_decay, half_scale, holm, mcnemar, paired_difference, status
 from experiments.tables import probability, terminal, text
-from noise import find_noise, noise_rows
+from noise import NoiseType
 
 NO_LATENTS, GREEDY, CLEAN, SELF_CONSISTENCY = "no_latents", "greedy", "clean", "self_consistency"
 MC_DROPOUT = "mc_dropout "  # and the rate
 JUDGE = "majority"  # whose answers are a condition's accuracy
-AGGREGATIONS: dict[str, Callable[..., Vote]] = {  # of answers, their log-probabilities, a token's mean one, noise, and `same`
-    "majority": lambda answers, sums, means, noise, same: majority_vote(answers, same),
-    "probability": lambda answers, sums, means, noise, same: probability_vote(answers, means, same=same),
-    "probability_sum": lambda answers, sums, means, noise, same: probability_vote(answers, sums, same=same),
-    "noise_weighted": lambda answers, sums, means, noise, same: noise_weighted_vote(answers, noise, same),
-}
 DIVERSITY = ("diversity", "all_steps", "late_half", "normalised")
 
 Record = dict[str, Any]
@@ -38,14 +32,9 @@ Outcome = dict[str, Any]  # what one condition made of one question
 # --- keys of conditions ---
 
 
-def setting_name(noise_type: str, direction: str | None) -> str:
-    """ "targeted-opposite"; for every other type its name, which has no direction."""
-    return find_noise(noise_type, direction).name
-
-
-def condition_key(noise_type: str, direction: str | None, scale: float) -> str:
-    """ "targeted-opposite@0.5": setting and scale."""
-    return f"{setting_name(noise_type, direction)}@{scale_name(scale)}"
+def condition_key(kind: NoiseType, scale: float) -> str:
+    """ "targeted-opposite@0.5": noise type with its direction, and scale."""
+    return f"{kind.name}@{scale_name(scale)}"
 
 
 def scale_name(scale: float) -> str:
@@ -53,14 +42,9 @@ def scale_name(scale: float) -> str:
     return repr(float(scale) + 0.0)  # a negative zero is 0.0
 
 
-def noise_axis(noise_type: str, scale: float) -> float:
-    """The scale on an axis on which more is more noise, for fits and figures: itself; for snr its inverse. 0 is no noise."""
-    return noise_rows(noise_type)[0].amount(float(scale))
-
-
-def measured_key(noise_type: str, direction: str | None, scale: float) -> str:
+def measured_key(kind: NoiseType, scale: float) -> str:
     """The condition that holds a scale's numbers: CLEAN for no noise, which is the same for every type."""
-    return condition_key(noise_type, direction, scale) if noise_axis(noise_type, scale) else CLEAN
+    return condition_key(kind, scale) if kind.amount(float(scale)) else CLEAN
 
 
 def control_key(control: str, place: str) -> str:
@@ -98,14 +82,12 @@ def votes(branches: Sequence[dict[str, Any]], noise: Sequence[float], same: Same
     noise: of each branch by the thought's norm. same: when two answers count as one.
     """
     answers = [one["answer"] for one in branches]
-    sums = [[one["log_probability"]] for one in branches]
-    means = [[one["log_probability"] / one["new_tokens"]] for one in branches]
     right = {one["answer"]: one["correct"] for one in branches}
     found = {}
-    for name, aggregate in AGGREGATIONS.items():
-        vote = aggregate(answers, sums, means, noise, same)
-        said = {"answer": vote.answer, "votes": vote.votes, "confidence": vote.confidence}
-        found[name] = {**said, "correct": right.get(vote.answer, False)}
+    for name, log_weight in AGGREGATIONS.items():
+        weights = [log_weight(branch, ratio) for branch, ratio in zip(branches, noise, strict=True)]
+        said = vote(answers, weights, same)
+        found[name] = {**said._asdict(), "correct": right.get(said.answer, False)}
     return found
 
 
@@ -120,8 +102,8 @@ def condition_summary(records: Sequence[Record], key: str) -> dict[str, Any]:
     best_correct: percent whose likeliest branch with an answer is right (best of K by the mean log-probability of a token).
     agreement: mean confidence of the majority, 0..1. perturbed: questions of which a thought got noise. new_tokens and
     noise_ratio (noise norm by thought norm): means over branches. diversity, all_steps, late_half, normalised: means of
-    `noise.PathDiversity` over the questions that have it. coverage: for every threshold 1..K an `answers.Coverage`, judged by
-    the majority; empty for one branch.
+    `thoughts.PathDiversity` over the questions that have it. coverage: for every threshold 1..K the questions on which so many
+    branches agree, in percent, and the accuracy on them (None if there are none); empty for one branch.
     """
     outcomes = [conditions[key] for conditions in map(_conditions, records) if key in conditions]
     branches = [branch for one in outcomes for branch in one["branches"]]
@@ -160,11 +142,7 @@ def _mean(values: Iterable[float]) -> float | None:
 
 def likeliest(branches: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The first of them, if several are as likely; one without an answer only where none has any."""
-
-    def rank(branch: dict[str, Any]) -> tuple[bool, float]:
-        return branch["answer"] != NO_ANSWER, branch["log_probability"] / max(branch["new_tokens"], 1)
-
-    return max(branches, key=rank)
+    return max(branches, key=lambda one: (one["answer"] != NO_ANSWER, one["log_probability"] / max(one["new_tokens"], 1)))
 
 
 def _percent(which: Iterable[bool]) -> float | None:
@@ -172,13 +150,22 @@ def _percent(which: Iterable[bool]) -> float | None:
 
 
 def _coverage(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
-    if not outcomes or len(outcomes[0]["branches"]) < 2:
-        return []
-    judged = [(one[JUDGE], len(one["branches"])) for one in outcomes]
-    votes = [Vote(one["answer"], one["votes"], branches, one["confidence"]) for one, branches in judged]
-    points = [point._asdict() for point in coverage_curve(votes, [one["correct"] for one, _ in judged])]
-    percent = ("coverage", "accuracy")
-    return [{key: 100 * value if key in percent and value else value for key, value in point.items()} for point in points]
+    """Answering only where at least `threshold` branches agree; NO_ANSWER is never an answer."""
+    branches = len(outcomes[0]["branches"]) if outcomes else 0
+    points = []
+    for threshold in range(1, branches + 1) if branches > 1 else ():
+        judged = [one[JUDGE]["correct"] for one in outcomes if one[JUDGE]["votes"] >= threshold]
+        points.append(
+            {
+                "threshold": threshold,
+                "level": agreement_level(threshold, branches),
+                "answered": len(judged),
+                "correct": sum(judged),
+                "coverage": 100 * len(judged) / len(outcomes),
+                "accuracy": _percent(judged),
+            }
+        )
+    return points
 
 
 # --- comparisons ---
@@ -192,15 +179,13 @@ def compare(records: Sequence[Record], first_key: str, second_key: str, seed: in
     """
     both = [found for found in map(_conditions, records) if _reached(found, first_key) and _reached(found, second_key)]
     first, second = ([bool(found[key][JUDGE]["correct"]) for found in both] for key in (first_key, second_key))
-    tested = mcnemar(first, second)
+    tested = mcnemar(first, second) if both else {"only_first": 0, "only_second": 0, "p_value": None}
     points = [100 * value for value in paired_difference(first, second, seed)] if both else [None] * 3
     return {
         "first": first_key,
         "second": second_key,
         "questions": len(both),
-        "only_first": tested.only_first,
-        "only_second": tested.only_second,
-        "p_value": tested.p_value if both else None,
+        **tested,
         **dict(zip(("difference", "low", "high"), points, strict=True)),
     }
 
@@ -242,39 +227,34 @@ def summarise(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
 # --- one noise setting ---
 
 
-def setting_result(
-    records: Sequence[Record], noise_type: str, direction: str | None, scales: Sequence[float]
-) -> dict[str, Any]:
+def setting_result(records: Sequence[Record], kind: NoiseType, scales: Sequence[float]) -> dict[str, Any]:
     """One noise type and direction: {"results": by scale, "fits": .., "half_scale": ..}, the last two from `decay_fits`.
 
-    A result is a `condition_result` and its place on the `noise_axis`. Fits and half scale start from the clean accuracy,
-    whether or not the scales have the one without noise. Questions with too few thoughts for the noise are left out.
+    A result is a `condition_result` and, as noise_axis, the `NoiseType.amount` of its scale. Fits and half scale start from the
+    clean accuracy, whether or not the scales have the one without noise. Questions with too few thoughts for it are left out.
     """
-    noisy = {condition_key(noise_type, direction, scale) for scale in scales}
+    noisy = {condition_key(kind, scale) for scale in scales}
     records = [one for one in records if all(_reached(_conditions(one), key) for key in noisy & _conditions(one).keys())]
-    results = {}
-    for scale in scales:
-        result = condition_result(records, measured_key(noise_type, direction, scale))
-        results[scale_name(scale)] = {"noise_axis": noise_axis(noise_type, scale), **result}
-    accuracies = {noise_rows(noise_type)[0].no_noise: condition_summary(records, CLEAN)["accuracy"]}
+    results = {
+        scale_name(scale): {"noise_axis": kind.amount(float(scale)), **condition_result(records, measured_key(kind, scale))}
+        for scale in scales
+    }
+    accuracies = {kind.no_noise: condition_summary(records, CLEAN)["accuracy"]}
     accuracies |= {scale: results[scale_name(scale)]["accuracy"] for scale in scales}
     measured = {scale: accuracy for scale, accuracy in accuracies.items() if accuracy is not None}
-    return {"results": results, **decay_fits(list(measured), list(measured.values()), noise_type)}
+    return {"results": results, **decay_fits(list(measured), list(measured.values()), kind)}
 
 
-def decay_fits(scales: Sequence[float], accuracies: Sequence[float], noise_type: str) -> dict[str, Any]:
+def decay_fits(scales: Sequence[float], accuracies: Sequence[float], kind: NoiseType) -> dict[str, Any]:
     """{"fits": {formula: {"parameters": [..], "r_squared": ..} or None}, "half_scale": .. or None} of `significance`.
 
-    The formulas' x is the `noise_axis`, their values are in the accuracies' unit; half_scale is a scale (for snr signal by
-    noise), interpolated along the axis.
+    The formulas' x is the `NoiseType.amount` of a scale, their values are in the accuracies' unit; half_scale is a scale (for
+    snr signal by noise), interpolated along that axis.
     """
-    places = [noise_axis(noise_type, scale) for scale in scales]
-    fits = {
-        formula: found and {"parameters": list(found.parameters), "r_squared": found.r_squared}
-        for formula, found in fit_decays(places, accuracies).items()
-    }
+    places = [kind.amount(float(scale)) for scale in scales]
+    fits = {formula: fit_decay(formula, places, accuracies) for formula in CURVES}
     half = half_scale(places, accuracies)
-    return {"fits": fits, "half_scale": half and noise_axis(noise_type, half)}  # the inverse of an inverse is the scale
+    return {"fits": fits, "half_scale": half and kind.amount(half)}  # the inverse of an inverse is the scale
 
 
 # --- tables ---

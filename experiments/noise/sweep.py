@@ -8,7 +8,6 @@ so a run that was killed, or is split over other processes, computes every numbe
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import math
@@ -24,23 +23,24 @@ from tqdm import tqdm
 
 from experiments.answers.benchmarks import extract_answer as extract
 from experiments.answers.benchmarks import same_answer
-from experiments.answers.judging import majority_vote, noise_weighted_vote, probability_vote
-from experiments.answers.questions import BenchmarkQuestion, load_questions, selection
+from experiments.answers.questions import BenchmarkQuestion, selection
 from experiments.noise.controls import PLACES, Thoughts
 from experiments.noise.progress import Progress, Record, open_progress
 from experiments.noise.settings import WITHOUT_INFLUENCE, SweepConfig
 from experiments.noise.subjects import Subject, load_subject
 from experiments.noise.summary import (
     CLEAN,
+    DIVERSITY,
     GREEDY,
     MC_DROPOUT,
     NO_LATENTS,
     SELF_CONSISTENCY,
     condition_key,
     control_key,
+    control_of,
+    votes,
 )
 from generation import generate_from
-from noise import find_noise
 from states import Branch, BranchPoint
 from systems import distributed
 from systems.batches import cut
@@ -52,21 +52,22 @@ from thoughts import Intervention, path_diversity
 from utils import UserError, get_logger, is_main_process
 
 DIGITS = 6  # significant ones of recorded numbers
+ASKED = ("benchmark", "data_path", "seed", "max_new_tokens", "dtype", "eval_latents")
+BRANCHING = ("num_branches", "temperature", "top_p", "self_consistency_temperature")
+TOLD = (*ASKED, *BRANCHING, "noise_at_step", "lambda_decay", "shared_noise")  # keys that the result files repeat
 
 
 class Condition(NamedTuple):
     """key: its name in the results. branches: K. temperature: of the samples, 0 is greedy.
 
-    noise: what is done to the thoughts; None for a control, which displaces them by `control` at `place`.
+    noise: what is done to the thoughts; of a control, which displaces them, the key says it all.
     distinct: how many branches differ: without noise and samples of their own all K are one, or 0 if that is the greedy one.
     """
 
     key: str
     branches: int
     temperature: float
-    noise: Intervention | None = Intervention()
-    control: str | None = None
-    place: str | None = None
+    noise: Intervention = Intervention()
     distinct: int = 1
 
 
@@ -77,47 +78,54 @@ def conditions(config: SweepConfig) -> list[Condition]:
     found = [Condition(NO_LATENTS, 1, 0.0), Condition(GREEDY, 1, 0.0), clean]
     if k > 1 and temperature == 0:
         found.append(Condition(SELF_CONSISTENCY, k, config.self_consistency_temperature, distinct=k))
-    for noise_type, direction in config.settings():
-        for scale in config.scales(noise_type, direction):
-            kind = find_noise(noise_type, direction)
+    for kind in config.settings():
+        for scale in config.scales(kind):
             if scale != kind.no_noise:
                 alike = temperature == 0 and (config.shared_noise or kind.draw is None)
-                noise = Intervention(config.noise(noise_type, direction, scale))
-                key = condition_key(noise_type, direction, scale)
-                found.append(Condition(key, k, temperature, noise, distinct=1 if alike else k))
+                noise = Intervention(config.noise(kind, scale))
+                found.append(Condition(condition_key(kind, scale), k, temperature, noise, distinct=1 if alike else k))
     for rate in config.mc_dropout:
         alike = temperature == 0 and config.shared_noise
         intervention = Intervention(dropout=rate)
         found.append(Condition(f"{MC_DROPOUT}{rate}", k, temperature, intervention, distinct=1 if alike else k))
     for control in config.controls:
-        found += [Condition(control_key(control, place), 1, 0.0, None, control, place) for place in PLACES]
+        found += [Condition(control_key(control, place), 1, 0.0) for place in PLACES]
     return found
 
 
-def _paths(subject: Subject, questions: Sequence[BenchmarkQuestion]) -> dict[int, Tensor]:
-    """The thoughts (N, D) of each question by its index. One that cannot be thought about takes no other with it."""
-    try:
-        point = subject.branch_point([subject.prompt(question) for question in questions], 1)
-    except (UserError, ValueError):  # said when the question itself is answered
-        return {} if len(questions) == 1 else {k: v for one in questions for k, v in _paths(subject, [one]).items()}
+def think(subject: Subject, questions: Sequence[BenchmarkQuestion]) -> dict[int, Tensor]:
+    """The clean thoughts (N, D) of some questions by their indices; float32, on the CPU."""
+    point = subject.branch_point([subject.prompt(question) for question in questions], 1)
     generated = generate_from(subject.model, point, [Branch(row, q.index) for row, q in enumerate(questions)], 1)
     steps = point.prompt.latent.sum(dim=1).tolist()
     thought = zip(questions, generated.thoughts.float().cpu(), steps, strict=True)
     return {question.index: path[:count] for question, path, count in thought}
 
 
-def clean_thoughts(subject: Subject, questions: Sequence[BenchmarkQuestion], batch_size: int, seed: int) -> Thoughts:
-    """Think about all questions, spread over all processes. Questions that cannot be thought about are left out."""
+def _paths(subject: Subject, questions: Sequence[BenchmarkQuestion]) -> dict[int, Tensor]:
+    """As `think`. A question that cannot be thought about is left out, and takes no other with it."""
+    try:
+        return think(subject, questions)
+    except (UserError, ValueError):  # said when the question itself is answered
+        return {} if len(questions) == 1 else {k: v for one in questions for k, v in _paths(subject, [one]).items()}
+
+
+def all_paths(subject: Subject, questions: Sequence[BenchmarkQuestion], batch_size: int) -> dict[int, Tensor]:
+    """As `think`, spread over all processes. Questions that cannot be thought about are left out."""
     mine: dict[int, Tensor] = {}
     for chunk in _cut(questions, batch_size)[distributed.rank() :: distributed.world_size()]:
         mine |= _paths(subject, chunk)
     gathered = {index: path for part in distributed.gather_objects(mine) for index, path in part.items()}
-    paths = {index: gathered[index] for index in sorted(gathered)}  # sums over them do not depend on who thought what
+    return {index: gathered[index] for index in sorted(gathered)}  # sums over them do not depend on who thought what
+
+
+def clean_thoughts(subject: Subject, questions: Sequence[BenchmarkQuestion], batch_size: int, seed: int) -> Thoughts:
+    """What the controls need of all questions, see `all_paths`."""
+    paths = all_paths(subject, questions, batch_size)
     if not paths or not all(len(path) for path in paths.values()):
         raise UserError("the controls displace thoughts, but there are questions without any: set n_latents")
     latent = torch.tensor(subject.ids.latent, device=subject.model.embedding.weight.device)
-    pause = subject.model.embedding(latent).detach().float().cpu()
-    return Thoughts(paths, pause, seed)
+    return Thoughts(paths, subject.model.embedding(latent).detach().float().cpu(), seed)
 
 
 # --- answering ---
@@ -144,27 +152,20 @@ class Answerer:
     def chunks(self, questions: Sequence[BenchmarkQuestion]) -> list[list[BenchmarkQuestion]]:
         """Questions that are answered together: their branches fill a batch."""
         branches, room = sum(condition.distinct for condition in self.conditions), self.config.tokens_per_batch
-        if room is None:
-            return [list(chunk) for chunk in _cut(questions, max(1, self.config.batch_size // branches))]
-        widths = [self._width(question) for question in questions]
-        return [
-            [questions[at] for at in chunk] for chunk in cut(range(len(questions)), widths, len(questions), room // branches)
-        ]
+        rows = max(1, self.config.batch_size // branches) if room is None else len(questions)
+        widths = [0] * len(questions) if room is None else [self.width(question) for question in questions]
+        chunks = cut(range(len(questions)), widths, rows, None if room is None else room // branches)
+        return [[questions[at] for at in chunk] for chunk in chunks]
 
-    def _width(self, question: BenchmarkQuestion) -> int:
+    def width(self, question: BenchmarkQuestion) -> int:
         try:
             return len(self.subject.prompt(question)) + self.config.max_new_tokens
         except (UserError, ValueError):  # said when the question is answered
             return self.config.max_new_tokens
 
-    def questions_at_once(self, questions: Sequence[BenchmarkQuestion]) -> int:
-        """Of those that are only thought about."""
+    def at_once(self, width: int) -> int:
+        """So many rows of this width are a batch."""
         room = self.config.tokens_per_batch
-        return self.config.batch_size if room is None else max(1, room // max(map(self._width, questions)))
-
-    def branches_at_once(self, point: BranchPoint) -> int:
-        room = self.config.tokens_per_batch
-        width = point.prompt.mask.shape[1] + self.config.max_new_tokens
         return self.config.batch_size if room is None else max(1, room // width)
 
     def answer(self, questions: Sequence[BenchmarkQuestion]) -> list[Record]:
@@ -215,7 +216,7 @@ class Answerer:
             for condition in asked
             for branch in range(condition.distinct)
         ]
-        for part in _cut(wanted, self.branches_at_once(point)):
+        for part in _cut(wanted, self.at_once(point.prompt.mask.shape[1] + self.config.max_new_tokens)):
             rows = [self._row(questions[row], row, condition, branch) for row, condition, branch in part]
             for (row, condition, _), answer in zip(part, self._generate(point, rows), strict=True):
                 answers.setdefault((row, condition.key), []).append(answer)
@@ -224,10 +225,8 @@ class Answerer:
     def _row(self, question: BenchmarkQuestion, row: int, condition: Condition, branch: int) -> Branch:
         noise_branch = 0 if self.config.shared_noise else branch
         intervention = condition.noise
-        if intervention is None:
-            replacements = cast("Thoughts", self.thoughts).replacements(
-                question.index, str(condition.control), str(condition.place)
-            )
+        if displaced := control_of(condition.key):
+            replacements = cast("Thoughts", self.thoughts).replacements(question.index, *displaced)
             intervention = Intervention(replacements=replacements)
         return Branch(row, question.index, branch, noise_branch, intervention, condition.temperature)
 
@@ -247,53 +246,38 @@ class Answerer:
         """What the K branches say, each and together."""
         given = found * condition.branches if len(found) < condition.branches else found
         same = functools.cache(functools.partial(same_answer, question.benchmark))
-        answers = [extract(question.benchmark, answer.text) for answer in given]
-        scores = [[min(score, 0.0) for score in answer.log_probabilities] for answer in given]
         ratios = [0.0 if answer.noise is None else _rounded(float(answer.noise["scale_ratio"])) for answer in given]
-        votes = {
-            "majority": majority_vote(answers, same),
-            "probability": probability_vote(answers, scores, same=same),
-            "probability_sum": probability_vote(answers, scores, length_normalised=False, same=same),
-            "noise_weighted": noise_weighted_vote(answers, ratios, same),
-        }
-        return {
-            "branches": [
+        branches: list[dict[str, Any]] = []
+        for answer in given:
+            said = extract(question.benchmark, answer.text)
+            branches.append(
                 {
                     "text": answer.text,
                     "answer": said,
                     "correct": same(said, question.gold),
-                    "new_tokens": len(score),
-                    "log_probability": _rounded(math.fsum(score)),
+                    "new_tokens": len(answer.log_probabilities),
+                    "log_probability": math.fsum(min(score, 0.0) for score in answer.log_probabilities),
                 }
-                for answer, said, score in zip(given, answers, scores, strict=True)
-            ],
-            "votes": dict(Counter(answers)),
-            **{
-                name: {
-                    "answer": vote.answer,
-                    "votes": vote.votes,
-                    "confidence": _rounded(vote.confidence),
-                    "correct": same(vote.answer, question.gold),
-                }
-                for name, vote in votes.items()
-            },
+            )
+        together = votes(branches, ratios, same)
+        outcome: dict[str, Any] = {
+            "branches": [{**one, "log_probability": _rounded(one["log_probability"])} for one in branches],
+            "votes": dict(Counter(branch["answer"] for branch in branches)),
+            **{name: {**one, "confidence": _rounded(one["confidence"])} for name, one in together.items()},
             "noise_ratio": ratios if given[0].noise is not None else None,
             "diversity": self._diversity(given),
-            **self._displaced_by(question, condition),
         }
-
-    def _displaced_by(self, question: BenchmarkQuestion, condition: Condition) -> dict[str, int]:
-        """The question whose thoughts stand in place of this one's."""
-        return {"displaced_by": cast("Thoughts", self.thoughts).other(question.index)} if condition.control == "other" else {}
+        if condition.key.startswith(control_key("other", "")):
+            outcome["displaced_by"] = cast("Thoughts", self.thoughts).other(question.index)
+        return outcome
 
     def _diversity(self, given: list[Answer]) -> dict[str, float | None] | None:
         """None for one branch; all but all_steps are None where no thought comes after the perturbed one."""
         if len(given) < 2:
             return None
         thoughts, step = torch.stack([answer.thoughts for answer in given]), self.config.noise_at_step
-        measured = path_diversity(thoughts, step)._asdict()
-        defined = [name for name in measured if name != "pairwise" and (thoughts.shape[1] > step or name == "all_steps")]
-        return {name: _rounded(measured[name]) if name in defined else None for name in measured if name != "pairwise"}
+        measured, defined = path_diversity(thoughts, step), DIVERSITY if thoughts.shape[1] > step else ("all_steps",)
+        return {name: _rounded(getattr(measured, name)) if name in defined else None for name in DIVERSITY}
 
 
 def _record(question: BenchmarkQuestion, error: str | None) -> Record:
@@ -303,7 +287,7 @@ def _record(question: BenchmarkQuestion, error: str | None) -> Record:
 
 
 def _rounded(value: float) -> float:
-    return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else 0.0
+    return float(f"{value:.{DIGITS}g}")
 
 
 def _cut(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
@@ -329,15 +313,14 @@ def run_sweep(config: SweepConfig, device: torch.device) -> Sweep | None:
     progress = None
     try:
         with preemptible(), alone(config.directory):
-            questions = load_questions(
-                config.benchmark, config.data_path, config.subset, config.split, config.num_questions, config.seed
-            )
+            questions = config.questions()
             subject = load_subject(config, device)
             _check_step(config, subject, questions)
             texts = question_ids(subject.tokenizer, [one.question for one in questions[:CHECKED]])
             check_known(texts, subject.tokenizer, config.benchmark)
             influences = _influences(config, subject, questions)
-            progress = open_progress(config.directory, influences, config.fresh, _defaults(config))
+            defaults = {key: one.default for key, one in type(config).model_fields.items() if key not in WITHOUT_INFLUENCE}
+            progress = open_progress(config.directory, influences, config.fresh, defaults)
             records = _run(config, subject, questions, progress)
     except Preempted as stop:
         done = [] if progress is None else [one for one in progress.records() if one["error"] is None]
@@ -354,7 +337,9 @@ def _run(config: SweepConfig, subject: Subject, questions: list[BenchmarkQuestio
     wanted = conditions(config)
     answerer = Answerer(config, subject, wanted, None)
     if config.controls and len(done) < len(questions):
-        answerer.thoughts = clean_thoughts(subject, questions, answerer.questions_at_once(questions), config.seed)
+        answerer.thoughts = clean_thoughts(
+            subject, questions, answerer.at_once(max(map(answerer.width, questions))), config.seed
+        )
     by_length = sorted(questions, key=lambda question: (len(question.question), question.index))  # little padding
     chunks = answerer.chunks(by_length)
     left = [chunk for chunk in chunks if not {question.index for question in chunk} <= done]
@@ -367,16 +352,12 @@ def _run(config: SweepConfig, subject: Subject, questions: list[BenchmarkQuestio
         bar.update(len(chunk))
     bar.close()
     distributed.barrier()
-    distributed.run_on_main(progress.finish)
     return progress.records()
 
 
 def _check_step(config: SweepConfig, subject: Subject, questions: list[BenchmarkQuestion]) -> None:
     """Raise UserError if no question has so many thoughts as noise_at_step wants; say where only some have."""
-    counts = []
-    for question in questions:
-        with contextlib.suppress(Exception):  # said when the question itself is answered
-            counts.append(subject.prompt(question).count(subject.ids.latent))
+    counts = [*subject.count_thoughts(questions).values()]
     enough = sum(count >= config.noise_at_step for count in counts)
     if counts and not enough:
         raise UserError(f"noise_at_step: {config.noise_at_step}: no question has so many thoughts; the most is {max(counts)}")
@@ -388,18 +369,14 @@ def _influences(config: SweepConfig, subject: Subject, questions: list[Benchmark
     """Everything that the answers depend on: settings, weights and questions by their content."""
     values = config.model_dump(mode="json", exclude=set(WITHOUT_INFLUENCE))
     content = hashlib.sha256(repr([(one.index, one.question, one.choices, one.gold) for one in questions]).encode())
+    scales = values["noise_scales"]
     return {
-        **_jsonable(values),
+        **values,
+        "noise_scales": scales and [scale if math.isfinite(scale) else str(scale) for scale in scales],  # JSON has no infinity
         "model": subject.source,
         "weights_sha256": _fingerprint(subject.model),
         "questions_sha256": content.hexdigest(),
     }
-
-
-def _defaults(config: SweepConfig) -> dict[str, Any]:
-    """The values of settings that the directory of an older version does not name."""
-    fields = type(config).model_fields
-    return {key: field.default for key, field in fields.items() if not field.is_required() and key not in WITHOUT_INFLUENCE}
 
 
 def _fingerprint(model: torch.nn.Module) -> str:
@@ -412,37 +389,19 @@ def _fingerprint(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _jsonable(values: dict[str, Any]) -> dict[str, Any]:
-    """Infinite scales, which JSON does not know, as text."""
-    scales = values["noise_scales"]
-    return {**values, "noise_scales": scales and [scale if math.isfinite(scale) else str(scale) for scale in scales]}
-
-
 def _information(config: SweepConfig, subject: Subject, records: list[Record], progress: Progress) -> dict[str, Any]:
     """experiment_info of the result files."""
     return {
         "timestamp": progress.timestamp,
-        "benchmark": config.benchmark,
-        "data_path": config.data_path,
+        **{key: getattr(config, key) for key in TOLD},
         "questions": len(records),
         "selection": selection(config.data_path, config.num_questions, config.seed),
         "errors": sum(record["error"] is not None for record in records),
         **subject.describe(),
         "checkpoint": config.load_model_path,
-        "eval_latents": config.eval_latents,
         "n_latents": sorted({record["n_latents"] for record in records if record["error"] is None}),
-        "num_branches": config.num_branches,
-        "temperature": config.temperature,
-        "top_p": config.top_p,
-        "self_consistency_temperature": config.self_consistency_temperature,
-        "max_new_tokens": config.max_new_tokens,
-        "seed": config.seed,
-        "noise_at_step": config.noise_at_step,
-        "lambda_decay": config.lambda_decay,
         "schedule": "constant" if config.apply_noise_to_all_passes else config.schedule,
-        "shared_noise": config.shared_noise,
         "passes": "all" if config.apply_noise_to_all_passes else config.noise_at_step,
-        "dtype": config.dtype,
         **machine(subject.device),
         "git_commit": progress.commit,
         "git_commits": sorted({str(record.get("git_commit")) for record in records}),  # of the code that answered
