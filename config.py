@@ -57,7 +57,7 @@ class RunConfig(Config):
     """Keys of run.py. The published YAML files load unchanged; after loading, `method` alone says what is trained."""
 
     # general
-    project: str = "coconut"
+    project: Annotated[str, Field(max_length=128, pattern=r"^[^/\\#?%:]*$")] = "coconut"
     """Project in wandb."""
     save_path: PathText = "checkpoints"
     """Folder below which every run has its own."""
