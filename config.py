@@ -69,7 +69,7 @@ class RunConfig(Config):
     """5,000 training and 32 validation records; nothing is saved, no wandb."""
     seed: Seed = 0
     """Of weights, data order and dropout."""
-    # method: one of eight names, or exactly one of the four booleans of the published files
+    # method: a name, or exactly one of the four booleans of the published files
     method: MethodName | None = None
     """coconut, cot, no_cot, no_thoughts, no_curriculum, pause, pause_as_thought, icot, codi, simcot, codi_simcot or
     codi_kv; see docs/METHODS.md."""
@@ -320,7 +320,7 @@ class RunConfig(Config):
         """Keys that another method or mode has and this one does not read, each with what does not read it."""
         read = {field.name for field in fields(method.options)} if method.options else set()
         others = {field.name for one in METHODS.values() if one.options for field in fields(one.options)}
-        keys = [*(others - read - {"c_thought"})]
+        keys = sorted(others - read - {"c_thought"})
         keys += [] if isinstance(method.schedule, TokenRemoval) else ICOT_KEYS
         keys += [] if method.feeds_back else ["thought_map", "latent_mode", "attend_padding"]
         keys += [] if method.has_stages else ["uniform_prob", "earlier_stage_prob", "advance_accuracy"]

@@ -59,7 +59,8 @@ def record_problem(record: object) -> str | None:
     if not isinstance(record, dict):
         return f"expected an object with question, answer and steps, found {_type_name(record)}"
     if missing := [field for field in ("question", "answer", "steps") if field not in record]:
-        return f"field '{missing[0]}' is missing"
+        without = '; a question without reasoning has "steps": []' if missing == ["steps"] else ""
+        return f"field '{missing[0]}' is missing{without}"
     if not isinstance(record["steps"], list):
         return f"field 'steps': expected a list of strings, found {_type_name(record['steps'])}"
     steps = {f"steps[{number}]": step for number, step in enumerate(record["steps"])}

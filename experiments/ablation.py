@@ -35,7 +35,7 @@ from noise import NOISES, SCHEDULES, NoiseType
 from systems import distributed
 from systems.metrics import print_config
 from systems.writing import write_jsonl
-from utils import Positive, UserError, entry_point, get_logger, load_config, one_of
+from utils import PathText, Positive, UserError, entry_point, get_logger, load_config, one_of
 
 BASE, TYPES = "base", "noise_type"  # runs: the one that all parts share, and all other noise types together
 ELSEWHERE = {  # inherited keys that an ablation sets itself or has no use for, and what to do instead
@@ -52,7 +52,7 @@ PartName = Annotated[str, one_of(lambda: list(PARTS))]
 class AblationConfig(BranchConfig):
     """The keys of run_noisy_experiment.py, which describe the setting that is varied, and what is varied around it."""
 
-    results_path: str = "ablation/results"
+    results_path: PathText = "ablation/results"
     noise_type: NoiseNames = Field(default=["gaussian_scaled"])
     num_branches: Voters = 5
     noise_ratios: Annotated[list[Ratio], Field(min_length=1), BeforeValidator(listed)] = Field(default=[0.5, 1.0, 2.0])

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments.noise.ablation_results import RIGHT
-from experiments.noise.progress import Record, finished_records
+from experiments.noise.progress import finished_records
 from experiments.noise.settings import WITHOUT_INFLUENCE
-from experiments.noise.summary import CLEAN, JUDGE, counterpart, likeliest
+from experiments.noise.summary import CLEAN, JUDGE, counterpart, likeliest, reached
 from experiments.plots import ACCURACY, drawing
 from experiments.tables import markdown, with_interval
 from experiments.transfer import transferred
@@ -55,21 +55,21 @@ def numbers(values: np.ndarray) -> Numbers:
 
 
 class Experiment(NamedTuple):
-    """right: of each condition, whether a question (by index) was answered right. baselines: what a condition is compared with.
+    """right: of each condition and question, by its index, whether it was answered right.
 
-    records: the questions of a noise experiment; none of an ablation.
+    baselines: what a condition is compared with.
     """
 
     right: dict[str, dict[int, bool]]
     baselines: dict[str, str]
-    records: list[Record]
 
 
 def read_experiment(directory: Path) -> Experiment:
     """A noise experiment, or the parts of an ablation, each value of which is compared with the part's default.
 
-    Of K branches there are also the likeliest one ("CONDITION, best of K") and whether any is right ("CONDITION, any of K").
-    UserError: neither is there.
+    Of K branches there are also the likeliest one ("CONDITION, best of K") and whether any is right ("CONDITION, any of K"),
+    and of the control `other` whether the answer is that of the question whose thoughts stood there. A question that had no
+    thought for the noise to go into does not count. UserError: neither is there.
     """
     right: dict[str, dict[int, bool]] = {}
     baselines = {}
@@ -79,10 +79,12 @@ def read_experiment(directory: Path) -> Experiment:
                 key = f"{name} {cell['value']}, noise {cell['noise']}"
                 right[key] = {int(index): answer for index, answer in cell["right"].items()}
                 baselines[key] = f"{name} {part['default']}, noise {cell['noise']}"
-        return Experiment(right, baselines, [])
+        return Experiment(right, baselines)
     records = finished_records(directory)
     for record in records:
         for key, outcome in record["conditions"].items() if record["error"] is None else ():
+            if not reached(record["conditions"], key):
+                continue
             told, branches = {key: outcome[JUDGE]["correct"]}, outcome["branches"]
             if len(branches) > 1:
                 told[f"{key}, best of {len(branches)}"] = likeliest(branches)["correct"]
@@ -90,14 +92,16 @@ def read_experiment(directory: Path) -> Experiment:
             for name, correct in told.items():
                 right.setdefault(name, {})[record["index"]] = bool(correct)
                 baselines[name] = counterpart(key)
-    return Experiment(right, baselines, records)
+    for place, found in transferred(records).items():
+        name = f"{place}, answers of the other"
+        right[name], baselines[name] = {index: theirs for index, (theirs, _) in found.items()}, name
+    return Experiment(right, baselines)
 
 
 def across_seeds(experiments: Sequence[Experiment]) -> dict[str, Numbers]:
     """Every condition that all experiments have, over the questions that all answered.
 
-    `difference`: to its baseline, over the questions that have both. With the control `other` there are also the answers of the
-    question whose thoughts stood there.
+    `difference`: to its baseline, over the questions that have both.
     """
     result: dict[str, Numbers] = {}
     for key in experiments[0].right:
@@ -108,11 +112,6 @@ def across_seeds(experiments: Sequence[Experiment]) -> dict[str, Numbers]:
         baseline = experiments[0].baselines[key]
         if baseline != key and (both := _table(experiments, [key, baseline])).size:
             result[key]["difference"] = numbers(both[0] - both[1])
-    each = [transferred(one.records) for one in experiments]
-    for place, told in each[0].items():
-        if told and all(len(one.get(place, ())) == len(told) for one in each):
-            theirs = np.array([[other for other, _ in one[place]] for one in each], float)
-            result[f"{place}, answers of the other"] = numbers(theirs)
     return result
 
 

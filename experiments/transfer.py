@@ -26,25 +26,25 @@ def transfer(records: list[Record]) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for place, counted in sorted(transferred(records).items()):
         found[place] = {"questions": len(counted), **dict.fromkeys(SHARES)}
-        for name, which in zip(SHARES, zip(*counted, strict=True), strict=False):
+        for name, which in zip(SHARES, zip(*counted.values(), strict=True), strict=False):
             low, high = interval(sum(which), len(which))
             found[place][name] = {"percent": 100 * sum(which) / len(which), "low": 100 * low, "high": 100 * high}
     return found
 
 
-def transferred(records: list[Record]) -> dict[str, list[tuple[bool, bool]]]:
-    """For each place of the control and question: whether the answer is the other question's, and whether it is its own."""
+def transferred(records: list[Record]) -> dict[str, dict[int, tuple[bool, bool]]]:
+    """By place of the control and index of the question: whether the answer is the other question's, and whether its own."""
     known = {record["index"]: record for record in records if record["error"] is None}
-    found: dict[str, list[tuple[bool, bool]]] = {}
+    found: dict[str, dict[int, tuple[bool, bool]]] = {}
     for record in known.values():
         for key, outcome in record["conditions"].items():
             if "displaced_by" in outcome:
-                counted = found.setdefault(key, [])
+                counted = found.setdefault(key, {})
                 other = known.get(outcome["displaced_by"], record)  # one that failed is left out as one with the same gold
                 said = outcome["branches"][0]["answer"]
                 said, theirs, own = map(last_word, (said, other["gold"], record["gold"]))
                 if theirs != own:
-                    counted.append((said == theirs, said == own))
+                    counted[record["index"]] = (said == theirs, said == own)
     return found
 
 

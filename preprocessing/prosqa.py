@@ -284,7 +284,7 @@ def fill_defaults(args: argparse.Namespace) -> argparse.Namespace:
     parts[args.shape] = args.shape in (*SHAPES, "walk")
     name = "_".join(["prosqa", *(part for part, chosen in parts.items() if chosen)])
     args.out_prefix = args.out_prefix or Path("data", name)
-    for split, size in SIZES.get(name, SIZES["prosqa"]).items():
+    for split, size in SIZES.get(name, SIZES.get(f"prosqa_{args.shape}", SIZES["prosqa"])).items():
         if getattr(args, split) is None:
             setattr(args, split, size)
     args.hops = args.hops or [2, 3]

@@ -1,7 +1,7 @@
 """A word tokenizer for ProsQA and small model definitions around it, for training from scratch without a download.
 
-`python preprocessing/word_tokenizer.py` writes configs/gpt2_small, llama_small and gpt2_124m, one token per word, and
-configs/llama_quick, one token per phrase, and configs/gpt2_symbolic, one token per symbol, which
+`python preprocessing/word_tokenizer.py` writes configs/gpt2_small, llama_small and gpt2_124m, one token per word,
+configs/llama_quick, one token per phrase, and configs/gpt2_symbolic and llama_symbolic, one token per symbol, which
 `AutoConfig.from_pretrained(DIR)` and `AutoTokenizer.from_pretrained(DIR)` load.
 """
 

@@ -35,7 +35,7 @@ def experiment(directory: Path, zeroed: int, failed: int) -> Path:
         conditions = {
             "greedy": outcome(gold, gold),
             "clean": outcome(gold, gold),
-            "gaussian@1.0": outcome(gold if index else "no", gold),
+            "gaussian@1.0": outcome(gold if index else "no", gold, noise_ratio=[0.5]),
             "zero/all": outcome(gold if index < zeroed else "no", gold),
             "other/all": outcome(other, gold, displaced_by=(index + 1) % 4),
         }
@@ -82,6 +82,23 @@ def test_answers_of_the_other_question_are_counted(tmp_path: Path) -> None:
     directories = [experiment(tmp_path / name, zeroed=1, failed=9) for name in "ab"]
     found = write_results(directories, tmp_path / "out")
     assert found["other/all, answers of the other"]["mean"] == 100
+
+
+def test_answers_of_the_other_are_those_of_the_same_questions(tmp_path: Path) -> None:
+    """One seed has those of questions 1 and 2, the other those of 0 and 3: none in common."""
+    directories = [experiment(tmp_path / "a", zeroed=1, failed=0), experiment(tmp_path / "b", zeroed=1, failed=2)]
+    found = write_results(directories, tmp_path / "out")
+    assert "other/all, answers of the other" not in found
+
+
+def test_noise_that_reached_no_thought_does_not_count(tmp_path: Path) -> None:
+    for name in "ab":
+        path = experiment(tmp_path / name, zeroed=1, failed=9) / "progress" / "part-0.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        rows[0]["conditions"]["gaussian@1.0"]["noise_ratio"] = None  # the one that is wrong
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = write_results([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
+    assert (found["gaussian@1.0"]["questions"], found["gaussian@1.0"]["mean"]) == (3, 100)
 
 
 def test_only_seeds_of_one_experiment_are_pooled(tmp_path: Path) -> None:

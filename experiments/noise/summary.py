@@ -177,7 +177,7 @@ def compare(records: Sequence[Record], first_key: str, second_key: str, seed: in
     only_first, only_second, p_value: `significance.mcnemar`. difference, low, high: accuracy of the second minus that of the
     first in percentage points and its 95% bootstrap interval. None where no question has both.
     """
-    both = [found for found in map(_conditions, records) if _reached(found, first_key) and _reached(found, second_key)]
+    both = [found for found in map(_conditions, records) if reached(found, first_key) and reached(found, second_key)]
     first, second = ([bool(found[key][JUDGE]["correct"]) for found in both] for key in (first_key, second_key))
     tested = mcnemar(first, second) if both else {"only_first": 0, "only_second": 0, "p_value": None}
     points = [100 * value for value in paired_difference(first, second, seed)] if both else [None] * 3
@@ -190,7 +190,7 @@ def compare(records: Sequence[Record], first_key: str, second_key: str, seed: in
     }
 
 
-def _reached(conditions: dict[str, Outcome], key: str) -> bool:
+def reached(conditions: dict[str, Outcome], key: str) -> bool:
     """Whether a question has a condition, and, if that is noise, had the thought that it goes into."""
     return key in conditions and ("@" not in key or conditions[key]["noise_ratio"] is not None)
 
@@ -234,7 +234,7 @@ def setting_result(records: Sequence[Record], kind: NoiseType, scales: Sequence[
     clean accuracy, whether or not the scales have the one without noise. Questions with too few thoughts for it are left out.
     """
     noisy = {condition_key(kind, scale) for scale in scales}
-    records = [one for one in records if all(_reached(_conditions(one), key) for key in noisy & _conditions(one).keys())]
+    records = [one for one in records if all(reached(_conditions(one), key) for key in noisy & _conditions(one).keys())]
     results = {
         scale_name(scale): {"noise_axis": kind.amount(float(scale)), **condition_result(records, measured_key(kind, scale))}
         for scale in scales

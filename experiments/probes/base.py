@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -127,6 +128,15 @@ class Probed:
 
 def empty(questions: int) -> np.ndarray:
     return np.full(questions, np.nan)
+
+
+def in_order(found: Series) -> Series:
+    """By condition, the numbers in it as numbers: thought 2 before thought 10."""
+
+    def key(name: str) -> list[str | int]:
+        return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+    return {name: found[name] for name in sorted(found, key=key)}
 
 
 def graph_of(record: dict[str, Any]) -> tuple[nx.DiGraph, str]:

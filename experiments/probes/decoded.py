@@ -10,7 +10,7 @@ from matplotlib import pyplot as plt
 from torch import Tensor, nn
 
 from experiments.plots import save_figure
-from experiments.probes.base import Probed, Series, empty
+from experiments.probes.base import Probed, Series, empty, in_order
 from utils import UserError
 
 STEPS = 4  # of a question that are looked at
@@ -71,7 +71,7 @@ def layers(probed: Probed) -> Series:
                 for thought, token in enumerate(tokens):
                     name = f"thought {thought + 1}, layer {layer}"
                     found.setdefault(name, empty(len(ends)))[place] = 100.0 * (token in ends[place])
-    return dict(sorted(found.items()))
+    return in_order(found)
 
 
 def _through_head(probed: Probed, states: Tensor) -> Tensor:

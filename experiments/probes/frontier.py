@@ -13,7 +13,7 @@ from matplotlib import pyplot as plt
 from torch import Tensor
 
 from experiments.plots import save_figure
-from experiments.probes.base import GRAPH, Probed, Series, empty, graph_of
+from experiments.probes.base import GRAPH, Probed, Series, empty, graph_of, in_order
 
 FARTHEST = 4
 KINDS = (*(f"distance {number}" for number in range(1, FARTHEST + 1)), "unreachable")
@@ -58,7 +58,7 @@ def ranks(probed: Probed) -> Series:
         }
         for name, value in measured.items():
             found.setdefault(f"thought {thought}, {name}", empty(len(ways)))[place] = 100 * value
-    return dict(sorted(found.items()))
+    return in_order(found)
 
 
 def height(probed: Probed) -> Series:
