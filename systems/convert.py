@@ -98,6 +98,8 @@ def convert(source: Path, target: Path, model_id: str, facts: dict[str, Any], lo
             vocabulary = AutoConfig.from_pretrained(model_id).get_text_config().vocab_size
             save_file(plain_state(source, state, lora_alpha, vocabulary), plain)
             config = config.model_copy(update={"load_model_path": str(plain)})
+        elif lora_alpha is not None:
+            raise UserError(f"--lora-alpha: {source} is not of CODI's form, and has no LoRA weights to merge: leave it out")
         model = build_model(config, tokenizer, ids)
     known = Facts(accuracy=None, **id_facts(ids), **facts)
     write_model(target, model.base_causallm, weights_beside(model), tokenizer, known)
