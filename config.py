@@ -57,7 +57,7 @@ class RunConfig(Config):
     """Keys of run.py. The published YAML files load unchanged; after loading, `method` alone says what is trained."""
 
     # general
-    project: Annotated[str, Field(max_length=128, pattern=r"^[^/\\#?%:]*$")] = "coconut"
+    project: str = "coconut"
     """Project in wandb."""
     save_path: PathText = "checkpoints"
     """Folder below which every run has its own."""
@@ -257,6 +257,8 @@ class RunConfig(Config):
             raise ValueError("only_eval needs load_model_path: a checkpoint directory, a hub id or a state-dict file")
         check_folder_name(self.name, "save_path")
         check_kernel(self.attn_implementation, self.trust_remote_code)
+        if self.wandb != "disabled" and (len(self.project) > 128 or set(self.project) & set("/\\#?%:")):
+            raise ValueError(f"project: {shown(self.project)}: wandb takes at most 128 characters, and none of / \\ # ? % :")
         method = METHODS[str(self.method)]
         if not self.only_eval:
             if method.reads_attention and self.attn_implementation is None:

@@ -114,9 +114,9 @@ class Evaluator:
         """
         with self._evaluating(model):
             loss, health = self._loss(model, stage)
-        began = time.perf_counter()
-        predictions = self.predict(model, stage, self.config.eval_latents)
-        seconds = time.perf_counter() - began
+            began = time.perf_counter()
+            predictions = self.predict(model, stage, self.config.eval_latents)
+            seconds = time.perf_counter() - began
         count = len(predictions)
         return Evaluation(
             loss=loss,

@@ -148,10 +148,9 @@ def written(value: Any) -> str:
 
 def _parse_argument(argument: str, kind: type[Config]) -> tuple[dict[str, Any], str]:
     key, equals, text = argument.partition("=")
-    is_file = argument.endswith((".yaml", ".yml"))
-    if equals and (key in kind.model_fields or not is_file):
+    if equals and not os.path.isfile(argument):  # noqa: PTH113 - unlike Path's, it says no to what is too long for a path
         return {key: parse_yaml(text, f"command line: {shown(key)}", kind, key)}, "command line"
-    if not is_file:
+    if not argument.endswith((".yaml", ".yml")):
         number = argument.isdigit() and "num_questions" in kind.model_fields
         hint = f"; did you mean num_questions={argument}?" if number else ""
         raise UserError(f"command line: {shown(argument)} is neither a YAML file nor key=value{hint}")
@@ -313,6 +312,22 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def check_environment() -> None:
+    """Raise UserError if the variables of torchrun are no numbers, out of range, or only some of them are there."""
+    found: dict[str, int] = {}
+    for key, least in {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}.items():
+        text = os.environ.get(key)
+        if text is not None:
+            if not text.isascii() or not text.isdigit() or int(text) < least:
+                raise UserError(f"environment: {key}={text}: a whole number of at least {least} is needed; start with torchrun")
+            found[key] = int(text)
+    missing = [key for key in ("RANK", "MASTER_ADDR", "MASTER_PORT") if key not in os.environ]
+    if "WORLD_SIZE" in found and missing:
+        raise UserError(f"environment: WORLD_SIZE is set, but not {', '.join(missing)}: start with torchrun, or unset it")
+    if found.get("RANK", 0) >= found.get("WORLD_SIZE", found.get("RANK", 0) + 1):
+        raise UserError(f"environment: RANK={found['RANK']} of WORLD_SIZE={found['WORLD_SIZE']} processes: start with torchrun")
+
+
 @contextlib.contextmanager
 def telling() -> Iterator[None]:
     """Around what writes to standard output. Where the reader has gone (`| head`), a run that listens to SIGTERM stops as it
@@ -363,9 +378,10 @@ def entry_point(main: Callable[[list[str]], None]) -> Callable[..., None]:
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")  # a name may hold what the terminal cannot show
         try:
+            check_environment()
             startup.import_extensions()
-        except ImportError as error:
-            _exit(f"error: {error}", 2)
+        except (UserError, ImportError) as error:
+            _exit(f"error: {error}", 2, everywhere=True)  # it is not known which process this is
         try:
             main(sys.argv[1:] if arguments is None else arguments)
         except UserError as error:
@@ -381,8 +397,8 @@ def entry_point(main: Callable[[list[str]], None]) -> Callable[..., None]:
     return run
 
 
-def _exit(line: str, code: int) -> NoReturn:
-    if is_main_process() or os.environ.get("LOCAL_RANK") == "0":  # what is wrong may be so on this node alone
+def _exit(line: str, code: int, everywhere: bool = False) -> NoReturn:
+    if everywhere or is_main_process() or os.environ.get("LOCAL_RANK") == "0":  # what is wrong may be so on this node alone
         text = printable(" ".join(line.split()))
         half = LONGEST_LINE // 2  # an error names the place first and the reason last
         print(text if len(text) <= LONGEST_LINE else f"{text[:half]} ... {text[-half:]}", file=sys.stderr, flush=True)

@@ -83,7 +83,7 @@ def steps_of_thoughts(steps: list[list[int]], thoughts: int) -> list[list[int]]:
 
 def coconut_steps(parts: Parts) -> dict[str, TokenSequence]:
     """`c_thought` vectors for each removed step; thoughts that are left over write the answer."""
-    vectors = parts.curriculum.c_thought
+    vectors = max(1, parts.curriculum.c_thought)
     thoughts = parts.shape.thoughts // vectors
     targets = [[*step, parts.answer[-1]] for step in steps_of_thoughts(parts.each_step[: parts.shape.steps_removed], thoughts)]
     targets += [parts.answer] * (thoughts - len(targets))

@@ -88,6 +88,8 @@ def convert(source: Path, target: Path, model_id: str, facts: dict[str, Any], lo
     if stage > last:
         hint = f", as max-latent-stage is {last - 1}" if last else ""
         raise UserError(f"--stage {stage}: the last stage of method {method} is {last}{hint}")
+    if METHODS[method].markers and stage and not facts["c_thought"]:
+        raise UserError(f"--c-thought 0 leaves stage {stage} of {method} without thoughts: set at least 1")
     if not source.is_file():
         raise CheckpointError(f"{source}: no such file; a state dict in one file is needed")
     tokenizer = load_run_tokenizer(resolve_paths(config))

@@ -27,7 +27,6 @@ from coconut import Coconut
 from generation import transformer_blocks
 from methods import METHODS, Objective
 from systems.activation_checkpointing import recompute_activations
-from systems.files import first_line
 from systems.last_layer import skip_unread_states
 from systems.weight_gradients import gather_gradients
 from utils import UserError, get_logger
@@ -74,10 +73,7 @@ def process_group(hang_timeout: float | None = None) -> Iterator[torch.device]:
         # https://github.com/pytorch/pytorch/issues/135712
         get_logger().info("torchrun --max-restarts: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, or a restart may fail to connect")
     timeout = None if hang_timeout is None else datetime.timedelta(seconds=max(1800, 2 * hang_timeout))
-    try:
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None, timeout=timeout)
-    except ValueError as error:  # only some of torchrun's variables are there
-        raise UserError(f"environment: {first_line(error)}; start with torchrun, or unset WORLD_SIZE") from None
+    dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None, timeout=timeout)
     try:
         yield device
     finally:

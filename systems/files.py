@@ -98,12 +98,17 @@ class TrainingState:
         self.epoch_loss, self.epoch_parts, self.epoch_seconds, self.epoch_tokens, self.epoch_positions = 0.0, {}, 0.0, 0, 0
 
 
+class _Groups(BaseModel):
+    param_groups: list[dict[str, Any]]
+    state: dict[str, Any] = {}  # in shards, it stands there
+
+
 class _Saved(BaseModel):
     """training_state.pt. `checkpoint.restore` compares tensors with those of the model."""
 
     state: TrainingState
     rng: Annotated[list[dict[str, Any]], Field(min_length=1)]
-    optimizer: dict[str, Any] | None
+    optimizer: _Groups | None
     adapter: dict[str, Any] | None = None
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
@@ -78,8 +79,8 @@ class LastLayer:
         cache, length = given.get(self.cache), given["hidden_states"].shape[-2]
         cache = DynamicCache() if cache is None else cache
         read = max(1, cache.get_seq_length(self.index) + length - self.column)
-        unknown = any(isinstance(value, Tensor | tuple) and name not in POSITIONS for name, value in given.items())
-        if self.column == 0 or unknown or 2 * read > length:  # more would save less than the second run costs
+        known = all(itertools.starmap(is_known, given.items()))
+        if self.column == 0 or not known or 2 * read > length:  # more would save less than the second run costs
             return self.whole(*args, **kwargs)
         given[self.cache] = keys = _Keys(cache)
         with contextlib.suppress(_Known):
@@ -91,6 +92,13 @@ class LastLayer:
         if isinstance(output, tuple):
             return (_filled(output[0], length), *output[1:])
         return _filled(output, length)
+
+
+def is_known(name: str, value: Any) -> bool:
+    """Whether what belongs to each position can be told, in an argument of a layer."""
+    if name == "attention_mask" and isinstance(value, Tensor):
+        return value.dim() == 4  # (B, 1, T, keys)
+    return name in POSITIONS or not isinstance(value, Tensor | tuple)
 
 
 class _Known(Exception):

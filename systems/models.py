@@ -111,6 +111,8 @@ def build_model(
 
     It is on the CPU; with a device_map ("auto") where accelerate puts its layers. Raises UserError if it cannot be used.
     """
+    if config.attn_implementation == "flex_attention" and not config.only_eval and not torch.cuda.is_available():
+        raise UserError("attn_implementation: flex_attention: PyTorch cannot train with it on a CPU; use sdpa or eager")
     markers = METHODS[str(config.method)].markers
     source = config.load_model_path or config.model_id
     base = _base_model(config, tokenizer, markers, dtype, device_map)

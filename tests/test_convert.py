@@ -45,6 +45,8 @@ def test_what_cannot_be_converted_is_one_line_and_leaves_nothing(
         run_convert(published, target, "--stage", 5, "--method", "cot")
     with pytest.raises(UserError, match="--stage 5: the last stage of method coconut is 4, as max-latent-stage is 3"):
         run_convert(published, target, "--stage", 5, "--max-latent-stage", 3)
+    with pytest.raises(UserError, match="--c-thought 0 leaves stage 1 of coconut without thoughts"):
+        run_convert(published, target, "--stage", 1, "--c-thought", 0)
     with pytest.raises(UserError, match="--lora-alpha: .* is not of CODI's form"):
         run_convert(published, target, "--stage", 1, "--model-id", model_directory, "--lora-alpha", 32)
     with pytest.raises(UserError, match="is there already: choose another directory"):

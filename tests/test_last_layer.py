@@ -16,7 +16,7 @@ from generation import branch_point, generate_from, transformer_blocks
 from states import Branch
 from systems import distributed, weight_gradients
 from systems.distributed import Parallelism
-from systems.last_layer import skip_unread_states
+from systems.last_layer import is_known, skip_unread_states
 from thoughts import Intervention, Noise
 
 CPU = torch.device("cpu")
@@ -149,3 +149,5 @@ def test_a_layer_that_is_given_something_unknown_is_whole() -> None:
     counts = positions_computed(model)
     model(**draw(LAYOUTS["single row"]), labelled_only=True)
     assert counts == [7, 1, 1, 8]
+    assert is_known("attention_mask", torch.ones(2, 1, 5, 5))
+    assert not is_known("attention_mask", torch.ones(2, 5))  # rows would be taken for positions

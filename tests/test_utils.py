@@ -20,7 +20,7 @@ from experiments.probe import ProbeConfig
 from methods import scheduled_stage
 from systems.files import read_typed
 from systems.writing import append_jsonl, save_config
-from utils import UserError, description, load_config, no_such_file, read_text
+from utils import UserError, check_environment, description, entry_point, load_config, no_such_file, read_text
 
 PROGRAMS = {
     "run.py": RunConfig,
@@ -266,6 +266,29 @@ def test_a_pipe_is_no_file(tmp_path: Path) -> None:
     for use in uses:
         with pytest.raises(UserError, match=r"pipe\.yaml: not a regular file"):
             use()
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is set, but not RANK, MASTER_ADDR, MASTER_PORT"),
+        ({"RANK": "abc"}, "RANK=abc: a whole number of at least 0"),
+        ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE=0: a whole number of at least 1"),
+        ({"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, "RANK=2 of WORLD_SIZE=2 processes"),
+    ],
+)
+def test_an_environment_that_torchrun_would_not_make(
+    variables: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(key, raising=False)
+    check_environment()
+    for key, value in variables.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(SystemExit, match="2"):
+        entry_point(lambda _: None)()
+    [line] = capsys.readouterr().err.splitlines()  # whatever the rank
+    assert message in line
 
 
 def test_a_reader_that_has_gone_stops_the_run_as_sigterm_does() -> None:
