@@ -71,8 +71,12 @@ def _is_of(row: dict[str, Any], run: Path) -> bool:
 
 
 def read_evaluation(run: Path, latents: int | str | None = "gold", data: str = "*") -> dict[str, Any]:
-    """The numbers of an evaluation; see `evaluation_of`."""
-    return read_metrics(evaluation_of(run, latents, data), "evaluation")[-1]
+    """The numbers of an evaluation; see `evaluation_of`. UserError also if it was made by an earlier version."""
+    directory = evaluation_of(run, latents, data)
+    row = read_metrics(directory, "evaluation")[-1]
+    if "accuracy_fixed" not in row:
+        raise UserError(f"{directory}: evaluated by an earlier version; remove it and evaluate again")
+    return row
 
 
 def read_predictions(run: Path, latents: int | str | None = "gold", data: str = "*") -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ A script that also runs as `python preprocessing/NAME.py` puts the repository's 
 
 import argparse
 import json
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,10 +21,11 @@ Row = TypeVar("Row")
 
 def natural(text: str) -> int:
     """A number of the command line, at least 0."""
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"must be at least 0, is {number}")
-    return number
+    if not text.removeprefix("-").isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number, is {text}")
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, is {text}")
+    return int(text)
 
 
 def keep_inputs(inputs: Iterable[Path | None], outputs: Iterable[Path]) -> None:
@@ -35,9 +37,11 @@ def keep_inputs(inputs: Iterable[Path | None], outputs: Iterable[Path]) -> None:
 
 
 def prepare_directory(directory: Path) -> None:
-    """Makes the directory, so that a wrong path shows before the work. UserError: it cannot be made."""
+    """Makes the directory and writes a file there once, so that a full disk or a lacking right shows before the work."""
     with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
 
 
 def write_records(path: Path, records: Iterable[Record]) -> None:
@@ -78,12 +82,12 @@ def read_rows(path: Path) -> list[Any]:
     return [parse_json(line, f"{path}: line {number}") for number, line in lines if line.strip()]
 
 
-def text_field(row: Any, name: str) -> str:
-    """A field's text. ValueError: it is missing, blank or no string."""
+def text_field(row: Any, name: str, hint: str = "") -> str:
+    """A field's text. ValueError, which ends in the hint: it is missing, blank or no string."""
     if not isinstance(row, dict):
         raise ValueError(f"expected an object with the field {name!r}")
     if not isinstance(row.get(name), str) or not row[name].strip():
-        raise ValueError(f"field {name!r} is missing, blank or no string")
+        raise ValueError(f"field {name!r} is missing, blank or no string{hint}")
     return row[name]
 
 

@@ -48,7 +48,7 @@ def convert_example(example: Any) -> Record:
     if answer not in ("True", "False"):
         raise ValueError(f"field 'answer': expected True or False, found {answer!r}")
     chain = test.get("chain_of_thought")
-    if not isinstance(chain, list) or len(chain) % 2 == 0 or not all(isinstance(sentence, str) for sentence in chain):
+    if not isinstance(chain, list) or len(chain) % 2 == 0 or not all(isinstance(one, str) and one.strip() for one in chain):
         raise ValueError("field 'chain_of_thought': expected an odd number of sentences: a fact, then two for each hop")
     steps = [" ".join(chain[at : at + 2]) for at in range(0, len(chain), 2)]
     return {"question": f"{question} {query}", "answer": answer, "steps": steps}
@@ -165,7 +165,10 @@ def parse_arguments(given: list[str]) -> argparse.Namespace:
     parser.add_argument("--test", type=natural, metavar="N", help=f"next N examples (default all the rest; published {test})")
     parser.add_argument("--out-prefix", type=Path, default=Path("data/prontoqa"), help="files are PREFIX_train.json, ...")
     parser.add_argument("--check", action="store_true", help="a proof that does not hold is an error, not a line of the table")
-    return parser.parse_args(given)
+    args = parser.parse_args(given)
+    if args.train + args.valid == 0 and args.test == 0:
+        parser.error("--train, --valid and --test are all 0: nothing to write")
+    return args
 
 
 def check_proofs(records: Sequence[Record], strict: bool) -> None:

@@ -113,14 +113,18 @@ def opening(token: Token) -> Token:
 def tagged_spans(text: str) -> tuple[list[Span], list[str]]:
     """(character spans of the outermost matched tags, tags without a counterpart) of a text."""
     stack: list[re.Match[str]] = []
+    names: Counter[str] = Counter()  # of the tags on the stack, which may be many
     spans: list[Span] = []
     unmatched: list[str] = []
     for tag in _TAG.finditer(text):
         if not tag["closing"]:
             stack.append(tag)
-        elif any(opened["name"] == tag["name"] for opened in stack):
+            names[tag["name"]] += 1
+        elif names[tag["name"]]:
             while (opened := stack.pop())["name"] != tag["name"]:
                 unmatched.append(opened[0])
+                names[opened["name"]] -= 1
+            names[tag["name"]] -= 1
             while spans and spans[-1][0] > opened.start():
                 spans.pop()
             spans.append((opened.start(), tag.end()))
@@ -209,8 +213,8 @@ class Result:
 
 def convert_trace(trace: Any, nlp: Language, options: Options) -> tuple[Record | str, list[str]]:
     """(the record, or why there is none; tags without a counterpart). ValueError: a field is missing or wrong."""
-    question = text_field(trace, options.question_field)
-    text = text_field(trace, options.trace_field)
+    question = text_field(trace, options.question_field, "; --question-field names another one")
+    text = text_field(trace, options.trace_field, "; --trace-field names another one")
     spans, unmatched = tagged_spans(text)
     markers = [match.start() for match in re.finditer(re.escape(options.marker), text)]
     outside = [at for at in markers if not any(start <= at < end for start, end in spans)]
@@ -221,7 +225,11 @@ def convert_trace(trace: Any, nlp: Language, options: Options) -> tuple[Record |
     summary = text[at + len(options.marker) :].strip()
     record = {"question": question.strip(), "answer": summary}
     if options.answer_field is not None:
-        record = {**record, "answer": text_field(trace, options.answer_field).strip(), "summary": summary}
+        record = {
+            **record,
+            "answer": text_field(trace, options.answer_field, "; --answer-field names another one").strip(),
+            "summary": summary,
+        }
     if not record["answer"]:
         return f"nothing after {options.marker!r}", unmatched
     steps = split_steps(text[:at], nlp, [span for span in spans if span[1] <= at])

@@ -84,6 +84,13 @@ def test_the_summary_says_what_was_measured(
     assert re.search(rf"always the first option\W+{re.escape(first)}", shown)
 
 
+def test_an_evaluation_of_an_earlier_version_is_named(save_path: Path, test_file: Path) -> None:
+    place = quickstart.evaluation_of(save_path / "quick-no-cot")
+    (place / "metrics.jsonl").write_text('{"kind": "evaluation", "accuracy": 0.5}\n')
+    with pytest.raises(UserError, match=f"{place}: evaluated by an earlier version"):
+        quickstart.summarise(save_path, test_file, 1.0)
+
+
 def test_the_summary_takes_the_evaluation_with_gold_thoughts(save_path: Path) -> None:
     """A later one with another number of thoughts has a folder of its own, and is not shown as the headline."""
     place = quickstart.evaluation_of(save_path / "quick-no-cot")

@@ -226,6 +226,7 @@ def test_a_bad_row_is_named_and_nothing_is_written(bad, message, tmp_path, capsy
         ([], "give --train and --test (or one of them), or else --hub"),
         (["--hub", "--train", "TRAIN"], "give --train and --test (or one of them), or else --hub"),
         (["--train", "TRAIN", "--valid", "-1"], "argument --valid: must be at least 0, is -1"),
+        (["--train", "TRAIN", "--valid", "x"], "argument --valid: must be a whole number, is x"),
         (["--train", "TRAIN", "--valid", "4"], "--valid 4 would leave nothing of the 4 training questions"),
         (["--train", "TRAIN"], "--valid 500 would leave nothing of the 4 training questions"),
         (["--train", "TRAIN", "--steps", "words"], "invalid choice: 'words'"),

@@ -209,6 +209,7 @@ def test_a_proof_that_does_not_hold_is_a_warning_and_with_check_an_error(tmp_pat
             lambda e: e["test_example"].update(chain_of_thought=["A.", 3, "B."]),
             "field 'chain_of_thought': expected an odd number",
         ),
+        (lambda e: e["test_example"].update(chain_of_thought=[" "]), "field 'chain_of_thought': expected an odd number"),
         (lambda e: e["test_example"]["chain_of_thought"].pop(), "field 'chain_of_thought': expected an odd number"),
     ],
 )
@@ -239,6 +240,7 @@ def test_a_missing_file(tmp_path, capsys):
         (50, ["--train", 40, "--valid", 5, "--test", 6], "50 examples are too few for --train 40 --valid 5 and 6 for test"),
         (0, ["--train", 1, "--valid", 1], "nothing in it; expected at least one example"),
         (5, ["--train", -1], "argument --train: must be at least 0"),
+        (5, ["--train", 0, "--valid", 0, "--test", 0], "--train, --valid and --test are all 0"),
     ],
 )
 def test_sizes_that_do_not_fit_are_named(tmp_path, capsys, count, options, expected):

@@ -517,8 +517,12 @@ def test_a_text_without_a_probability_is_no_answer(arguments: dict[str, Any]) ->
     """A damaged model computes nan; that must fail the question, not count as a likely text."""
     answerer = sweep.Answerer(SweepConfig(**arguments), None, [], None)  # type: ignore[arg-type]
     given = [sweep.Answer(r"\boxed{3}", [-0.5, math.nan], None, torch.zeros(2, 4))]
+    question, condition = BenchmarkQuestion("math", 0, "?", "3"), sweep.Condition("clean", 1, 0.0)
     with pytest.raises(ValueError, match="must be at most 0"):
-        answerer._judge(BenchmarkQuestion("math", 0, "?", "3"), sweep.Condition("clean", 1, 0.0), given)
+        answerer._judge(question, condition, given)
+    endless = sweep.Answer(r"\boxed{3}", [-0.5], {"scale_ratio": math.inf}, torch.zeros(2, 4))
+    with pytest.raises(ValueError, match="not finite: inf"):
+        answerer._judge(question, condition, [endless])
 
 
 # --- stopping and going on ---

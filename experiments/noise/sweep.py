@@ -287,6 +287,9 @@ def _record(question: BenchmarkQuestion, error: str | None) -> Record:
 
 
 def _rounded(value: float) -> float:
+    """As results hold it. ValueError, with which the question fails alone: JSON has no such number."""
+    if not math.isfinite(value):
+        raise ValueError(f"a number that is not finite: {value}")
     return float(f"{value:.{DIGITS}g}")
 
 
