@@ -136,7 +136,13 @@ def write_comparison(save_path: Path, accuracies: dict[str, list[float]]) -> Non
             write_run(directory, [(0, 0.5), (3, accuracy)], accuracy)
             zero = directory / "eval" / "test-run-checkpoint_4-latents_0"
             zero.mkdir()
-            row = {"kind": "evaluation", "eval_latents": 0, "accuracy": accuracy - 0.3, "wrote_steps": 1.0}
+            row = {
+                "kind": "evaluation",
+                "eval_latents": 0,
+                "accuracy": accuracy - 0.3,
+                "wrote_steps": 1.0,
+                "accuracy_fixed": 0.0,
+            }
             append_jsonl(zero / "metrics.jsonl", row)
             longer = directory / "eval" / "longer-run-checkpoint_4"  # the newest, on another file
             longer.mkdir()
@@ -147,7 +153,7 @@ def write_comparison(save_path: Path, accuracies: dict[str, list[float]]) -> Non
             save_config(load_config(RunConfig, needed + curriculum + kind), directory / "config.yaml")
         timed = save_path / f"{method}-seed0-single" / "eval" / "valid-run-checkpoint_4"
         timed.mkdir(parents=True)
-        append_jsonl(timed / "metrics.jsonl", {"kind": "evaluation", "seconds_per_question": 0.125})
+        append_jsonl(timed / "metrics.jsonl", {"kind": "evaluation", "seconds_per_question": 0.125, "accuracy_fixed": 0.0})
 
 
 def write_others(directory: Path, right: list[bool]) -> None:
