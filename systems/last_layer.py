@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
-import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
 
@@ -61,37 +60,49 @@ class LastLayer:
         """names: of its arguments. cache: of the one with keys and values, where it is layer `index`."""
         self.whole = block.forward
         self.names, self.cache, self.index = names, cache, index
-        self.column = 0  # the first one that is read
+        self.read: Tensor | None = None
+        self.active = False
         block.forward = self  # type: ignore[assignment, method-assign]
 
     @contextlib.contextmanager
     def reading(self, read: Tensor | None) -> Iterator[None]:
-        """In it nobody reads states of other columns than these, (B, T) bool, but the last one of each pass."""
-        columns = [] if read is None else read.any(dim=0).nonzero().flatten().tolist()
-        self.column = columns[0] if columns else sys.maxsize
+        """In it nobody reads states of other columns, (B, T - 1) bool, but the last one of each pass. None: only these."""
+        self.read = None if read is None else F.pad(read, (0, 1)).cpu()  # once, as each pass asks for it
+        self.active = True
         try:
             yield
         finally:
-            self.column = 0
+            self.read, self.active = None, False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = dict(zip(self.names, args, strict=False)) | kwargs
-        cache, length = given.get(self.cache), given["hidden_states"].shape[-2]
-        cache = DynamicCache() if cache is None else cache
-        read = max(1, cache.get_seq_length(self.index) + length - self.column)
+        states = given["hidden_states"]  # (B, n, D)
+        if not self.active or states.shape[1] == 1:
+            return self.whole(*args, **kwargs)
+        cache = DynamicCache() if given.get(self.cache) is None else given[self.cache]
+        places = self._places(states, cache.get_seq_length(self.index))
         known = all(itertools.starmap(is_known, given.items()))
-        if self.column == 0 or not known or 2 * read > length:  # more would save less than the second run costs
+        if not known or 2 * places.shape[1] > states.shape[1]:  # more would save less than the second run costs
             return self.whole(*args, **kwargs)
         given[self.cache] = keys = _Keys(cache)
         with contextlib.suppress(_Known):
             return self.whole(**given)  # a layer without keys and values
-        given = {name: _last(name, value, read) for name, value in given.items()}
-        if given.get("attention_mask") is None and read > 1:  # SDPA by itself would let the first one read see the first key
-            given["attention_mask"] = keys.seen_by(read)
+        given = {name: _at(places, name, value) for name, value in given.items()}
+        if given.get("attention_mask") is None:
+            given["attention_mask"] = keys.seen_from(places, states.shape[1])
         output = self.whole(**given)
         if isinstance(output, tuple):
-            return (_filled(output[0], length), *output[1:])
-        return _filled(output, length)
+            return (_spread(output[0], places, states), *output[1:])
+        return _spread(output, places, states)
+
+    def _places(self, states: Tensor, before: int) -> Tensor:
+        """(B, m) which of the states (B, n, D) are read, after so many columns; m is the most of any row, others fill up."""
+        rows, length = states.shape[:2]
+        read = (torch.arange(length) == length - 1).expand(rows, -1)
+        if self.read is not None:
+            read = read | self.read[:, before : before + length]
+        most = int(read.sum(dim=1).max())
+        return read.int().argsort(dim=1, descending=True, stable=True)[:, :most].to(states.device)
 
 
 def is_known(name: str, value: Any) -> bool:
@@ -122,23 +133,27 @@ class _Keys:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cache, name)
 
-    def seen_by(self, count: int) -> Tensor:
-        """(1, 1, count, T) bool: which keys each of the last positions may attend to."""
+    def seen_from(self, places: Tensor, length: int) -> Tensor:
+        """(B, 1, m, T) bool: which keys each of the places (B, m) among the last `length` columns may attend to."""
         keys, _ = cast("tuple[Tensor, Tensor]", self._known)
-        length = keys.shape[-2]
-        return torch.ones(count, length, dtype=torch.bool, device=keys.device).tril(length - count)[None, None]
+        columns = torch.arange(keys.shape[-2], device=keys.device)
+        return (columns <= (keys.shape[-2] - length + places)[..., None])[:, None]
 
 
-def _last(name: str, value: Any, count: int) -> Any:
-    """Of an argument what belongs to the last positions."""
+def _at(places: Tensor, name: str, value: Any) -> Any:
+    """Of an argument what belongs to the places (B, m)."""
     if isinstance(value, tuple):
-        return tuple(_last(name, part, count) for part in value)
+        return tuple(_at(places, name, part) for part in value)
     if not isinstance(value, Tensor):
         return value
     dim = POSITIONS[name]
-    return value.narrow(dim, value.shape[dim] - count, count)
+    if value.dim() == 1:  # the same columns for all rows
+        return value
+    rows = value.expand(len(places), *value.shape[1:])
+    index = places.view(len(places), *[1] * (rows.dim() + dim - 1), -1, *[1] * (-1 - dim))
+    return rows.gather(dim, index.expand(*rows.shape[:dim], -1, *rows.shape[rows.dim() + dim + 1 :]))
 
 
-def _filled(states: Tensor, length: int) -> Tensor:
-    """(B, count, D) -> (B, length, D) with zeros before."""
-    return F.pad(states, (0, 0, length - states.shape[-2], 0))
+def _spread(found: Tensor, places: Tensor, states: Tensor) -> Tensor:
+    """(B, m, D) at their places among zeros like the states (B, n, D)."""
+    return torch.zeros_like(states, dtype=found.dtype).scatter(1, places[..., None].expand_as(found), found)

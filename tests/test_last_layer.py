@@ -70,14 +70,15 @@ def test_tokens(family: str) -> None:
     [
         ("single row", [1, 1, 1, 8]),  # in the last pass only one of eight predicts no label
         ("aligned", [1, 1, 1, 1, 1, 1, 6]),
-        ("last column", [6, 1, 1]),  # of 15 in the first pass, the last six predict labels
-        ("no latents", [17]),  # nine of them do
+        ("last column", [6, 1, 1]),  # of 15 in the first pass, five predict labels in a row, and the last one is read
+        ("no latents", [17]),  # eight of 17 and the last one: more than half
+        ("no mask", [5]),  # of 15 four in one row and three in the other, not all in the same columns, and the last one
     ],
 )
 def test_only_what_is_read_is_computed(layout: str, expected: list[int]) -> None:
     _, less = pair("gpt2")
     counts = positions_computed(less)
-    less(**draw(LAYOUTS[layout]), labelled_only=True)
+    less(**draw(HERE[layout]), labelled_only=True)
     assert counts == expected
 
 
