@@ -45,8 +45,11 @@ def skip_unread_states(model: Coconut) -> None:
     config = model.base_causallm.config
     if model.last_layer is not None or model.jacobi_iterations is not None:
         return
-    if len(blocks) != config.get_text_config().num_hidden_layers or config._attn_implementation not in ("eager", "sdpa"):
+    kind = config._attn_implementation
+    if len(blocks) != config.get_text_config().num_hidden_layers or kind not in ("eager", "sdpa"):
         return
+    if kind == "eager" and any(buffer.dtype == torch.bool for buffer in blocks[-1].buffers()):
+        return  # a causal mask of its own, which takes the queries for the last positions (GPT-2 and others in transformers 4)
     names = list(inspect.signature(blocks[-1].forward).parameters)
     cache = next((name for name in ("past_key_values", "layer_past") if name in names), None)
     if cache is not None:
