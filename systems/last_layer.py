@@ -69,7 +69,7 @@ class LastLayer:
 
     @contextlib.contextmanager
     def reading(self, read: Tensor | None) -> Iterator[None]:
-        """In it nobody reads states of other columns, (B, T - 1) bool, but the last one of each pass. None: only these."""
+        """In it states are read where `read`, (B, T - 1) bool, says so, and the last one of each pass; None: that one alone."""
         self.read = None if read is None else F.pad(read, (0, 1)).cpu()  # once, as each pass asks for it
         self.active = True
         try:
@@ -78,9 +78,11 @@ class LastLayer:
             self.read, self.active = None, False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.active:
+            return self.whole(*args, **kwargs)
         given = dict(zip(self.names, args, strict=False)) | kwargs
         states = given["hidden_states"]  # (B, n, D)
-        if not self.active or states.shape[1] == 1:
+        if states.shape[1] == 1:
             return self.whole(*args, **kwargs)
         cache = DynamicCache() if given.get(self.cache) is None else given[self.cache]
         places = self._places(states, cache.get_seq_length(self.index))

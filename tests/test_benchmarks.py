@@ -15,6 +15,7 @@ from processes import launch
 
 from methods import METHODS
 from systems import activation_checkpointing
+from systems.last_layer import LastLayer
 
 run_command = subprocess.run
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
@@ -77,15 +78,19 @@ def test_the_memory_of_a_loss(load, tmp_path, capsys, monkeypatch):
     assert "more MiB" in capsys.readouterr().out
 
 
-def test_the_last_layer_with_less(load, tmp_path, capsys):
+def test_the_last_layer_with_less(load, tmp_path, capsys, monkeypatch):
+    last_layer = load("last_layer")
     model = ["--model", "configs/llama_quick", "--attention", "eager", "--question-tokens", "20", "--batch-size", "2"]
-    result = run(load("last_layer"), tmp_path / "last_layer.json", *model)
+    result = run(last_layer, tmp_path / "last_layer.json", *model)
     found = result["found"]
     assert set(found) == set(result["ratios"]) == {"step without thoughts", "step with thoughts", "answers"}
     assert found["answers"]["less"] == found["answers"]["whole"]
     for name in ("step without thoughts", "step with thoughts"):
         assert found[name]["less"] == pytest.approx(found[name]["whole"], rel=1e-5)
     assert "less / whole" in capsys.readouterr().out
+    monkeypatch.setattr(LastLayer, "_places", lambda _self, states, _before: torch.zeros(len(states), 1, dtype=torch.long))
+    with pytest.raises(SystemExit, match="step without thoughts: not the same"):
+        run(last_layer, tmp_path / "last_layer.json", *model)
 
 
 def test_generate(load, tmp_path, capsys, monkeypatch):
