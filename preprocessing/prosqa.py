@@ -15,10 +15,9 @@ import functools
 import itertools
 import operator
 import sys
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from pathlib import Path
 
-import networkx as nx
 import numpy as np
 from tqdm import tqdm
 
@@ -165,11 +164,15 @@ def draw_records(
 
 
 def chain_pair(record: Record) -> frozenset[tuple[str, ...]]:
-    """The concepts of both chains, each from its head to its end; the persons, the branches and every order are left out."""
-    graph = nx.DiGraph(record["edges"])
-    ends = ((record["root"], record["target"]), (1 - record["root"], record["neg_target"]))
-    paths = (nx.shortest_path(graph, person, end) for person, end in ends)
-    return frozenset(tuple(record["idx_to_symbol"][node] for node in path[1:]) for path in paths)
+    """The concepts of both chains, each from its end to its head; the persons, the branches and every order are left out."""
+    parents = {child: parent for parent, child in record["edges"]}  # of chains: one each
+
+    def concepts(node: int) -> Iterator[str]:
+        while node in parents:
+            yield record["idx_to_symbol"][node]
+            node = parents[node]
+
+    return frozenset(tuple(concepts(end)) for end in (record["target"], record["neg_target"]))
 
 
 def chain_records(

@@ -1,7 +1,9 @@
 """Statistics of ProsQA files, and how far one gets with them without searching."""
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
+from graphlib import TopologicalSorter
 from typing import Any
 
 import networkx as nx
@@ -26,29 +28,47 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 
 def features(record: Record, node: int) -> dict[str, int]:
     """What one can count of an option. All but the last two leave out the person asked about."""
-    graph, root = nx.DiGraph(record["edges"]), record["root"]
-    above = nx.ancestors(graph, node)
-    upward = graph.subgraph(above | {node})
+    edges, root = record["edges"], record["root"]
+    parents: dict[int, list[int]] = {one: [] for one in itertools.chain(*edges)}
+    children: dict[int, list[int]] = {one: [] for one in parents}
+    for parent, child in edges:
+        parents[child].append(parent)
+        children[parent].append(child)
+    above = distances(parents, node)
+    longest: dict[int, int] = {}
     paths: dict[int, int] = {}
-    for one in nx.topological_sort(upward):
-        paths[one] = sum(paths[parent] for parent in upward.predecessors(one)) or 1
+    for one in TopologicalSorter({one: parents[one] for one in above}).static_order():
+        longest[one] = max((1 + longest[parent] for parent in parents[one]), default=0)
+        paths[one] = sum(paths[parent] for parent in parents[one]) or 1
     words = record["question"].replace(".", " ").replace("?", " ").split()
     name = record["idx_to_symbol"][node]
-    distances = nx.single_source_shortest_path_length(graph.to_undirected(as_view=True), root)
-    children = [graph.out_degree(one) for one in graph if graph.in_degree(one) == 0]
+    either_way = distances({one: parents[one] + children[one] for one in parents}, root)
+    most = max(len(children[one]) for one in parents if not parents[one])
     return {
-        "depth": farthest_ancestor(graph, node),
-        "longest path": nx.dag_longest_path_length(upward),
+        "depth": max(above.values()),
+        "longest path": longest[node],
         "paths": paths[node],
-        "ancestors": len(above),
-        "persons above": sum(graph.in_degree(one) == 0 for one in above),
-        "parents": graph.in_degree(node),
-        "siblings": sum(graph.out_degree(parent) for parent in graph.predecessors(node)),
+        "ancestors": len(above) - 1,
+        "persons above": sum(not parents[one] for one in above if one != node),
+        "parents": len(parents[node]),
+        "siblings": sum(len(children[parent]) for parent in parents[node]),
         "mentioned first": -words.index(name),
         "first option": words[::-1].index(name),  # counted from the end of the question, where the options stand
-        "distance without direction": -distances.get(node, len(graph)),
-        "children and ancestors": len(above) * (1 if graph.out_degree(root) == max(children) else -1),
+        "distance without direction": -either_way.get(node, len(parents)),
+        "children and ancestors": (len(above) - 1) * (1 if len(children[root]) == most else -1),
     }
+
+
+def distances(neighbours: dict[int, list[int]], start: int) -> dict[int, int]:
+    """The shortest distance of every node that can be reached."""
+    found = {start: 0}
+    reached = [start]
+    for node in reached:  # grows meanwhile
+        for other in neighbours[node]:
+            if other not in found:
+                found[other] = found[node] + 1
+                reached.append(other)
+    return found
 
 
 def shortcuts(record: Record) -> dict[str, float]:
