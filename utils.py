@@ -324,8 +324,8 @@ def check_environment() -> None:
     missing = [key for key in ("RANK", "MASTER_ADDR", "MASTER_PORT") if key not in os.environ]
     if "WORLD_SIZE" in found and missing:
         raise UserError(f"environment: WORLD_SIZE is set, but not {', '.join(missing)}: start with torchrun, or unset it")
-    if found.get("RANK", 0) >= found.get("WORLD_SIZE", found.get("RANK", 0) + 1):
-        raise UserError(f"environment: RANK={found['RANK']} of WORLD_SIZE={found['WORLD_SIZE']} processes: start with torchrun")
+    if (rank := found.get("RANK", 0)) >= (processes := found.get("WORLD_SIZE", 1)):
+        raise UserError(f"environment: RANK={rank} of WORLD_SIZE={processes} processes: start with torchrun")
 
 
 @contextlib.contextmanager

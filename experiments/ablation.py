@@ -30,7 +30,7 @@ from experiments.noise.ablation_results import MIXED, NO_NOISE, Cells, Part, vot
 from experiments.noise.settings import BranchConfig, NoiseNames, Voters, listed
 from experiments.noise.subjects import load_subject
 from experiments.noise.summary import CLEAN, JUDGE, SELF_CONSISTENCY, Outcome, condition_key
-from experiments.noise.sweep import Sweep, all_paths, run_sweep
+from experiments.noise.sweep import Sweep, all_paths, at_once, run_sweep
 from noise import NOISES, SCHEDULES, NoiseType
 from systems import distributed
 from systems.metrics import print_config
@@ -139,7 +139,7 @@ def survey(config: AblationConfig, device: torch.device) -> Ablation:
     paths = {}
     if "noise_type" in config.parts or not config.setting.relative:
         reached = [question for question in questions if counts.get(question.index, 0) >= config.noise_at_step]
-        paths = all_paths(subject, reached, config.batch_size)
+        paths = all_paths(subject, reached, at_once(config, subject, reached))
     if not paths:
         return Ablation(config, subject.source, most, 1.0)
     perturbed = [path[config.noise_at_step - 1] for path in paths.values()]

@@ -116,6 +116,15 @@ def test_every_part(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> 
             assert texts(record, key) == texts(whole, key)[:2]
 
 
+def test_thoughts_are_measured_in_batches_of_positions(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    measure = ablation.all_paths
+    monkeypatch.setattr(ablation, "all_paths", lambda *given: sizes.append(given[-1]) or measure(*given))
+    found = [ablation.survey(AblationConfig(**values, tokens_per_batch=room), CPU) for room in (None, 1)]
+    assert sizes == [64, 1]
+    assert found[0].norm_per_entry == pytest.approx(found[1].norm_per_entry)
+
+
 def test_a_finished_ablation_is_not_run_again(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     values["parts"] = "aggregation"
     monkeypatch.setattr("experiments.noise.progress.git_commit", lambda: "x")  # a commit between the two runs must not count

@@ -273,6 +273,7 @@ def test_a_pipe_is_no_file(tmp_path: Path) -> None:
     [
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE is set, but not RANK, MASTER_ADDR, MASTER_PORT"),
         ({"RANK": "abc"}, "RANK=abc: a whole number of at least 0"),
+        ({"RANK": "1"}, "RANK=1 of WORLD_SIZE=1 processes"),
         ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE=0: a whole number of at least 1"),
         ({"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, "RANK=2 of WORLD_SIZE=2 processes"),
     ],

@@ -119,6 +119,25 @@ def all_paths(subject: Subject, questions: Sequence[BenchmarkQuestion], batch_si
     return {index: gathered[index] for index in sorted(gathered)}  # sums over them do not depend on who thought what
 
 
+def width_of(config: SweepConfig, subject: Subject, question: BenchmarkQuestion) -> int:
+    """Positions of a question and of the longest answer that it may get."""
+    try:
+        return len(subject.prompt(question)) + config.max_new_tokens
+    except (UserError, ValueError):  # said when the question is answered
+        return config.max_new_tokens
+
+
+def rows_of(config: SweepConfig, width: int) -> int:
+    """So many rows of this width are a batch."""
+    room = config.tokens_per_batch
+    return config.batch_size if room is None else max(1, room // width)
+
+
+def at_once(config: SweepConfig, subject: Subject, questions: Sequence[BenchmarkQuestion]) -> int:
+    """So many of the questions are a batch, whichever they are."""
+    return rows_of(config, max((width_of(config, subject, question) for question in questions), default=1))
+
+
 def clean_thoughts(subject: Subject, questions: Sequence[BenchmarkQuestion], batch_size: int, seed: int) -> Thoughts:
     """What the controls need of all questions, see `all_paths`."""
     paths = all_paths(subject, questions, batch_size)
@@ -153,20 +172,9 @@ class Answerer:
         """Questions that are answered together: their branches fill a batch."""
         branches, room = sum(condition.distinct for condition in self.conditions), self.config.tokens_per_batch
         rows = max(1, self.config.batch_size // branches) if room is None else len(questions)
-        widths = [0] * len(questions) if room is None else [self.width(question) for question in questions]
+        widths = [0] * len(questions) if room is None else [width_of(self.config, self.subject, one) for one in questions]
         chunks = cut(range(len(questions)), widths, rows, None if room is None else room // branches)
         return [[questions[at] for at in chunk] for chunk in chunks]
-
-    def width(self, question: BenchmarkQuestion) -> int:
-        try:
-            return len(self.subject.prompt(question)) + self.config.max_new_tokens
-        except (UserError, ValueError):  # said when the question is answered
-            return self.config.max_new_tokens
-
-    def at_once(self, width: int) -> int:
-        """So many rows of this width are a batch."""
-        room = self.config.tokens_per_batch
-        return self.config.batch_size if room is None else max(1, room // width)
 
     def answer(self, questions: Sequence[BenchmarkQuestion]) -> list[Record]:
         """The records of some questions. One that fails takes no other with it."""
@@ -216,7 +224,7 @@ class Answerer:
             for condition in asked
             for branch in range(condition.distinct)
         ]
-        for part in _cut(wanted, self.at_once(point.prompt.mask.shape[1] + self.config.max_new_tokens)):
+        for part in _cut(wanted, rows_of(self.config, point.prompt.mask.shape[1] + self.config.max_new_tokens)):
             rows = [self._row(questions[row], row, condition, branch) for row, condition, branch in part]
             for (row, condition, _), answer in zip(part, self._generate(point, rows), strict=True):
                 answers.setdefault((row, condition.key), []).append(answer)
@@ -340,9 +348,7 @@ def _run(config: SweepConfig, subject: Subject, questions: list[BenchmarkQuestio
     wanted = conditions(config)
     answerer = Answerer(config, subject, wanted, None)
     if config.controls and len(done) < len(questions):
-        answerer.thoughts = clean_thoughts(
-            subject, questions, answerer.at_once(max(map(answerer.width, questions))), config.seed
-        )
+        answerer.thoughts = clean_thoughts(subject, questions, at_once(config, subject, questions), config.seed)
     by_length = sorted(questions, key=lambda question: (len(question.question), question.index))  # little padding
     chunks = answerer.chunks(by_length)
     left = [chunk for chunk in chunks if not {question.index for question in chunk} <= done]
