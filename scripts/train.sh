@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train on this machine, on all its GPUs, else in PROCESSES processes (1); under SLURM see scripts/run_training.sbatch.
 #   bash scripts/train.sh args/prosqa_coconut.yaml [key=value ...]
-#   PROCESSES=2 bash scripts/train.sh args/prosqa_quick_coconut.yaml
+#   PROCESSES=2 bash scripts/train.sh args/prosqa_quick_cot.yaml batch_size_training=32
 # SIGTERM, SIGUSR1 and Ctrl-C make the workers save, and this ends with 0; torchrun by itself would give them 30 seconds and end
 # with 1. May be set: MAX_RESTARTS (0), how often torchrun starts the workers again after one died; PYTHON, as in run_experiment.sh.
 set -euo pipefail

@@ -57,6 +57,20 @@ def test_commands_name_what_is_there(page: str) -> None:
         assert (ROOT / (module.replace(".", "/") + ".py")).is_file(), module
 
 
+@pytest.mark.parametrize("page", [*PAGES, "benchmarks/RESULTS.md"])
+def test_tests_that_a_page_names_are_there(page: str) -> None:
+    for file, test in re.findall(r"\b(test_\w+\.py)(?:::(\w+))?", (ROOT / page).read_text(encoding="utf-8")):
+        path = ROOT / "tests" / file
+        assert path.is_file(), file
+        assert not test or f"def {test}(" in path.read_text(encoding="utf-8"), f"{file}::{test}"
+
+
+def test_every_module_of_systems_has_its_place_in_contributing() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    modules = [path.name for path in (ROOT / "systems").glob("*.py") if path.name != "__init__.py"]
+    assert [name for name in modules if f"`{name}`" not in text] == []
+
+
 EXAMPLES = {
     "my_map.py",
     "my_method.py",
