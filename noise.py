@@ -23,7 +23,8 @@ Generators = torch.Generator | Sequence[torch.Generator] | None
 
 DIRECTIONS = ("same", "opposite")
 SCHEDULES = ("none", "constant", "linear", "cosine", "exponential", "adaptive")
-DECAY = 0.5  # lambda of the exponential and the adaptive schedule
+DECAYING = ("exponential", "adaptive")
+DECAY = 0.5  # lambda of these two
 MOMENTUM = 0.9  # of the running mean norm of the adaptive schedule
 OVERWHELMING_SNR = 1e-3  # what an snr of 0 or below stands for: noise of 1000 times the signal
 SMALLEST_NORM = 1e-12  # denominators of reported ratios are at least this, so that a zero state has finite ones

@@ -31,7 +31,7 @@ from experiments.noise.settings import BranchConfig, NoiseNames, Voters, listed
 from experiments.noise.subjects import load_subject
 from experiments.noise.summary import CLEAN, JUDGE, SELF_CONSISTENCY, Outcome, condition_key
 from experiments.noise.sweep import Sweep, all_paths, at_once, run_sweep
-from noise import NOISES, SCHEDULES, NoiseType
+from noise import DECAY, DECAYING, NOISES, SCHEDULES, NoiseType
 from systems import distributed
 from systems.metrics import print_config
 from systems.writing import write_jsonl
@@ -75,6 +75,10 @@ class AblationConfig(BranchConfig):
         if all(equal_scale(self.setting, ratio, 1.0) is None for ratio in self.noise_ratios):
             raise ValueError(f"noise_ratios: dropout removes at most the whole thought: at most 1, found {self.noise_ratios}")
         return self
+
+    @property
+    def decays(self) -> bool:
+        return super().decays or "schedule" in self.parts
 
     @property
     def setting(self) -> NoiseType:
@@ -176,10 +180,16 @@ def plan_runs(ablation: Ablation) -> dict[str, Run]:
             changed.setdefault(run_name(config, part, value, changes), changes)
     if "noise_type" in config.parts:
         changed[TYPES] = {"noise_type": "all", "noise_direction": None, "scales_of": scales}
+    kept["scales_of"] = base
     return {
-        name: Run.model_validate({**kept, "name": f"{config.name}/{name}", "scales_of": base, **changes})
+        name: Run.model_validate({**kept, **_without_decay(config, changes), "name": f"{config.name}/{name}", **changes})
         for name, changes in changed.items()
     }
+
+
+def _without_decay(config: AblationConfig, changes: dict[str, Any]) -> dict[str, Any]:
+    """The default of lambda_decay where a run's schedule has no use for it, as any other is refused there."""
+    return {} if changes.get("schedule", config.schedule) in DECAYING else {"lambda_decay": DECAY}
 
 
 def run_name(config: AblationConfig, part: str, value: str, changes: dict[str, Any]) -> str:
@@ -191,22 +201,27 @@ def run_name(config: AblationConfig, part: str, value: str, changes: dict[str, A
 
 
 def outcomes(ablation: Ablation, run: str, kind: NoiseType) -> dict[str, dict[int, Outcome]]:
-    """By the amount of noise, the least first, what a run made of each question; NO_NOISE is self-consistency."""
+    """By the amount of noise, the least first, what a run made of each question; NO_NOISE is self-consistency.
+
+    Questions that have fewer thoughts than the noisy one are left out: they got no noise.
+    """
     keys = {NO_NOISE: ablation.config.baseline}
     keys |= {f"{ratio:g}": condition_key(kind, scale) for ratio, scale in ablation.scales(kind).items()}
     answered = [record for record in ablation.sweeps[run].records if record["error"] is None]
-    return {noise: {record["index"]: record["conditions"][key] for record in answered} for noise, key in keys.items()}
+    found = {noise: {record["index"]: record["conditions"][key] for record in answered} for noise, key in keys.items()}
+    noisy = [cell for noise, cell in found.items() if noise != NO_NOISE]
+    reached = {index for index in found[NO_NOISE] if all(cell[index]["noise_ratio"] for cell in noisy)}
+    return {noise: {index: one for index, one in cell.items() if index in reached} for noise, cell in found.items()}
 
 
 def run_cells(ablation: Ablation, part: str) -> Cells:
-    """One run for each value. Questions that have fewer thoughts than the noisy one are left out: they got no noise."""
-    config, cells = ablation.config, {}
-    for value, changes in PARTS[part].runs(config, ablation.thoughts).items():
-        found = outcomes(ablation, run_name(config, part, value, changes), config.setting)
-        reached = {index for noise, cell in found.items() if noise != NO_NOISE for index in cell if cell[index]["noise_ratio"]}
-        for noise, cell in found.items():
-            cells[value, noise] = {index: one for index, one in cell.items() if index in reached}
-    return cells
+    """One run for each value."""
+    config = ablation.config
+    return {
+        (value, noise): cell
+        for value, changes in PARTS[part].runs(config, ablation.thoughts).items()
+        for noise, cell in outcomes(ablation, run_name(config, part, value, changes), config.setting).items()
+    }
 
 
 def type_cells(ablation: Ablation, part: str) -> Cells:

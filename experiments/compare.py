@@ -28,7 +28,10 @@ def report(directory: Path, keys: list[str], other: Path | None = None) -> str:
         if key not in (known := condition_keys(records)):
             raise UserError(f"{place}: no condition {key!r}; there are {', '.join(known)}")
     first, second = keys if other is None else (f"{place} {key}" for place, key in zip(places, keys, strict=True))
-    found = compare(paired(both, keys, (first, second)), first, second)
+    names = (f"1 {keys[0]}", f"2 {keys[1]}")  # not those with places, whose "@" would look like noise
+    found = compare(paired(both, keys, names), *names)
+    if not found["questions"]:
+        raise UserError(f"{first}, {second}: noise reached no question in both")
     return (
         f"{second} minus {first}: {found['difference']:+.1f} points (95% {found['low']:+.1f} to {found['high']:+.1f}), "
         f"right only in the first {found['only_first']}, only in the second {found['only_second']} of {found['questions']} "

@@ -93,11 +93,10 @@ def thought_map_of(config: RunConfig, base: PreTrainedModel) -> ThoughtMap:
     except ValueError as error:
         raise UserError(f"thought_map: {source}: {error}") from None
     found, facts = read_map(Path(source)), None if config.from_scratch else read_facts(Path(source))
-    if facts is None:
-        needed = config.only_eval and any(True for _ in thought_map.parameters())
-    else:
-        needed = facts.thought_map == config.thought_map
-    if found or needed:
+    same, weights = facts is not None and facts.thought_map == config.thought_map, [*thought_map.parameters()]
+    if config.only_eval and facts is not None and not same and not weights:
+        return thought_map.to(embedding_weight(base))  # another map than the trained one, which has nothing to learn
+    if found or same or (config.only_eval and weights):
         copy_weights(thought_map.state_dict(), found, f"{source}: thought_map {config.thought_map}")
     return thought_map.to(embedding_weight(base))
 

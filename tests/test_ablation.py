@@ -209,6 +209,15 @@ def test_runs_differ_in_one_thing_and_share_a_checkpoint() -> None:
     assert "gaussian_scaled" not in runs["noise_type"].scales_of
 
 
+def test_a_decay_is_for_the_schedules_that_decay() -> None:
+    for schedule in ("none", "adaptive"):
+        runs = ablation.plan_runs(Ablation(AblationConfig(**NEEDED, schedule=schedule, lambda_decay=0.3), "m", 3, 0.1))
+        assert {run.lambda_decay for run in runs.values() if run.schedule in ("exponential", "adaptive")} == {0.3}
+        assert {run.lambda_decay for run in runs.values() if run.schedule in ("none", "linear")} == {0.5}
+    with pytest.raises(ValueError, match="lambda_decay: 0.3 has no effect without schedule"):
+        AblationConfig(**NEEDED, parts="branches", lambda_decay=0.3)
+
+
 def test_all_noise_types_add_as_much() -> None:
     draws = torch.Generator().manual_seed(0)
     states = 3 * torch.randn(500, 256, generator=draws)
@@ -282,6 +291,14 @@ def test_rows_compare_the_same_questions() -> None:
         ["| 2", "1", "1.00", "2", "50.0 (9.5 to 90.5)"],
     ]
     assert "| +0.0 (" in lines[-1]
+
+
+def test_a_question_that_no_noise_reached_counts_in_no_part() -> None:
+    found = small_ablation(["11", "11"], ["11", "22"], ["11", "22"], [1.0, 1.0])
+    for key in ("gaussian_scaled@0.5", "gaussian_scaled@1.0"):
+        found.sweeps["base"].records[1]["conditions"][key]["noise_ratio"] = None
+    for part in ("branches", "aggregation"):
+        assert {*map(len, ablation.part_of(found, part).cells.values())} == {1}, part
 
 
 def small_ablation(clean: list[str], half: list[str], full: list[str], ratios: list[float] | None, **changes: Any) -> Ablation:

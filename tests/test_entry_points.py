@@ -351,6 +351,10 @@ def test_parts_of_the_suite() -> None:
     assert (everywhere.num_branches, everywhere.temperature, everywhere.top_p) == (1, 0, 1)
     assert (branching.noise_type, branching.num_branches, branching.temperature) == (["targeted"], 5, 0.3)
     assert (branching.top_p, branching.controls, branching.schedule) == (0.95, [], "linear")
+    directed = FullConfig(**needed, noise_type="gaussian", branch_noise_type="targeted", noise_direction="same")
+    assert [part.noise_direction for part in full.parts(directed).values()] == [None, None, "same"]
+    with pytest.raises(ValueError, match="noise_direction: same has no effect without noise_type: targeted"):
+        FullConfig(**needed, noise_type="gaussian", noise_direction="same")
 
 
 def planted(only_first: int, only_second: int = 0, questions: int = 500) -> dict[str, Any]:

@@ -30,6 +30,9 @@ from experiments.answers.judging import (
 from utils import UserError
 
 NUMBERS = {
+    "The answer cannot be 5. So it must be 18.": "18",
+    "The answer can't be 5 since 5 < 6. Hence there are 18 apples.": "18",
+    "The answer should not be 12. 9 + 9 = 18.": "18",
     # the data set's own form
     "so 9 * 2 = <<9*2=18>>18.\n#### 18": "18",
     "#### 1,234": "1234",
@@ -134,6 +137,12 @@ NUMBERS = {
     "1" * 60: NO_ANSWER,
 }
 LETTERS = {
+    "B is the correct answer because A and C are false.": "B",
+    "(B) is the correct option; (A) is too broad.": "B",
+    "Option B is the right answer and option A is a distractor.": "B",
+    "B is the answer, whereas C is tempting.": "B",
+    "The answer can't be A. It's B.": "B",
+    "The correct option cannot be A. So B.": "B",
     "#### B": "B",
     "### (B)": "B",
     r"\boxed{B}": "B",
@@ -224,6 +233,8 @@ TRUTH = {
     "True or false: Max is not wooden.": NO_ANSWER,
 }
 CONCEPTS = {
+    "#### Tom is a **zumpus**.": "Tom is a zumpus.",
+    'Therefore, Tom is a "zumpus".': "Tom is a zumpus.",
     "### Tom is a zumpus.": "Tom is a zumpus.",
     "Tom is a lempus.\nEvery lempus is a zumpus.\n### Tom is a zumpus.": "Tom is a zumpus.",
     "Tom is a lempus. Every lempus is a zumpus. So Tom is a zumpus.": "Tom is a zumpus.",

@@ -420,6 +420,8 @@ def test_low_precision_and_layers_run(arguments: dict[str, Any]) -> None:
         assert [record["error"] for record in records] == [None, None]
     with pytest.raises(UserError, match="thought_map: .*layer is 7; the model has 2 layers: use -1, or 0 to 2"):
         run(arguments, hidden_layer_idx=7)
+    with pytest.raises(ValueError, match="hidden_layer_idx and thought_map contradict each other: set one of them"):
+        run(arguments, hidden_layer_idx=1, thought_map="norm")
 
 
 # --- failures ---
@@ -651,6 +653,9 @@ def test_any_two_conditions_are_compared(arguments: dict[str, Any]) -> None:
     assert within == between  # the clean answers are the same
     with pytest.raises(UserError, match="later: no condition 'zero/all'"):
         report(directory, ["clean", "zero/all"], other)
+    run({**arguments, "name": "RUN@best"}, noise_scales=[5.0])
+    best = directory.with_name("RUN@best")
+    assert f"{best} clean minus {best} clean: +0.0 points" in report(best, ["clean", "clean"], best)  # no noise by its "@"
     for part in (other / "progress").glob("*.jsonl"):
         part.write_text(part.read_text().replace('"gold": "', '"gold": "not '))
     with pytest.raises(UserError, match="did not ask the same questions"):

@@ -162,6 +162,19 @@ def test_weights_that_are_missing_or_left_over_are_one_line(projected: Path, run
         start(run_arguments, *evaluate)
 
 
+def test_an_experiment_may_take_another_map_that_has_nothing_to_learn(projected: Path, run_arguments: list[str]) -> None:
+    needed = {"name": "x", "benchmark": "prosqa", "load_model_path": str(projected), "n_latents": 2}
+    for setting in ("identity", "norm"):
+        assert load_subject(SweepConfig(**needed, thought_map=setting), CPU).model.thought_map.setting == setting
+    assert load_subject(SweepConfig(**needed, hidden_layer_idx=1), CPU).model.thought_map.layers == (1,)
+    with pytest.raises(UserError, match=r"wrong shapes \[steps.0.bias"):
+        load_subject(SweepConfig(**needed, thought_map={"name": "projection", "width": 6}), CPU)
+    start(run_arguments, "num_epochs=1", "name=plain", "examples_per_epoch=8")
+    needed["load_model_path"] = str(projected.parents[1] / "plain")
+    with pytest.raises(UserError, match=r"missing keys \[steps.0.bias"):
+        load_subject(SweepConfig(**needed, thought_map="projection"), CPU)
+
+
 def test_a_checkpoint_from_before_the_maps_is_one_of_identity(run_arguments: list[str], tmp_path: Path) -> None:
     start(run_arguments, "num_epochs=2", "max_latent_stage=1")
     whole, old = tmp_path / "checkpoints" / "run", tmp_path / "checkpoints" / "old"

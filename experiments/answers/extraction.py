@@ -32,6 +32,7 @@ _SENTENCE_END = re.compile(r"[.!?](?=[\s*\"')\]]|$)|\n")
 _LINK = re.compile(
     r"[^\w\n$£€.\\-]{0,6}(?:(?=[-$£€.\d\\])|\n)|[^:=\n]{0,160}?(?:\b(?:is|are|be|was|equals)\b|[:=])", re.IGNORECASE
 )
+_DENIED_LINK = re.compile(r"(?:\bnot|n['’]t|\bcannot|\bnever)\s+(?:\w+\s+)?be$", re.IGNORECASE)
 _OPENING = re.compile(r"(?:[\s*_:>]|\\[\[(])*")
 
 
@@ -43,7 +44,8 @@ def last_statement(text: str, box: Reader, line: Reader, told: Reader, statement
     """
     closing = _closing_braces(text)
     for match in itertools.islice(reversed(list(statement.finditer(text))), MOST_STATEMENTS):
-        window = text[match.end() : match.end() + WINDOW]
+        start = match.start() if match.groupdict().get("judged") else match.end()  # what is judged is read with its letter
+        window = text[start : start + WINDOW]
         if match["box"]:
             answer = box(_box(text, match.end(), closing))
         elif match["line"]:
@@ -87,7 +89,7 @@ def _first_sentence(window: str) -> str:
 def _linked(window: str) -> str:
     """The sentence after "is", ":" or the like; empty where nothing links the window to the word "answer"."""
     link = _LINK.match(window)
-    return _first_sentence(window[link.end() :]) if link else ""
+    return _first_sentence(window[link.end() :]) if link and not _DENIED_LINK.search(link[0]) else ""
 
 
 def _told(read: Reader) -> Reader:
@@ -196,8 +198,8 @@ def _without_context(sentence: str, numbers: Sequence[Number]) -> list[Number]:
 
 _LETTER_STATEMENT = _statements(
     r"answer|(?:correct|right|best) (?:option|choice|letter|one)|choose|chose|pick|select|go with",
-    r"|(?P<judged>(?<![A-Za-z\d])(?=(?-i:\(?[A-D]\)?)[*\s]{1,4}"
-    r"(?:is|must be|would be) (?:the |clearly )?(?:correct|right|best|answer)))",
+    r"|(?P<judged>(?<![A-Za-z\d])(?-i:\(?[A-D]\)?)[*\s]{1,4}"
+    r"(?:is|must be|would be) (?:the |clearly )?(?:correct|right|best|answer)\b(?: (?:answer|option|choice|letter|one)\b)?)",
 )
 _OPTION = re.compile(r"(?<![A-Za-z\d'’])(?:\((?P<bracketed>[A-Da-d])\)|(?P<bare>[A-D])(?![A-Za-z\d'’-]))")
 _ALONE = re.compile(r"[^\w\\]*(?:\\text\w*\s*\{[^\w\\]*)?([A-Da-d])[^\w\\]*")
@@ -331,7 +333,7 @@ def _told_words(window: str) -> str | None:
 def _linked_latex(window: str) -> str:
     """As `_linked`, with the delimiters that formulas begin with."""
     link = _LINK.match(window)
-    rest = window[link.end() :].lstrip(" \t\n*_:") if link else ""
+    rest = window[link.end() :].lstrip(" \t\n*_:") if link and not _DENIED_LINK.search(link[0]) else ""
     end = _SENTENCE_END.search(rest, 3 if rest.startswith(("\\[", "$$")) else 0)
     return rest[: end.start()] if end and not _INLINE.match(rest) else rest
 
@@ -384,6 +386,7 @@ def _truth(text: str, match: re.Match[str]) -> str:
 # --- "Tom is a lempus." ---
 
 _IS_A = re.compile(r"(?<!\w)([^\W\d]\w{0,40}) is an? (\w{1,40})")
+_EMPHASIS = re.compile(r"[*`\"“”]")
 _QUANTIFIED = re.compile(r"\b(?:every|each|all|any)\s+$", re.IGNORECASE)
 _NO_NAMES = {"it", "he", "she", "this", "that", "answer", "which", "there", "conclusion"}
 _NOT_IT = re.compile(r"\bnot (?:an? )?\w+(?:,? but)?|\brather than (?:an? )?\w+|\\\w+", re.IGNORECASE)
@@ -421,7 +424,8 @@ def _stated_concept(statement: str) -> str | None:
 
 
 def _sentences(text: str) -> list[str]:
-    """All "NAME is a CONCEPT." in their order, rules left out."""
+    """All "NAME is a CONCEPT." in their order, rules and emphasis left out."""
+    text = _EMPHASIS.sub("", text)
     matches = (match for match in _IS_A.finditer(text) if match[1].lower() not in _NO_NAMES)
     return [
         f"{match[1]} is a {match[2]}."

@@ -24,6 +24,7 @@ from experiments.noise.summary import (
     compare_all,
     control_key,
     control_of,
+    fewest_reached,
     measured_key,
     setting_result,
     summarise,
@@ -53,11 +54,15 @@ SHOWN = ("noise/noise_types.png", "noise/controls.png", "all_passes/noise_types.
 
 def parts(config: FullConfig) -> dict[str, SweepConfig]:
     """The experiments of the suite by their names, which are also their directories below the suite's."""
-    direction = config.noise_direction if len(noise_rows(config.branch_noise_type)) > 1 else None
+
+    def direction(*noise_types: str) -> dict[str, Any]:
+        return {"noise_direction": config.noise_direction if any(len(noise_rows(one)) > 1 for one in noise_types) else None}
+
+    greedily, branching = direction(*config.noise_type), direction(config.branch_noise_type)
     changes = {
-        "noise": GREEDILY,
-        "all_passes": GREEDILY | EVERYWHERE,
-        "branching": {"noise_type": [config.branch_noise_type], "noise_direction": direction, "controls": []},
+        "noise": GREEDILY | greedily,
+        "all_passes": GREEDILY | EVERYWHERE | greedily,
+        "branching": {"noise_type": [config.branch_noise_type], "controls": []} | branching,
     }
     common = config.model_dump(exclude={"branch_noise_type", "harmless_margin"})
     return {
@@ -97,6 +102,7 @@ def write_report(config: FullConfig, sweeps: Mapping[str, Sweep]) -> None:
         "seconds": {name: sweep.info["seconds"] for name, sweep in sweeps.items()},
         "chance": find_benchmark(config.benchmark).kind.chance,
         "clean": summaries["noise"][GREEDY],
+        "reached": fewest_reached(summaries["noise"]),
         "harmless_margin": config.harmless_margin,
         "noise": {
             kind.name: {name: noise_result(sweeps[name], summaries[name], kind, config.harmless_margin) for name in NOISE_PARTS}
@@ -185,6 +191,8 @@ def tested_table(content: Mapping[str, Any]) -> str:
     training = f"{trained['method']}, stage {trained['stage']}, c_thought {trained['c_thought']}" if trained else "none"
     errors = ", ".join(f"{count} failed in {name}" for name, count in content["errors"].items() if count)
     versions = ", ".join(f"{name} {version}" for name, version in info["versions"].items())
+    reached = content["reached"]
+    some = f"; reached {reached} of the questions: differences, p and where half is lost are of these, accuracies of all"
     layer = "the last, after the final norm" if info["hidden_layer_idx"] == -1 else str(info["hidden_layer_idx"])
     rows = {
         "model": f"{info['family']}, {info['layers']} layers, width {info['width']}, {info['parameters']:,} parameters",
@@ -192,7 +200,8 @@ def tested_table(content: Mapping[str, Any]) -> str:
         "thoughts": f"{', '.join(map(str, info['n_latents']))} a question; layer read: {layer}",
         "questions": f"{info['questions']} of {info['benchmark']} ({info['data_path'] or 'hub'})",
         **({"not answered": errors} if errors else {}),
-        "noise": f"seed {info['seed']}; one thought: number {info['noise_at_step']}, schedule {info['schedule']}",
+        "noise": f"seed {info['seed']}; one thought: number {info['noise_at_step']}, schedule {info['schedule']}"
+        + (some if reached < content["clean"]["total"] else ""),
         "answers": f"at most {info['max_new_tokens']} tokens",
         "device": f"{info['device']}, {info['dtype']}; {versions}",
         "commit": info["git_commit"] or "unknown",

@@ -12,7 +12,7 @@ from experiments.answers.benchmarks import find_benchmark
 from experiments.answers.questions import BenchmarkQuestion, load_questions
 from experiments.noise.controls import CONTROLS
 from methods import MOST_THOUGHTS, EvalLatents
-from noise import DECAY, SCHEDULES, NoiseType, check_noise, noise_rows, noise_types
+from noise import DECAY, DECAYING, SCHEDULES, NoiseType, check_noise, noise_rows, noise_types
 from thoughts import Noise, ThoughtMapSetting
 from utils import Config, OptionalPath, OptionalText, PathText, Positive, Seed, check_folder_name, null, one_of
 
@@ -98,7 +98,7 @@ class SweepConfig(Config):
     noise_at_step: Positive = 1
     """The thought that is perturbed, from 1."""
     apply_noise_to_all_passes: bool = False
-    """Perturb every thought."""
+    """Perturb every thought, from noise_at_step on."""
     schedule: Schedule = "none"
     """Noise of the thoughts after that one: none, constant, linear, cosine, exponential or adaptive."""
     lambda_decay: Annotated[float, Field(ge=0)] = DECAY
@@ -131,6 +131,8 @@ class SweepConfig(Config):
         find_benchmark(self.benchmark)
         if self.model_id is None and self.load_model_path is None:
             raise ValueError("model_id or load_model_path is missing: a model without training, or a trained checkpoint")
+        if self.hidden_layer_idx is not None and self.thought_map is not None:
+            raise ValueError("hidden_layer_idx and thought_map contradict each other: set one of them")
         if self.apply_noise_to_all_passes and self.schedule not in ("none", "constant"):
             raise ValueError("apply_noise_to_all_passes and schedule contradict each other: set one of them")
         check_folder_name(self.name, "results_path")
@@ -146,12 +148,10 @@ class SweepConfig(Config):
     def _check_effects(self) -> None:
         """Raise ValueError for a key that is set and changes nothing."""
         greedy = self.num_branches == 1 and self.temperature == 0
-        targeted = any(kind.direction for kind in self.settings())
-        decays = self.schedule in ("exponential", "adaptive")
         compared = self.num_branches > 1 and self.temperature == 0  # with self-consistency
         warmth = self.self_consistency_temperature
         without_effect = {
-            "noise_direction": (self.noise_direction and not targeted, "noise_type: targeted"),
+            "noise_direction": (self.noise_direction and not self.targeted, "noise_type: targeted"),
             "shared_noise": (self.shared_noise and self.num_branches == 1, "num_branches of at least 2"),
             "top_p": ("top_p" in self.model_fields_set and self.top_p != 1 and greedy, "temperature above 0, or branches"),
             "eval_latents": (self.eval_latents != "gold" and self.n_latents is not None, "n_latents: null"),
@@ -161,11 +161,21 @@ class SweepConfig(Config):
                 warmth != SELF_CONSISTENCY_TEMPERATURE and not compared,
                 "temperature: 0 and branches",
             ),
-            "lambda_decay": (self.lambda_decay != DECAY and not decays, "schedule: exponential or adaptive"),
+            "lambda_decay": (self.lambda_decay != DECAY and not self.decays, "schedule: exponential or adaptive"),
         }
         for key, (idle, needed) in without_effect.items():
             if idle:
                 raise ValueError(f"{key}: {getattr(self, key)} has no effect without {needed}: leave it out")
+
+    @property
+    def targeted(self) -> bool:
+        """Whether some noise has a direction."""
+        return any(kind.direction for kind in self.settings())
+
+    @property
+    def decays(self) -> bool:
+        """Whether the noise of later thoughts depends on lambda_decay."""
+        return self.schedule in DECAYING
 
     @property
     def directory(self) -> Path:
@@ -211,6 +221,10 @@ class FullConfig(SweepConfig):
     num_branches: Voters = 5
     temperature: Annotated[float, Field(ge=0)] = 0.7
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+
+    @property
+    def targeted(self) -> bool:
+        return super().targeted or len(noise_rows(self.branch_noise_type)) > 1
 
     @model_validator(mode="after")
     def _parts_possible(self) -> FullConfig:

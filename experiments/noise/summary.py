@@ -272,12 +272,18 @@ COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
 }
 
 
+def fewest_reached(summary: Mapping[str, Mapping[str, Any]]) -> int:
+    """Of how many questions a thought got noise, in the condition with the fewest; all of them where no condition is noise."""
+    questions = max((row["total"] for row in summary.values()), default=0)
+    return min((row["perturbed"] for key, row in summary.items() if "@" in key), default=questions)
+
+
 def summary_table(summary: dict[str, dict[str, Any]], title: str) -> Table:
     """One row for each condition of a `summarise`; narrow enough for 100 columns."""
     rows = [[key, *(cell(row) for cell in COLUMNS.values())] for key, row in summary.items()]
     questions, failed = (max((row[name] for row in summary.values()), default=0) for name in ("total", "errors"))
     failures = f"; {failed} more failed and are not counted" if failed else ""
-    reached = min((row["perturbed"] for key, row in summary.items() if "@" in key), default=questions)
+    reached = fewest_reached(summary)
     some = f"; noise reached {reached} of them, on which p is taken" if reached < questions else ""
     meaning = "steps: branches that wrote some; agree: mean confidence of the majority; p: exact McNemar test"
     return terminal(title, ["condition", *COLUMNS], rows, f"{questions} questions{failures}{some}. {meaning}.")

@@ -410,7 +410,7 @@ def _information(config: SweepConfig, subject: Subject, records: list[Record], p
         "checkpoint": config.load_model_path,
         "n_latents": sorted({record["n_latents"] for record in records if record["error"] is None}),
         "schedule": "constant" if config.apply_noise_to_all_passes else config.schedule,
-        "passes": "all" if config.apply_noise_to_all_passes else config.noise_at_step,
+        "passes": "all" if config.apply_noise_to_all_passes and config.noise_at_step == 1 else config.noise_at_step,
         **machine(subject.device),
         "git_commit": progress.commit,
         "git_commits": sorted({str(record.get("git_commit")) for record in records}),  # of the code that answered
