@@ -158,6 +158,9 @@ def _braced(argument: str) -> str:
     return argument if argument.startswith("{") else f"{{{argument}}}"
 
 
+_BASE = re.compile(r"\d_\{?(\d+)\}?$")  # of a number: 52_8
+
+
 def same_latex(given: str, gold: str) -> bool:
     """Whether two canonical LaTeX answers mean the same: the same spelling, or equal for math-verify."""
     if given == gold:
@@ -165,6 +168,8 @@ def same_latex(given: str, gold: str) -> bool:
     if given.isalpha() and gold.isalpha() and min(len(given), len(gold)) > 1:
         return given.casefold() == gold.casefold()
     if whole_number(given) and whole_number(gold):
+        return False
+    if len({base[1] for one in (given, gold) if (base := _BASE.search(one))}) > 1:  # math-verify leaves them out
         return False
     return _is_tame(given) and _is_tame(gold) and _verified(given, gold)
 
