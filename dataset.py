@@ -69,12 +69,12 @@ def record_problem(record: object) -> str | None:
             return f"field '{field}': expected a string, found {_type_name(text)}"
         if field in ("question", "answer") and not text.strip():
             return f"field '{field}' is blank"
-        if problem := _text_problem(text):
+        if problem := text_problem(text):
             return f"field '{field}' {problem}"
     return None
 
 
-def _text_problem(text: str) -> str | None:
+def text_problem(text: str) -> str | None:
     """Why a text cannot be tokenised as what it says; None if it can."""
     if problem := half_character(text):
         return problem

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from coconut import Coconut
 from dataset import load_records
+from evaluation import clean_answer, written_answer
 from states import Details
 from systems.arguments import Parser
 from systems.pretrained import prompt_of
@@ -135,7 +136,8 @@ def show(console: Console, question: str, answers: dict[str, Answer], gold: str 
     if (drawn := tree(question)) is not None:
         console.print(drawn)
     for name, answer in answers.items():
-        right = "" if gold is None else "  [green]right[/]" if answer.text.endswith(gold) else f"  [red]not: {escape(gold)}[/]"
+        same = gold is not None and written_answer(answer.text) == clean_answer(gold)
+        right = "" if gold is None else "  [green]right[/]" if same else f"  [red]not: {escape(gold)}[/]"
         console.print(f"[bold]{name}[/]: {escape(' '.join(answer.text.split()))}  (p = {answer.probability:.3f}){right}")
         if answer.thoughts:
             table = Table("thought", *(["says", "p"] * TOP), box=None)

@@ -26,7 +26,7 @@ from experiments.answers.extraction import last_word
 from experiments.tables import markdown, with_interval
 from methods import METHODS, stage_shape
 from states import Thinking
-from systems.arguments import Parser
+from systems.arguments import Parser, natural
 from systems.tokens import question_ids
 from systems.writing import write_json, write_text
 from utils import UserError, entry_point, get_logger
@@ -166,6 +166,8 @@ def _answer(model: Coconut, cache: DynamicCache, rows: int) -> list[str]:
 def patch_checkpoints(checkpoints: Sequence[str], data: Path, questions: int) -> dict[str, dict[str, Numbers]]:
     """By patch the shares of "other" and "own" answers over checkpoints and pairs. UserError: there are no pairs."""
     records = load_records(data)[:questions]
+    if not records:
+        raise UserError(f"{data}: no questions to patch (--questions {questions})")
     each = []
     for checkpoint in checkpoints:
         model = Coconut.from_pretrained(checkpoint).eval()
@@ -196,7 +198,7 @@ def main(given: list[str]) -> None:
     parser = Parser("python -m experiments.patching", __doc__)
     parser.add_argument("checkpoints", nargs="+", help="of one recipe and several seeds")
     parser.add_argument("--data", type=Path, default=Path("data/prosqa_quick_test.json"))
-    parser.add_argument("--questions", type=int, default=500)
+    parser.add_argument("--questions", type=natural, default=500)
     parser.add_argument("--out", type=Path, default=Path("results/patching"))
     arguments = parser.parse_args(given)
     found = patch_checkpoints(arguments.checkpoints, arguments.data, arguments.questions)

@@ -21,6 +21,7 @@ import torch
 from matplotlib import pyplot as plt
 from pydantic import BeforeValidator, Field, model_validator
 
+from dataset import load_records
 from experiments.across_seeds import Numbers, numbers
 from experiments.plots import save_figure, shades
 from experiments.probes import PROBES, Probe, Probed, Series
@@ -169,7 +170,8 @@ def run(config: ProbeConfig) -> None:
         raise UserError(f"{', '.join(config.probes)}: none of the checkpoints has thoughts to look at")
     seeds = ", ".join(f"{group} {len(checkpoints)}" for group, checkpoints in config.groups.items())
     where = machine(device)
-    heading = f"# Probes\n\n{config.num_questions} questions of {config.data_path}; checkpoints: {seeds}. {described(where)}."
+    questions = min(config.num_questions, len(load_records(Path(config.data_path))))
+    heading = f"# Probes\n\n{questions} questions of {config.data_path}; checkpoints: {seeds}. {described(where)}."
     write_text(out / "probes.md", "\n\n".join([heading, *sections]) + "\n")
     write_json(out / "probes.json", {"config": json.loads(config.model_dump_json()), "machine": where, "probes": results})
     get_logger().info("\n\n".join(sections) + f"\n\ntables, figures and numbers: {out}")

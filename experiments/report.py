@@ -34,7 +34,7 @@ from experiments.probes.decoded import lens
 from experiments.probes.frontier import graph_after
 from experiments.quickstart import read_metrics
 from experiments.tables import markdown
-from systems.arguments import Parser
+from systems.arguments import Parser, natural
 from systems.files import read_typed
 from systems.machine import described, machine
 from systems.metrics import METRICS, start_wandb
@@ -159,7 +159,10 @@ def watch(paths: Sequence[Path], out: Path, questions: int, logged: Any = None) 
     while True:
         now = [(path / METRICS).stat().st_mtime if (path / METRICS).exists() else 0.0 for path in paths]
         if now != seen:
-            write_page(paths, out, questions, logged)
+            try:
+                write_page(paths, out, questions, logged)
+            except UserError as error:  # of a run that has not finished an epoch yet
+                get_logger().info(f"nothing to show yet: {error}")
             seen = now
         time.sleep(SECONDS)
 
@@ -169,7 +172,7 @@ def main(given: list[str]) -> None:
     parser = Parser("python -m experiments.report", __doc__)
     parser.add_argument("paths", type=Path, nargs="+", metavar="RUN_OR_RESULTS")
     parser.add_argument("--out", type=Path, default=Path("report.html"))
-    parser.add_argument("--questions", type=int, default=3, help="of a run that are answered on the page")
+    parser.add_argument("--questions", type=natural, default=3, help="of a run that are answered on the page")
     parser.add_argument("--watch", action="store_true", help="write it again after each epoch, until Ctrl-C")
     parser.add_argument("--wandb", metavar="PROJECT", help="log the page to this project of wandb as well")
     arguments = parser.parse_args(given)

@@ -3,7 +3,6 @@
 A script that also runs as `python preprocessing/NAME.py` puts the repository's root on `sys.path` before it imports this.
 """
 
-import argparse
 import json
 import tempfile
 from collections import Counter
@@ -12,20 +11,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from systems.writing import write_text, writing
-from utils import UserError, parse_json, printable, read_text
+from utils import UserError, parse_json, printable, read_text, telling
 
 Record = dict[str, Any]
 SPLITS = ("train", "valid", "test")
 Row = TypeVar("Row")
-
-
-def natural(text: str) -> int:
-    """A number of the command line, at least 0."""
-    if not text.removeprefix("-").isdecimal():
-        raise argparse.ArgumentTypeError(f"must be a whole number, is {text}")
-    if int(text) < 0:
-        raise argparse.ArgumentTypeError(f"must be at least 0, is {text}")
-    return int(text)
 
 
 def keep_inputs(inputs: Iterable[Path | None], outputs: Iterable[Path]) -> None:
@@ -93,8 +83,9 @@ def text_field(row: Any, name: str, hint: str = "") -> str:
 
 def print_table(names: Iterable[str], rows: Mapping[str, Iterable[str]]) -> None:
     """Cells side by side, one column per data set."""
-    for name, cells in {"": names, **rows}.items():
-        print(f"{name:30}" + "".join(f"{printable(cell):>16}" for cell in cells))
+    with telling():
+        for name, cells in {"": names, **rows}.items():
+            print(f"{name:30}" + "".join(f"{printable(cell):>16}" for cell in cells))
 
 
 def print_steps(columns: Mapping[str, Sequence[Record]], more: Mapping[str, Sequence[int]] | None = None) -> None:

@@ -16,8 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from preprocessing.common import SPLITS, Record, natural, parse_rows, print_steps, read_rows, text_field, write_splits
-from systems.arguments import Parser
+from preprocessing.common import SPLITS, Record, parse_rows, print_steps, read_rows, text_field, write_splits
+from systems.arguments import Parser, natural
 from utils import UserError, entry_point
 
 EXAMPLES = ("--train train.jsonl --test test.jsonl", "--hub --steps sentences")

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from preprocessing.common import SPLITS, Record, natural, parse_rows, print_table, text_field, write_splits
-from systems.arguments import Parser
+from preprocessing.common import SPLITS, Record, parse_rows, print_table, text_field, write_splits
+from systems.arguments import Parser, natural
 from utils import UserError, entry_point, parse_json, printable, read_text
 
 EXAMPLES = ("5hop_0shot_random.json", "5hop_0shot_random.json --train 500 --valid 50 --out-prefix data/mine")

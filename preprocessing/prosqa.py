@@ -23,13 +23,13 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from preprocessing.common import SPLITS, Record, natural, prepare_directory, write_splits
+from preprocessing.common import SPLITS, Record, prepare_directory, write_splits
 from preprocessing.prosqa_graphs import Edge, Question, find_matched_questions, find_question
 from preprocessing.prosqa_ood import SHAPES, ood_questions
 from preprocessing.prosqa_shortcuts import PUBLISHED, print_statistics, statistics
 from preprocessing.prosqa_symbolic import HOPS as SYMBOLIC_HOPS
 from preprocessing.prosqa_symbolic import NODES, symbolic_record, walk_record
-from systems.arguments import Parser
+from systems.arguments import Parser, natural
 from utils import UserError, entry_point
 
 EXAMPLES = ("--symbolic", "--shape chains --train 5000 --valid 200 --test 200 --out-prefix data/mine")
@@ -260,7 +260,10 @@ def parse_arguments(given: list[str]) -> argparse.Namespace:
     args = parser.parse_args(given)
     if problem := find_problem(args):
         parser.error(problem)
-    return fill_defaults(args)
+    args = fill_defaults(args)
+    if not any(getattr(args, split) for split in SPLITS):
+        parser.error("--train, --valid and --test are all 0: nothing to write")
+    return args
 
 
 def find_problem(args: argparse.Namespace) -> str | None:

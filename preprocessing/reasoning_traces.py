@@ -31,8 +31,8 @@ from spacy.tokens import Doc, Token
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from preprocessing.common import Record, keep_inputs, natural, prepare_directory, read_rows, text_field, write_records
-from systems.arguments import Parser
+from preprocessing.common import Record, keep_inputs, prepare_directory, read_rows, text_field, write_records
+from systems.arguments import Parser, natural
 from systems.writing import write_text
 from utils import UserError, entry_point, printable
 

@@ -23,3 +23,12 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
+
+
+def natural(text: str) -> int:
+    """A number of the command line, at least 0."""
+    if not text.removeprefix("-").isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number, is {text}")
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, is {text}")
+    return int(text)

@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from coconut import Coconut
 from config import EvalLatents, RunConfig
-from dataset import get_question_latent_dataset
+from dataset import get_question_latent_dataset, text_problem
+from methods import METHODS
 from states import Details
 from systems import checkpoint, sources
 from systems.files import Facts, read_facts
@@ -64,8 +65,6 @@ def save(model: Coconut, directory: Path) -> None:
 
 def answer(model: Coconut, question: str, max_new_tokens: int, latents: EvalLatents) -> tuple[str, Tensor]:
     """See `Coconut.answer`."""
-    if latents not in ("gold", "max") and int(latents) < 0:
-        raise UserError(f"latents: {latents}: a number of at least 0, or 'max'")
     prompt = prompt_of(model, question, latents)
     generated = model.generate(prompt, max_new_tokens=max_new_tokens, return_details=True)
     output, details = cast("tuple[Tensor, Details]", generated)
@@ -74,9 +73,18 @@ def answer(model: Coconut, question: str, max_new_tokens: int, latents: EvalLate
 
 
 def prompt_of(model: Coconut, question: str, latents: EvalLatents) -> Tensor:
-    """The prompt (1, T) of a question, made by the code that makes those of an evaluation."""
+    """The prompt (1, T) of a question, made by the code that makes those of an evaluation.
+
+    Raises UserError for a number of latents that there cannot be, and for a question with markers or half a character in it.
+    """
     trained = _trained(model)
     ids, config = trained.ids, trained.config
+    if latents not in ("gold", "max") and (not isinstance(latents, int) or latents < 0):
+        raise UserError(f"latents: {latents!r}: a whole number of at least 0, or 'max'")
+    if latents not in ("gold", "max", 0) and not METHODS[trained.facts.method].markers:
+        raise UserError(f"latents: {latents}: a model trained with method {trained.facts.method} has no latents")
+    if problem := text_problem(question):
+        raise UserError(f"the question {problem}")
     [tokens] = question_ids(trained.tokenizer, [question], config.chat_template)
     check_known([tokens], trained.tokenizer, "the question")
     row = Dataset.from_dict({"idx": [0], "question_tokenized": [tokens], "steps_tokenized": [[]], "answer_tokenized": [[]]})

@@ -70,6 +70,17 @@ def test_an_answer_has_its_probability_and_its_thoughts(model: Coconut) -> None:
     assert noisy.thoughts != answer.thoughts
 
 
+def test_an_answer_is_right_as_in_an_evaluation() -> None:
+    for text, gold, word in (
+        ("<<7+8=15>>\n### 15", "5", "not: 5"),
+        ("### 1,234", "1234", "right"),
+        ("1234", "1234", "not: 1234"),
+    ):
+        console = Console(file=io.StringIO(), width=100)
+        chat.show(console, "7 + 8?", {"with thoughts": chat.Answer(text, 0.9, [])}, gold)
+        assert console.file.getvalue().rstrip().endswith(f"(p = 0.900)  {word}")
+
+
 def test_it_answers_through_a_pipe_and_says_what_is_wrong(
     model: Coconut,
     run_arguments: list[str],

@@ -121,3 +121,5 @@ def test_command_writes_shares_over_checkpoints(checkpoint: Path, tmp_path: Path
     assert "keys and values of thought 2" in (out / "patching.md").read_text()
     with pytest.raises(UserError, match="no two of the first 1 questions"):
         patch_checkpoints([str(checkpoint)], data_file, 1)
+    with pytest.raises(UserError, match="no questions to patch"):
+        patch_checkpoints([str(checkpoint)], data_file, 0)

@@ -51,8 +51,18 @@ def test_questions_and_numbers_that_make_no_sense(
 ) -> None:
     start(run_arguments)
     model = Coconut.from_pretrained(tmp_path / "checkpoints" / "run")
-    with pytest.raises(UserError, match="latents: -1: a number of at least 0, or 'max'"):
-        model.answer("Is Tom a lempus?", latents=-1)
+    for latents in (-1, 2.5, "3", None):
+        with pytest.raises(UserError, match=f"latents: {latents!r}: a whole number of at least 0, or 'max'"):
+            model.answer("Is Tom a lempus?", latents=latents)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="the question holds <|latent|>, which stands for a thought"):
+        model.answer("Is Tom <|latent|> a lempus?")
+    start(run_arguments, "method=cot", "name=cot")
+    without = Coconut.from_pretrained(tmp_path / "checkpoints" / "cot")
+    assert without.answer("Is Tom a lempus?", max_new_tokens=2, latents=0) == without.answer(
+        "Is Tom a lempus?", max_new_tokens=2
+    )
+    with pytest.raises(UserError, match="latents: 2: a model trained with method cot has no latents"):
+        without.answer("Is Tom a lempus?", latents=2)
     with pytest.raises(UserError, match=r"the question: \d+% of the tokens are <unk>"):
         model.answer("Welches Wort kennt er davon?")
 

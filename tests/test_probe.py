@@ -146,6 +146,19 @@ def test_ranks_and_heights_tell_a_choice_from_an_even_spread(monkeypatch: pytest
     }
 
 
+def test_concepts_of_several_tokens_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have no probability of their own: zeros would look like a finding."""
+    module = importlib.import_module("experiments.probes.frontier")
+    monkeypatch.setattr(module, "words", lambda probed: {"lempus": [1], "zumpus": [3], "terpus": [4], "bompus": [6]})
+    monkeypatch.setattr(module, "probabilities", lambda probed, states: states.numpy())
+    monkeypatch.setattr(module, "after", lambda probed, count: iter([(0, np.full(7, 0.1))]))
+    states = torch.full((1, 2, 7), 0.1)
+    probed: Any = SimpleNamespace(records=lambda *fields: [BRANCHES], states=lambda: iter([([0], states)]), thoughts=2)
+    assert ranks(probed) == height(probed) == {}
+    found = {name: values.tolist() for name, values in frontier(probed).items() if not np.isnan(values).any()}
+    assert list(found) == ["thought 1, distance 3", "thought 2, distance 3"]  # bompus
+
+
 def test_distances_stand_in_their_order(tokenizer: Any) -> None:
     """The first question has nothing four steps away, the last one has."""
     names = list(frontier(planted(torch.zeros(len(RECORDS), 2, len(tokenizer)), tokenizer)))
@@ -158,6 +171,11 @@ def test_layers_finds_the_layer_that_says_the_step(tokenizer: Any) -> None:
         states[place, 1, finds(tokenizer, record, 0)] = 5
     found = layers(planted(states, tokenizer))
     assert {name for name, values in found.items() if values.mean() == 100} == {"thought 2, layer 2"}
+    probed = planted(states, tokenizer)
+    probed.dataset["steps_tokenized"][0] = []  # it finds nothing
+    values = layers(probed)["thought 2, layer 2"]
+    assert np.isnan(values[0])
+    assert values[1:].mean() == 100
 
 
 def test_a_norm_of_an_unknown_name_is_refused() -> None:

@@ -344,6 +344,7 @@ def test_the_files_in_data_are_what_the_command_writes(split):
     ("arguments", "message"),
     [
         (["--hops", "3"], "--hops needs --shape chains"),
+        (["--train", "0", "--valid", "0", "--test", "0"], "--train, --valid and --test are all 0: nothing to write"),
         (["--shape", "chains", "--hops", "3", "20"], "argument --hops: invalid choice: 20"),
         (["--shape", "chains", "--concepts", "3"], "different names or concepts needed, 3 available"),
         (["--shape", "chains", "--hops", "0"], "argument --hops: invalid choice: 0"),

@@ -171,3 +171,21 @@ def test_a_watched_run_is_written_again_when_its_metrics_have_grown(
     with pytest.raises(KeyboardInterrupt):
         report.watch([run_directory], tmp_path / "page.html", 0)
     assert written == [tmp_path / "page.html"] * 2
+
+
+def test_a_run_in_its_first_epoch_is_waited_for(
+    run_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    metrics = run_directory / "metrics.jsonl"
+    whole, page = metrics.read_text(), tmp_path / "page.html"
+    metrics.write_text('{"kind": "step", "step": 1}\n')
+
+    def sleep(seconds: float) -> None:
+        if page.exists():
+            raise KeyboardInterrupt
+        assert "nothing to show yet" in caplog.text
+        metrics.write_text(whole)
+
+    monkeypatch.setattr(report.time, "sleep", sleep)
+    with pytest.raises(KeyboardInterrupt):
+        report.watch([run_directory], page, 0)

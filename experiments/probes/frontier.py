@@ -23,8 +23,8 @@ MOST_RANKS, MOST_HEIGHT = 3, 3
 def frontier(probed: Probed) -> Series:
     """For each thought the mean probability of a concept, by its distance from the person asked about, in percent.
 
-    Read from the language-model head. A concept is every token that holds its name. Beside those that can be reached:
-    those of the same graph that cannot.
+    Read from the language-model head. A concept is every token that holds its name; one that takes several tokens is not read,
+    nor is its kind in that question. Beside those that can be reached: those of the same graph that cannot.
     """
     return _by_distance(probed, ((f"thought {thought}", place, row) for thought, place, row in _read_thoughts(probed)))
 
@@ -45,7 +45,7 @@ def ranks(probed: Probed) -> Series:
     found: Series = {}
     for thought, place, chances in _read_thoughts(probed):
         names = ways[place].at(thought)
-        if len(names) < 2:
+        if len(names) < 2 or not vocabulary.keys() >= {*names}:
             continue
         mass = mass_of(names, vocabulary, chances)
         leads = np.array([ways[place].leads(name) for name in names])
@@ -73,7 +73,7 @@ def height(probed: Probed) -> Series:
     for count in range(probed.thoughts):
         for place, chances in after(probed, count):
             names = ways[place].at(count + 1)
-            if len(names) < 2:
+            if len(names) < 2 or not vocabulary.keys() >= {*names}:
                 continue
             mass = mass_of(names, vocabulary, chances)
             for name, share in zip(names, mass / mass.sum(), strict=True):
@@ -167,7 +167,8 @@ def _by_distance(probed: Probed, read: Iterable[tuple[str, int, np.ndarray]]) ->
         if f"{when}, {KINDS[0]}" not in found:  # in this order, whichever a question has first
             found |= {f"{when}, {kind}": empty(len(kinds)) for kind in KINDS}
         for kind, names in kinds[place].items():
-            found[f"{when}, {kind}"][place] = 100 * mass_of(names, vocabulary, chances).astype(float).mean()
+            if vocabulary.keys() >= {*names}:
+                found[f"{when}, {kind}"][place] = 100 * mass_of(names, vocabulary, chances).astype(float).mean()
     return found
 
 
