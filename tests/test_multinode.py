@@ -133,8 +133,9 @@ def test_a_node_with_other_data_is_named_on_all(
 def test_each_node_says_why_it_ends(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rank: str, local_rank: str, lines: int
 ) -> None:
-    monkeypatch.setenv("RANK", rank)
-    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    torchrun = {"RANK": rank, "LOCAL_RANK": local_rank, "WORLD_SIZE": "8", "MASTER_ADDR": "x", "MASTER_PORT": "1"}
+    for key, value in torchrun.items():
+        monkeypatch.setenv(key, value)
 
     @entry_point
     def main(_arguments: list[str]) -> None:
