@@ -154,14 +154,16 @@ def write_page(paths: Sequence[Path], out: Path, questions: int, logged: Any = N
 
 
 def watch(paths: Sequence[Path], out: Path, questions: int, logged: Any = None) -> None:
-    """Write the page again whenever a run's metrics have grown, until Ctrl-C."""
+    """Write the page again whenever a run's metrics have grown, until Ctrl-C; a run in its first epoch is waited for."""
     seen: list[float] = []
     while True:
         now = [(path / METRICS).stat().st_mtime if (path / METRICS).exists() else 0.0 for path in paths]
         if now != seen:
             try:
                 write_page(paths, out, questions, logged)
-            except UserError as error:  # of a run that has not finished an epoch yet
+            except UserError as error:
+                if not all(path.is_dir() for path in paths):
+                    raise
                 get_logger().info(f"nothing to show yet: {error}")
             seen = now
         time.sleep(SECONDS)

@@ -189,3 +189,5 @@ def test_a_run_in_its_first_epoch_is_waited_for(
     monkeypatch.setattr(report.time, "sleep", sleep)
     with pytest.raises(KeyboardInterrupt):
         report.watch([run_directory], page, 0)
+    with pytest.raises(UserError, match="nowhere"):
+        report.watch([run_directory.with_name("nowhere")], page, 0)

@@ -68,7 +68,7 @@ def layers(probed: Probed) -> Series:
         said = _through_head(probed, states).argmax(dim=-1).tolist()
         for place, by_layer in zip(places, said, strict=True):
             for layer, tokens in enumerate(by_layer):
-                for thought, token in enumerate(tokens) if ends[place] else ():
+                for thought, token in enumerate(tokens) if {*ends[place]} - {None} else ():
                     name = f"thought {thought + 1}, layer {layer}"
                     found.setdefault(name, empty(len(ends)))[place] = 100.0 * (token in ends[place])
     return in_order(found)
