@@ -123,7 +123,8 @@ class RunConfig(Config):
     """Learning rate of AdamW after the warm-up."""
     lr_schedule: Annotated[str, one_of(LEARNING_RATES)] = "constant"
     """Learning rate in the last stage: constant, or falling to 0 over its epochs (linear, cosine). Earlier stages have lr; a
-    method without stages has one stage, the last."""
+    method without stages has one stage, the last; with icot it falls in the epochs in which the most tokens are removed. Epochs
+    that resume counts as done are among them."""
     warmup_steps: NonNegative = 0
     """Steps in which the learning rate grows from 0."""
     warmup_share: Annotated[float, Field(ge=0, le=1)] = 0.0

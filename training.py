@@ -377,7 +377,7 @@ class Trainer:
 
 def next_epoch(loop: Loop, curriculum: Curriculum, done: int, stage: int, evaluation: Evaluation) -> int:
     """The epoch after the first `done`; with advance_accuracy, the next stage's first one as soon as this stage is learned."""
-    if loop.advance_accuracy is None or stage >= curriculum.max_latent_stage:
+    if loop.advance_accuracy is None or stage >= scheduled_stage(curriculum, loop.num_epochs - 1):
         return done  # nothing to go on to: the last stage takes all its epochs
     if evaluation.accuracy < loop.advance_accuracy or evaluation.cot_match < (loop.advance_cot_match or 0):
         return done

@@ -38,10 +38,11 @@ class Lora:
 def add_adapters(base: PreTrainedModel, config: Lora, new_tokens: Sequence[int]) -> None:
     """Freeze the model and give it LoRA matrices; the rows of `new_tokens` are trained as they are, all others stay.
 
-    Raises UserError if the rank is larger than the model's width, no module fits lora_target_modules, or the head's new rows
-    cannot be trained.
+    Raises UserError if the rank is larger than the model's width, no module fits lora_target_modules, the head's new rows
+    cannot be trained, or embeddings or head shall have matrices beside new rows.
     """
     from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.lora import LoraLayer
 
     rank = cast("int", config.lora_r)
     width = base.config.get_text_config().hidden_size
@@ -57,13 +58,21 @@ def add_adapters(base: PreTrainedModel, config: Lora, new_tokens: Sequence[int])
     )
     linear = [name.rpartition(".")[2] for name, module in base.named_modules() if isinstance(module, nn.Linear | Conv1D)]
     base.requires_grad_(False)
+    beside = UserError(
+        f"lora_target_modules: {config.lora_target_modules} adapts the embeddings or the head, whose rows for "
+        "the markers are trained already: leave them out"
+    )
     try:
         inject_adapter_in_model(settings, base, ADAPTER)
+    except TypeError:  # peft trains rows of plain modules alone
+        raise beside from None
     except (ValueError, re.error) as error:
         raise UserError(
             f"lora_target_modules: {config.lora_target_modules} fits no module of the model; its linear modules are "
             f"{', '.join(sorted(set(linear)))} ({str(error).split('. ')[0]})"
         ) from None
+    if new_tokens and any(isinstance(one, LoraLayer) for one in (base.get_input_embeddings(), base.get_output_embeddings())):
+        raise beside  # tied ones, of which the merged weights would be those of the rows alone
     base.adapted_from = fingerprint  # type: ignore[assignment]
     trained = sum(parameter.numel() for parameter in adapter_weights(base).values())
     total = sum(parameter.numel() for parameter in base.parameters())

@@ -24,14 +24,17 @@ from utils import load_config
         (["advance_accuracy=0.9", "advance_cot_match=0.8"], 0, 0.95, 0.79, 1),
         (["advance_accuracy=0.9", "advance_cot_match=0.8"], 0, 0.95, 0.8, 3),
         (["advance_accuracy=0.9", "advance_cot_match=0.8"], 0, 0.85, 1.0, 1),
-        (["advance_accuracy=0.9"], 2, 1.0, 1.0, 1),  # nothing comes after the last one
+        (["advance_accuracy=0.9"], 2, 1.0, 1.0, 9),  # the stage after max_latent_stage is one, too
+        (["advance_accuracy=0.9"], 3, 1.0, 1.0, 1),  # nothing comes after the last one
+        (["advance_accuracy=0.9", "num_epochs=9"], 2, 1.0, 1.0, 1),  # nor after the last one that the run has
+        (["advance_accuracy=0.9", "num_epochs=3"], 0, 1.0, 1.0, 1),
     ],
 )
 def test_a_stage_is_left_once_it_is_learned(
     run_arguments: list[str], settings: list[str], stage: int, accuracy: float, cot_match: float, following: int
 ) -> None:
     """The first epoch of three of a stage is done; the next stage begins with epoch 3 (counted from 0)."""
-    config = load_config(RunConfig, [*run_arguments, "epochs_per_stage=3", *settings])
+    config = load_config(RunConfig, [*run_arguments, "epochs_per_stage=3", "num_epochs=12", *settings])
     evaluation: Any = SimpleNamespace(accuracy=accuracy, cot_match=cot_match)
     assert next_epoch(config.part(Loop), config.curriculum, 1, stage, evaluation) == following
 
