@@ -140,7 +140,9 @@ def test_what_lora_cannot_do_is_one_line() -> None:
         add_adapters(base, configuration(lora_target_modules=["nothing"]).part(Lora), NEW)
     for family in ("llama", "gpt2"):  # a head with weights of its own, and one tied to the embeddings
         base, _ = tiny_model(family)
-        with pytest.raises(UserError, match="adapts the embeddings or the head, whose rows for the markers are trained already"):
+        with pytest.raises(
+            UserError, match="adapts the embeddings or the head, whose rows for the markers are trained already"
+        ):
             add_adapters(base, configuration(lora_target_modules=["lm_head"]).part(Lora), NEW)
     add_adapters(tiny_model("llama")[0], configuration(lora_target_modules=["lm_head"]).part(Lora), [])
     base, _ = tiny_model("phi")
